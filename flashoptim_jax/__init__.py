@@ -1,0 +1,46 @@
+"""Optax optimizers with 8-bit moments and 24-bit master weights."""
+
+from flashoptim_jax.apply import step
+from flashoptim_jax.memory import MemoryReport, memory_report
+from flashoptim_jax.numerics import (
+  NumericsError,
+  NumericsReport,
+  StalledLeaf,
+  check_numerics,
+)
+from flashoptim_jax.optimizers import adam, adamw, lion, sgd
+from flashoptim_jax.precision import cast_params, from_fp32, moments, to_fp32
+from flashoptim_jax.state import FlashState, Format
+from flashoptim_jax.storage import Storage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FlashState",
+    "Format",
+    "MemoryReport",
+    "NumericsError",
+    "NumericsReport",
+    "StalledLeaf",
+    "Storage",
+    "adam",
+    "adamw",
+    "cast_params",
+    "check_numerics",
+    "flax",
+    "from_fp32",
+    "lion",
+    "memory_report",
+    "moments",
+    "sgd",
+    "step",
+    "to_fp32",
+]
+
+
+def __getattr__(name: str):
+  if name == "flax":  # Imported on first use: Flax is an optional dependency.
+    import importlib
+
+    return importlib.import_module("flashoptim_jax.flax")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

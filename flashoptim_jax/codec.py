@@ -1,0 +1,305 @@
+"""The storage format: companded moments and split master weights.
+
+Every other part of the package, kernels included, either calls this module or
+is tested against it.
+
+Moments. A leaf is cut into groups of ``group_size`` along its group axis; the
+last group may be shorter. A group has one scale ``s``, in bfloat16, and each
+element an 8-bit code ``c``:
+
+===========  ===========  ==================================  ==================
+companding   moment       code                                value
+===========  ===========  ==================================  ==================
+``"root"``   first, m     sign(m)·round(127·sqrt(|m|/s))      sign(c)·(c/127)²·s
+``"root"``   second, v    round(255·sqrt(sqrt(v)/s))          ((c/255)²·s)²
+``"paper"``  first, m     sign(m)·round(127·2x/(1+x)),        sign(c)·y/(2-y)·s,
+                          x = |m|/s                           y = |c|/127
+``"paper"``  second, v    round(255·sqrt(v)/s)                (c/255·s)²
+===========  ===========  ==================================  ==================
+
+``s`` is the group's largest ``|m|`` or ``sqrt(v)``, rounded to the nearest
+bfloat16, and codes are taken against the rounded scale. (Rounding scales up
+instead acts as a ratchet: with a slow decay a group's largest element then
+never shrinks by enough to leave its code, and estimates of sqrt(v) drift
+upwards. ``benchmarks/companding.py`` measures it.) A group whose largest
+magnitude is below 2⁻¹²⁶, the smallest normal float32, stores scale 0 and decodes
+to zero. A group that holds a NaN or an infinity stores a NaN scale and decodes
+to NaN; other groups are not touched by it. "paper" follows arXiv 2602.23349,
+equations for the companded moments, with our scales.
+
+Master weights of bfloat16 parameters. With ``b`` the bits of the float32 master
+weight, ``M`` is ``b`` rounded to its top 24 bits, the parameter's bits are
+``p = (M + 0x80) >> 8`` and the correction is ``M - (p << 8)``, an int8. At 32
+bits ``p = (b + 0x8000) >> 16`` and the correction ``b - (p << 16)`` is an int16;
+nothing is lost. Bit patterns grow with the magnitude, so this crosses binades
+and covers subnormals with no special case. A magnitude that rounds past the
+largest finite number of its format becomes infinite, as in any float
+conversion, and a NaN stays a NaN.
+
+Master weights of float16 parameters, whose bits don't line up with float32's:
+the correction is the rounding error in units of half the parameter's last
+place, times 127 (int8) or 32767 (int16), as in the paper.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flashoptim_jax.storage import Storage
+
+Kind = Literal["first", "second"]
+CODE_DTYPE = {"first": jnp.int8, "second": jnp.uint8}
+SCALE_DTYPE = jnp.bfloat16
+_TINY = 2.0**-126  # the smallest normal float32
+
+
+def group_axis(shape: tuple[int, ...], group_size: int) -> int | None:
+  """The axis along which a leaf of ``shape`` is cut into groups.
+
+  The last axis when it holds at least one whole group, else the largest axis
+  (the last of them). It depends on the shape alone. None for a scalar.
+  """
+  if not shape:
+    return None
+  if shape[-1] >= group_size:
+    return len(shape) - 1
+  return max(range(len(shape)), key=lambda axis: (shape[axis], axis))
+
+
+def scale_shape(shape: tuple[int, ...], group_size: int) -> tuple[int, ...]:
+  """Shape of the scales: that of the leaf, its group axis divided, rounded up."""
+  axis = group_axis(shape, group_size)
+  if axis is None:
+    return ()
+  groups = math.ceil(shape[axis] / group_size)
+  return (*shape[:axis], groups, *shape[axis + 1 :])
+
+
+def encode(
+    x: jax.Array, kind: Kind, storage: Storage
+) -> tuple[jax.Array, jax.Array]:
+  """Compands a moment to 8 bits.
+
+  Args:
+    x: The moment, float32, of any shape; ``kind="second"`` needs ``x >= 0``.
+    kind: ``"first"`` (signed) or ``"second"`` (a mean of squares).
+    storage: Gives the group size and the companding.
+
+  Returns:
+    Codes of x's shape, int8 for first and uint8 for second moments, and scales,
+    bfloat16, of :func:`scale_shape`.
+  """
+  magnitude = jnp.abs(x) if kind == "first" else x
+  largest = _group_max(magnitude, storage.group_size)
+  largest = jnp.where(largest < _TINY, 0.0, largest)
+  scale = largest if kind == "first" else jnp.sqrt(largest)
+  scale = scale.astype(SCALE_DTYPE)
+  scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
+  s = scale.astype(jnp.float32)
+  levels = 127.0 if kind == "first" else 255.0
+  if storage.companding == "root":
+    # sqrt(|x| / s) · levels, with the division done once per group.
+    factor = _group_expand(levels * _inverse(jnp.sqrt(s)), x.shape, storage)
+    root = jnp.sqrt(magnitude) if kind == "first" else jnp.sqrt(jnp.sqrt(x))
+    level = root * factor
+  else:
+    factor = _group_expand(_inverse(s), x.shape, storage)
+    if kind == "first":
+      ratio = magnitude * factor
+      level = levels * (2.0 * ratio / (1.0 + ratio))
+    else:
+      level = jnp.minimum(levels * (jnp.sqrt(x) * factor), levels)
+  # NaN fails the comparison, so that no NaN meets the integer conversion.
+  level = jnp.where(level <= levels + 0.5, level + 0.5, 0.0)
+  if kind == "first":
+    level = jnp.where(x < 0, -level, level)
+  return level.astype(CODE_DTYPE[kind]), scale
+
+
+def decode(
+    codes: jax.Array, scale: jax.Array, kind: Kind, storage: Storage
+) -> jax.Array:
+  """Inverse of :func:`encode`: float32, of the codes' shape."""
+  c = codes.astype(jnp.float32)
+  s = scale.astype(jnp.float32)
+  if storage.companding == "root":
+    levels = 127.0 if kind == "first" else 255.0
+    factor = _group_expand(s * (1.0 / levels**2), codes.shape, storage)
+    if kind == "first":
+      return c * jnp.abs(c) * factor
+    return jnp.square(c * c * factor)
+  s = _group_expand(s, codes.shape, storage)
+  if kind == "first":
+    y = c * (1.0 / 127.0)
+    return y / (2.0 - jnp.abs(y)) * s
+  return jnp.square(c * (1.0 / 255.0) * s)
+
+
+def _inverse(s: jax.Array) -> jax.Array:
+  """1 / s, and 0 where s is 0."""
+  return jnp.where(s == 0, 0.0, 1.0 / s)
+
+
+def _group_max(x: jax.Array, group_size: int) -> jax.Array:
+  """Maximum of each group, NaN where the group holds one."""
+  axis = group_axis(x.shape, group_size)
+  if axis is None:
+    return x
+  if x.shape[axis] <= group_size and x.shape[axis] > 0:
+    return jnp.max(x, axis=axis, keepdims=True)
+  groups = math.ceil(x.shape[axis] / group_size)
+  missing = groups * group_size - x.shape[axis]
+  if missing:
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, missing)
+    x = jnp.pad(x, padding)
+  grouped = (*x.shape[:axis], groups, group_size, *x.shape[axis + 1 :])
+  return jnp.max(x.reshape(grouped), axis=axis + 1)
+
+
+def _group_expand(
+    s: jax.Array, shape: tuple[int, ...], storage: Storage
+) -> jax.Array:
+  """Gives every element of ``shape`` its group's value."""
+  axis = group_axis(shape, storage.group_size)
+  if axis is None or s.shape[axis] == 1:
+    return jnp.broadcast_to(s, shape)
+  grouped = (*s.shape[: axis + 1], storage.group_size, *s.shape[axis + 1 :])
+  s = jnp.broadcast_to(jnp.expand_dims(s, axis + 1), grouped)
+  padded = grouped[axis] * storage.group_size
+  s = s.reshape((*shape[:axis], padded, *shape[axis + 1 :]))
+  return lax.slice_in_dim(s, 0, shape[axis], axis=axis)
+
+
+def correction_dtype(dtype, master_bits: int | None):
+  """The dtype of a leaf's correction, or None where it has none."""
+  if master_bits is None or jnp.dtype(dtype).itemsize != 2:
+    return None
+  return jnp.dtype(jnp.int8 if master_bits == 24 else jnp.int16)
+
+
+def split(
+    master: jax.Array, dtype, master_bits: int | None
+) -> tuple[jax.Array, jax.Array | None]:
+  """Splits master weights into parameters and corrections.
+
+  Args:
+    master: float32 (or, for float64 parameters, float64), of any shape.
+    dtype: The parameter's dtype.
+    master_bits: 24, 32 or None.
+
+  Returns:
+    The parameter, ``master`` rounded to ``dtype``, and the correction: int8 at
+    24 bits, int16 at 32, None where ``dtype`` needs none.
+  """
+  if master_bits is None or correction_dtype(dtype, master_bits) is None:
+    return master.astype(dtype), None
+  if dtype == jnp.float16:
+    param = master.astype(dtype)
+    return param, _residual_float16(master, param, master_bits)
+  top, discarded = _top_bits(master, master_bits)
+  param = (top + (1 << (discarded - 1))) >> discarded
+  correction = top - (param << discarded)
+  # A NaN keeps its sign and the quiet bit; rounding must not carry it away.
+  nan = jnp.isnan(master)
+  quiet = _bits(master) >> 16 | 0x40
+  param = jnp.where(nan, quiet, param).astype(jnp.uint16)
+  correction = jnp.where(nan, 0, correction.astype(jnp.int32))
+  return (
+      lax.bitcast_convert_type(param, jnp.bfloat16),
+      correction.astype(correction_dtype(dtype, master_bits)),
+  )
+
+
+def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
+  """Inverse of :func:`split`: the master weights.
+
+  Args:
+    param: The parameter, in any supported dtype.
+    correction: int8 or int16 of the same shape, or None.
+
+  Returns:
+    float32, or float64 for float64 parameters. A zero parameter whose
+    correction points to the other side of zero (it was set to zero from
+    outside, by pruning say) is zero.
+  """
+  if param.dtype.itemsize >= 4:
+    return param
+  if correction is None:
+    return param.astype(jnp.float32)
+  if param.dtype == jnp.float16:
+    unit = _half_ulp_float16(param) * (1.0 / _levels_float16(correction.dtype))
+    return param.astype(jnp.float32) + correction.astype(jnp.float32) * unit
+  shift = 8 if correction.dtype == jnp.int8 else 0
+  p = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.int32)
+  rest = correction.astype(jnp.int32)
+  rest = jnp.where(p & 0x7FFF == 0, jnp.maximum(rest, 0), rest)
+  return lax.bitcast_convert_type((p << 16) + (rest << shift), jnp.float32)
+
+
+def residual(
+    master: jax.Array, param: jax.Array, master_bits: int | None
+) -> jax.Array | None:
+  """The correction that brings a given parameter closest to ``master``.
+
+  Equals the correction of :func:`split` where ``param`` is ``master`` rounded;
+  elsewhere the nearest that the correction's range can reach.
+
+  Args:
+    master: float32 master weights.
+    param: The parameters, in their own dtype.
+    master_bits: 24, 32 or None.
+
+  Returns:
+    int8, int16 or None, as in :func:`split`.
+  """
+  dtype = correction_dtype(param.dtype, master_bits)
+  if master_bits is None or dtype is None:
+    return None
+  if param.dtype == jnp.float16:
+    return _residual_float16(master, param, master_bits)
+  top, discarded = _top_bits(master, master_bits)
+  sign = jnp.uint32(0x80 << (master_bits - 8))
+  p = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.uint32) << discarded
+  distance = (top & (sign - 1)).astype(jnp.int32)
+  distance -= (p & (sign - 1)).astype(jnp.int32)
+  lowest, highest = jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+  distance = jnp.where((top ^ p) & sign == 0, distance, lowest)
+  distance = jnp.where(jnp.isnan(master) | jnp.isnan(param), 0, distance)
+  return jnp.clip(distance, lowest, highest).astype(dtype)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _top_bits(master: jax.Array, master_bits: int) -> tuple[jax.Array, int]:
+  """The master format's bit pattern, and how many bits bfloat16 drops of it."""
+  bits = _bits(master)
+  if master_bits == 32:
+    return bits, 16
+  return (bits + 0x80) >> 8, 8
+
+
+def _levels_float16(dtype) -> float:
+  return 127.0 if dtype == jnp.int8 else 32767.0
+
+
+def _half_ulp_float16(param: jax.Array) -> jax.Array:
+  """Half the distance from |param| to the next larger float16, in float32."""
+  bits = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.int32)
+  exponent = jnp.maximum((bits >> 10) & 0x1F, 1)
+  # 2^(exponent - 15 - 10 - 1), written as a float32 bit pattern.
+  return lax.bitcast_convert_type((exponent - 26 + 127) << 23, jnp.float32)
+
+
+def _residual_float16(master, param, master_bits) -> jax.Array:
+  dtype = correction_dtype(param.dtype, master_bits)
+  levels = _levels_float16(dtype)
+  error = master - param.astype(jnp.float32)
+  code = jnp.round(error / _half_ulp_float16(param) * levels)
+  code = jnp.where(jnp.isfinite(error), jnp.clip(code, -levels, levels), 0.0)
+  return code.astype(dtype)

@@ -1,0 +1,176 @@
+"""Precision in and out: parameters, master weights and moments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flashoptim_jax import codec, paths
+from flashoptim_jax import state as state_lib
+from flashoptim_jax.state import FlashState
+
+
+def cast_params(
+    params: optax.Params, dtype: Any, keep: Sequence[str] = ()
+) -> optax.Params:
+  """Casts floating-point parameters, but for the leaves to keep.
+
+  Args:
+    params: Any tree; leaves that are not floating point are left alone.
+    dtype: The new dtype.
+    keep: Glob patterns (as in :mod:`fnmatch`) on a leaf's path, its keys joined
+      by slashes: ``"*norm*"`` keeps ``layers/0/norm/scale``, ``"head/*"`` all
+      of the head.
+
+  Returns:
+    The tree with its leaves cast.
+
+  Raises:
+    ValueError: If ``dtype`` is not floating point.
+  """
+  _check_float(dtype)
+  keep = _patterns(keep)
+
+  def cast(path, leaf):
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      return leaf
+    return leaf if paths.matches(path, keep) else jnp.asarray(leaf).astype(dtype)
+
+  return jax.tree.map_with_path(cast, params)
+
+
+def from_fp32(
+    tx: optax.GradientTransformation,
+    params_fp32: optax.Params,
+    dtype: Any = jnp.bfloat16,
+    keep: Sequence[str] = (),
+) -> tuple[optax.Params, optax.OptState]:
+  """Starts training from float32 parameters without rounding them away.
+
+  Args:
+    tx: A transformation with flash optimizers in it.
+    params_fp32: float32 parameters.
+    dtype: The dtype to train in.
+    keep: Leaves that stay as they are, see :func:`cast_params`.
+
+  Returns:
+    The parameters in ``dtype`` and the transformation's state, whose corrections
+    hold what the cast rounded off (as far as ``Storage.master_bits`` goes).
+
+  Raises:
+    ValueError: If ``tx`` contains no flash optimizer, or for a bad dtype.
+  """
+  params = cast_params(params_fp32, dtype, keep)
+  opt_state = tx.init(params)
+  state_lib.flash_states(opt_state)
+  masters = state_lib.by_path(params_fp32)
+  rounded = state_lib.by_path(params)
+
+  def correct(state: FlashState) -> FlashState:
+    def residual(path, correction):
+      del correction
+      leaf = paths.name(path)
+      master = jnp.asarray(masters[leaf]).astype(jnp.float32)
+      bits = state.format.storage.master_bits
+      return codec.residual(master, rounded[leaf], bits)
+
+    correction = jax.tree.map_with_path(residual, state.correction)
+    return state._replace(correction=correction)
+
+  return params, state_lib.map_flash_states(correct, opt_state)
+
+
+def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
+  """The master weights: parameters and corrections put together.
+
+  Args:
+    params: The parameters.
+    opt_state: The state of the transformation that trains them; flash states
+      are found in any nesting.
+
+  Returns:
+    ``params`` with 16-bit floating-point leaves in float32; leaves that no flash
+    optimizer holds a correction for are cast, leaves of other dtypes returned
+    as they are.
+
+  Raises:
+    ValueError: If there is no flash state, or it does not match ``params``.
+  """
+  corrections = _by_path(opt_state, "correction")
+  unknown = corrections.keys() - state_lib.by_path(params).keys()
+  if unknown:
+    raise ValueError(
+        f"opt_state has a correction for {min(unknown)!r}, which params lacks."
+    )
+
+  def merge(path, param):
+    param = jnp.asarray(param)
+    correction = corrections.get(paths.name(path))
+    if correction is not None and correction.shape != param.shape:
+      raise ValueError(
+          f"Parameter {paths.name(path)!r} has shape {param.shape}, its"
+          f" correction {correction.shape}; expected the same."
+      )
+    is_float = jnp.issubdtype(param.dtype, jnp.floating)
+    return codec.merge(param, correction) if is_float else param
+
+  return jax.tree.map_with_path(merge, params)
+
+
+def moments(opt_state: optax.OptState) -> dict[str, Any]:
+  """The moments, decoded.
+
+  Args:
+    opt_state: A state with flash states in any nesting.
+
+  Returns:
+    ``{"mu": tree, "nu": tree}``, with the moments that the optimizers keep:
+    float32 arrays of the parameters' shapes. Where several flash optimizers
+    share the leaves out, their trees are put together; a leaf that none of them
+    keeps a moment of stays an ``optax.MaskedNode()``.
+
+  Raises:
+    ValueError: If there is no flash state.
+  """
+  trees: dict[str, Any] = {}
+  for state in state_lib.flash_states(opt_state):
+    for name, kind in state.format.moments:
+      values = getattr(state, name)
+      if state.format.storage.moment_bits == 8:
+        values = jax.tree.map(
+            lambda codes, scale, kind=kind, storage=state.format.storage: (
+                codec.decode(codes, scale, kind, storage)
+            ),
+            values,
+            getattr(state, f"{name}_scale"),
+        )
+      trees[name] = _join(trees[name], values) if name in trees else values
+  return trees
+
+
+def _join(a: Any, b: Any) -> Any:
+  """Two trees in one: either may have masked nodes where the other has leaves."""
+  if isinstance(a, optax.MaskedNode):
+    return b
+  if isinstance(b, optax.MaskedNode) or jax.tree.leaves(a) == [a]:
+    return a
+  return jax.tree.map(_join, a, b, is_leaf=lambda node: node is not a)
+
+
+def _by_path(opt_state: Any, field: str) -> dict[str, jax.Array]:
+  """One field of all flash states, by leaf path."""
+  found: dict[str, jax.Array] = {}
+  for state in state_lib.flash_states(opt_state):
+    found.update(state_lib.by_path(getattr(state, field)))
+  return found
+
+
+def _check_float(dtype: Any) -> None:
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"dtype is {dtype!r}; expected a floating-point dtype.")
+
+
+def _patterns(keep: Sequence[str]) -> tuple[str, ...]:
+  return (keep,) if isinstance(keep, str) else tuple(keep)

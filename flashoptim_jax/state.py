@@ -1,0 +1,151 @@
+"""The optimizer state: trees that mirror the parameters, and what they mean."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flashoptim_jax import codec, paths, sharding
+from flashoptim_jax.storage import Storage
+
+SUPPORTED_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """What a state's arrays mean. Static: a pytree node without leaves.
+
+  Attributes:
+    optimizer: Name of the update rule, see :mod:`flashoptim_jax.rules`.
+    moments: Name and kind of the moments that the state keeps.
+    storage: How they are stored.
+  """
+
+  optimizer: str
+  moments: tuple[tuple[str, codec.Kind], ...]
+  storage: Storage
+
+
+class FlashState(NamedTuple):
+  """State of a flash optimizer.
+
+  The trees have the parameters' structure, with one array per leaf, of the
+  leaf's rank; ``optax.MaskedNode()`` stands for an array that a leaf, or the
+  whole state, does not need.
+
+  Attributes:
+    count: Updates done so far, int32 of shape ().
+    mu: First moment: int8 codes of the leaf's shape, or float32.
+    mu_scale: Its scales, bfloat16, the leaf's shape with the group axis divided
+      by the group size (rounded up).
+    nu: Second moment: uint8 codes, or float32.
+    nu_scale: Its scales, as for ``mu_scale``.
+    correction: int8 or int16 of the leaf's shape, for 16-bit leaves.
+    format: What the arrays mean.
+  """
+
+  count: Any
+  mu: Any
+  mu_scale: Any
+  nu: Any
+  nu_scale: Any
+  correction: Any
+  format: Format
+
+
+def check_params(params: Any) -> None:
+  """Raises a ValueError for leaves that a flash optimizer cannot hold."""
+  for path, leaf in jax.tree.leaves_with_path(params):
+    dtype = jnp.result_type(leaf)
+    if dtype.name not in SUPPORTED_DTYPES:
+      hint = (
+          " Wrap the optimizer in optax.contrib.split_real_and_imaginary."
+          if jnp.issubdtype(dtype, jnp.complexfloating)
+          else " Leave it out with optax.masked or optax.partition."
+      )
+      raise ValueError(
+          f"Parameter {paths.name(path)!r} has dtype {dtype.name}; expected one"
+          f" of {', '.join(SUPPORTED_DTYPES)}.{hint}"
+      )
+
+
+def init(params: Any, form: Format) -> FlashState:
+  """The state before the first update: all zeros.
+
+  ``params`` may hold arrays, ``jax.ShapeDtypeStruct``s or Optax's placeholder.
+  """
+  check_params(params)
+  storage = form.storage
+
+  def like(dtype):
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+
+  def scales():
+    return jax.tree.map(lambda p: sharding.zero_scale(p, storage.group_size), params)
+
+  def correction(param):
+    dtype = codec.correction_dtype(jnp.result_type(param), storage.master_bits)
+    if dtype is None:
+      return optax.MaskedNode()
+    return jnp.zeros_like(param, dtype=dtype)
+
+  absent = optax.MaskedNode()
+  fields = dict.fromkeys(("mu", "mu_scale", "nu", "nu_scale"), absent)
+  for name, kind in form.moments:
+    if storage.moment_bits == 8:
+      fields[name] = like(codec.CODE_DTYPE[kind])
+      fields[f"{name}_scale"] = scales()
+    else:
+      fields[name] = like(jnp.float32)
+  return FlashState(
+      count=jnp.zeros([], jnp.int32),
+      correction=(
+          absent
+          if storage.master_bits is None
+          else jax.tree.map(correction, params)
+      ),
+      format=form,
+      **fields,
+  )
+
+
+def is_flash_state(node: Any) -> bool:
+  """Whether a node of a tree is a flash optimizer's state."""
+  return isinstance(node, FlashState)
+
+
+def flash_states(opt_state: Any) -> list[FlashState]:
+  """Every flash state in any nesting of chains, partitions and wrappers.
+
+  Raises:
+    ValueError: If there is none.
+  """
+  nodes = jax.tree.leaves(opt_state, is_leaf=is_flash_state)
+  found = [node for node in nodes if is_flash_state(node)]
+  if not found:
+    raise ValueError(
+        "No flash optimizer state found in opt_state, a"
+        f" {type(opt_state).__name__}; expected the state of a transformation"
+        " that contains flashoptim_jax.adamw, adam, sgd or lion."
+    )
+  return found
+
+
+def map_flash_states(
+    f: Callable[[FlashState], FlashState], opt_state: Any
+) -> Any:
+  """``opt_state`` with ``f`` applied to every flash state in it."""
+  return jax.tree.map(
+      lambda node: f(node) if is_flash_state(node) else node,
+      opt_state,
+      is_leaf=is_flash_state,
+  )
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+  """The arrays of a params-shaped tree of the state, by their leaf's path."""
+  return {paths.name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}

@@ -1,0 +1,49 @@
+"""How parameters and optimizer state are stored."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+  """The precision in which an optimizer keeps its state.
+
+  Frozen and hashable, and neither a number nor a callable, so that
+  ``optax.inject_hyperparams`` leaves it alone.
+
+  Attributes:
+    master_bits: Bits of the master weight that a 16-bit parameter and its
+      correction make up together: 24 (an int8 correction), 32 (an int16
+      correction; float32, lossless, for bfloat16 parameters), or None (no
+      correction: the 16-bit parameter is all there is). Parameters of 32 and 64
+      bits are their own master weights, whatever is chosen here.
+    moment_bits: 8 (codes with one scale per group) or 32 (float32).
+    group_size: Elements that share a scale, along one axis of a leaf.
+    companding: ``"root"`` or ``"paper"``, see :mod:`flashoptim_jax.codec`.
+
+  Raises:
+    ValueError: If an option is none of the above.
+  """
+
+  master_bits: Literal[24, 32] | None = 24
+  moment_bits: Literal[8, 32] = 8
+  group_size: int = 32
+  companding: Literal["root", "paper"] = "root"
+
+  def __post_init__(self):
+    for name, options in (
+        ("master_bits", (24, 32, None)),
+        ("moment_bits", (8, 32)),
+        ("companding", ("root", "paper")),
+    ):
+      value = getattr(self, name)
+      if isinstance(value, bool) or value not in options:
+        raise ValueError(
+            f"Storage.{name} is {value!r}; expected one of "
+            f"{', '.join(map(repr, options))}."
+        )
+    size = self.group_size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+      raise ValueError(
+          f"Storage.group_size is {size!r}; expected a positive int."
+      )

@@ -1,0 +1,217 @@
+"""The gradient transformation that every flash optimizer is an instance of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax._src import base
+
+from flashoptim_jax import codec, kernels, paths
+from flashoptim_jax import state as state_lib
+from flashoptim_jax.rules import Rule, Scalars
+from flashoptim_jax.state import FlashState, Format
+
+# The extra argument by which `flashoptim_jax.step` asks for new parameters in
+# place of updates.
+NEW_PARAMS = "flashoptim_new_params"
+
+
+class NewParam:
+  """A new parameter on its way through a chain, in an update's place.
+
+  Opaque to JAX: a later transformation that computes with it fails, where it
+  would silently scale a parameter instead of an update. Not a pytree node.
+  """
+
+  def __init__(self, value: jax.Array):
+    self.value = value
+
+  # What a mask may look at. There is no dtype, lest it pass for an array.
+  shape = property(lambda self: self.value.shape)
+  ndim = property(lambda self: self.value.ndim)
+  size = property(lambda self: self.value.size)
+
+
+def flash_transformation(
+    rule: Rule,
+    form: Format,
+    scalars: Callable[[jax.Array], Scalars],
+    *,
+    mask: Any = None,
+    decay: bool,
+    implementation: str | None,
+) -> optax.GradientTransformationExtraArgs:
+  """Makes a transformation of an update rule.
+
+  Args:
+    rule: The arithmetic.
+    form: What the state holds.
+    scalars: Gives the rule's hyperparameters, ``learning_rate`` and
+      ``weight_decay`` for a count of updates done so far.
+    mask: Where weight decay applies: a prefix of the params with bool leaves, a
+      function of the params that returns one, or None for everywhere.
+    decay: Whether there is weight decay at all.
+    implementation: See :func:`flashoptim_jax.kernels.update_leaves`.
+  """
+  kernels.check_implementation(implementation)
+
+  def init_fn(params):
+    return state_lib.init(params, form)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    if params is None:
+      raise ValueError(base.NO_PARAMS_MSG)
+    new_params = bool(extra_args.get(NEW_PARAMS, False))
+    leaves = _leaves(updates, state, params, form)
+    flags = _decay_flags(mask, params) if decay else [False] * len(leaves)
+    updated = kernels.update_leaves(
+        rule,
+        form.storage,
+        [
+            leaf._replace(decay=flag)
+            for leaf, flag in zip(leaves, flags, strict=True)
+        ],
+        scalars(state.count),
+        implementation=implementation,
+        new_params=new_params,
+    )
+    treedef: Any = jax.tree.structure(params)
+    results: list[Any] = [leaf.result for leaf in updated]
+    if new_params:
+      results = [NewParam(result) for result in results]
+    return treedef.unflatten(results), _new_state(state, treedef, updated, form)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _leaves(
+    grads: Any, state: FlashState, params: Any, form: Format
+) -> list[kernels.Leaf]:
+  """Lines up gradients, parameters and state; raises a ValueError if it can't."""
+  if not state_lib.is_flash_state(state):
+    raise ValueError(
+        f"The optimizer state is a {type(state).__name__}; expected a"
+        f" FlashState, as {form.optimizer}(...).init returns."
+    )
+  if state.format != form:
+    raise ValueError(
+        f"The optimizer state was made by {_describe(state.format)}; this"
+        f" transformation is {_describe(form)}."
+    )
+  state_lib.check_params(params)
+  storage = form.storage
+  named = [
+      (paths.name(path), jnp.asarray(leaf))
+      for path, leaf in jax.tree.leaves_with_path(params)
+  ]
+  grads = paths.leaves_like(grads, params, "the gradients", "the parameters")
+
+  def field(name):
+    tree = getattr(state, name)
+    if isinstance(tree, optax.MaskedNode):
+      return [tree] * len(named)
+    what = f"the state's {name}"
+    return paths.leaves_like(tree, params, what, "the parameters")
+
+  corrections = field("correction")
+  moments = [
+      (kind, name, field(name), field(f"{name}_scale"))
+      for name, kind in form.moments
+  ]
+  leaves = []
+  for i, (path, param) in enumerate(named):
+    if isinstance(grads[i], NewParam):
+      raise ValueError(
+          f"Leaf {path!r} is updated by two flash optimizers; expected masks or"
+          " labels that give each leaf to one."
+      )
+    grad = jnp.asarray(grads[i])
+    if grad.shape != param.shape or not jnp.issubdtype(grad.dtype, jnp.floating):
+      raise ValueError(
+          f"The gradient of {path!r} has shape {grad.shape} and dtype"
+          f" {grad.dtype.name}; expected shape {param.shape} and a"
+          " floating-point dtype."
+      )
+    dtype = codec.correction_dtype(param.dtype, storage.master_bits)
+    what = "state's correction"
+    correction = _expect(what, path, corrections[i], param.shape, dtype)
+    pairs = []
+    for kind, name, values, scales in moments:
+      dtype, scale_dtype = jnp.float32, None
+      if storage.moment_bits == 8:
+        dtype, scale_dtype = codec.CODE_DTYPE[kind], codec.SCALE_DTYPE
+      codes = _expect(f"state's {name}", path, values[i], param.shape, dtype)
+      what = f"state's {name}_scale"
+      shape = codec.scale_shape(param.shape, storage.group_size)
+      pairs.append((codes, _expect(what, path, scales[i], shape, scale_dtype)))
+    leaves.append(
+        kernels.Leaf(path, grad, param, correction, tuple(pairs), False)
+    )
+  return leaves
+
+
+def _describe(form: Format) -> str:
+  return f"flashoptim_jax.{form.optimizer} with {form.storage}"
+
+
+def _expect(what: str, path: str, found: Any, shape, dtype) -> Any:
+  """Returns the array found, or None where there should be none (no dtype).
+
+  Raises:
+    ValueError: If it is not what is expected.
+  """
+  is_array = hasattr(found, "dtype") and hasattr(found, "shape")
+  if dtype is None:
+    if not is_array:
+      return None
+    expected = "none"
+  else:
+    dtype = jnp.dtype(dtype)
+    if is_array and (tuple(found.shape), found.dtype) == (tuple(shape), dtype):
+      return found
+    expected = f"shape {tuple(shape)} and dtype {dtype.name}"
+  if is_array:
+    seen = f"has shape {tuple(found.shape)} and dtype {found.dtype.name}"
+  else:
+    seen = f"is a {type(found).__name__}, not an array"
+  raise ValueError(f"The {what} of {path!r} {seen}; expected {expected}.")
+
+
+def _decay_flags(mask: Any, params: Any) -> list[bool]:
+  """For each leaf of params, whether weight decay applies."""
+  if mask is None:
+    return [True] * len(jax.tree.leaves(params))
+  # A mask may be a callable object that is also a tree of booleans.
+  mask_leaves = jax.tree.leaves(mask)
+  if mask_leaves and all(callable(leaf) for leaf in mask_leaves):
+    mask = mask(params)
+  try:
+    return jax.tree.leaves(jax.tree.broadcast(mask, params))
+  except ValueError as error:
+    raise ValueError(
+        "The weight decay mask is not a prefix of the parameters:"
+        f" {jax.tree.structure(mask)} against {jax.tree.structure(params)}."
+    ) from error
+
+
+def _new_state(
+    state: FlashState,
+    treedef: Any,
+    updated: list[kernels.UpdatedLeaf],
+    form: Format,
+) -> FlashState:
+  absent = optax.MaskedNode()
+  fields = {}
+  for i, (name, _) in enumerate(form.moments):
+    fields[name] = treedef.unflatten([leaf.moments[i][0] for leaf in updated])
+    if form.storage.moment_bits == 8:
+      scales = [leaf.moments[i][1] for leaf in updated]
+      fields[f"{name}_scale"] = treedef.unflatten(scales)
+  if form.storage.master_bits is not None:
+    fields["correction"] = treedef.unflatten([
+        absent if leaf.correction is None else leaf.correction
+        for leaf in updated
+    ])
+  return state._replace(count=optax.safe_increment(state.count), **fields)
