@@ -92,12 +92,24 @@ def encode(
     Codes of x's shape, int8 for first and uint8 for second moments, and scales,
     bfloat16, of :func:`scale_shape`.
   """
-  magnitude = jnp.abs(x) if kind == "first" else x
-  largest = _group_max(magnitude, storage.group_size)
-  largest = jnp.where(largest < _TINY, 0.0, largest)
+  scale = encode_scale(x, kind, storage)
+  return encode_codes(x, scale, kind, storage), scale
+
+
+def encode_scale(x: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
+  """The scales of :func:`encode`."""
+  largest = _group_max(x, storage.group_size)
+  largest = _where(largest < _TINY, 0.0, largest)
   scale = largest if kind == "first" else jnp.sqrt(largest)
-  scale = scale.astype(SCALE_DTYPE)
-  scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
+  scale = _where(lax.is_finite(scale), scale, jnp.nan)
+  return round_to(scale, SCALE_DTYPE)
+
+
+def encode_codes(
+    x: jax.Array, scale: jax.Array, kind: Kind, storage: Storage
+) -> jax.Array:
+  """The codes of :func:`encode`, against given scales."""
+  magnitude = jnp.abs(x) if kind == "first" else x
   s = scale.astype(jnp.float32)
   levels = 127.0 if kind == "first" else 255.0
   if storage.companding == "root":
@@ -113,10 +125,10 @@ def encode(
     else:
       level = jnp.minimum(levels * (jnp.sqrt(x) * factor), levels)
   # NaN fails the comparison, so that no NaN meets the integer conversion.
-  level = jnp.where(level <= levels + 0.5, level + 0.5, 0.0)
+  level = _where(level <= levels + 0.5, level + 0.5, 0.0)
   if kind == "first":
-    level = jnp.where(x < 0, -level, level)
-  return level.astype(CODE_DTYPE[kind]), scale
+    level = _where(x < 0, -level, level)
+  return level.astype(CODE_DTYPE[kind])
 
 
 def decode(
@@ -130,34 +142,50 @@ def decode(
     factor = _group_expand(s * (1.0 / levels**2), codes.shape, storage)
     if kind == "first":
       return c * jnp.abs(c) * factor
-    return jnp.square(c * c * factor)
+    return lax.square(c * c * factor)
   s = _group_expand(s, codes.shape, storage)
   if kind == "first":
     y = c * (1.0 / 127.0)
     return y / (2.0 - jnp.abs(y)) * s
-  return jnp.square(c * (1.0 / 255.0) * s)
+  return lax.square(c * (1.0 / 255.0) * s)
 
 
 def _inverse(s: jax.Array) -> jax.Array:
   """1 / s, and 0 where s is 0."""
-  return jnp.where(s == 0, 0.0, 1.0 / s)
+  return _where(s == 0, 0.0, 1.0 / s)
+
+
+def _where(condition: jax.Array, x, y) -> jax.Array:
+  """``jnp.where`` for same-shaped arrays and numbers, with no jit of its own.
+
+  The CPU path compiles this module's functions into calls that XLA must not
+  split up (:mod:`flashoptim_jax.kernels.xla`).
+  """
+  array = x if isinstance(x, jax.Array) else y
+  x, y = (
+      v if isinstance(v, jax.Array) else lax.full_like(array, v) for v in (x, y)
+  )
+  return lax.select(condition, x, y)
 
 
 def _group_max(x: jax.Array, group_size: int) -> jax.Array:
-  """Maximum of each group, NaN where the group holds one."""
+  """Largest magnitude of each group, NaN where the group holds one."""
+  # As integers, the bits of magnitudes are in order, NaN above all others. XLA's
+  # float maximum, which has to look for NaN, is many times slower on a CPU.
+  bits = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
   axis = group_axis(x.shape, group_size)
-  if axis is None:
-    return x
-  if x.shape[axis] <= group_size and x.shape[axis] > 0:
-    return jnp.max(x, axis=axis, keepdims=True)
-  groups = math.ceil(x.shape[axis] / group_size)
-  missing = groups * group_size - x.shape[axis]
-  if missing:
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, missing)
-    x = jnp.pad(x, padding)
-  grouped = (*x.shape[:axis], groups, group_size, *x.shape[axis + 1 :])
-  return jnp.max(x.reshape(grouped), axis=axis + 1)
+  if axis is not None and x.shape[axis]:
+    whole = x.shape[axis] // group_size
+    parts = []
+    if whole:
+      grouped = (*x.shape[:axis], whole, group_size, *x.shape[axis + 1 :])
+      part = lax.slice_in_dim(bits, 0, whole * group_size, axis=axis)
+      parts.append(jnp.max(part.reshape(grouped), axis=axis + 1))
+    if x.shape[axis] % group_size:
+      part = lax.slice_in_dim(bits, whole * group_size, None, axis=axis)
+      parts.append(jnp.max(part, axis=axis, keepdims=True))
+    bits = lax.concatenate(parts, axis)
+  return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _group_expand(
@@ -172,6 +200,25 @@ def _group_expand(
   padded = grouped[axis] * storage.group_size
   s = s.reshape((*shape[:axis], padded, *shape[axis + 1 :]))
   return lax.slice_in_dim(s, 0, shape[axis], axis=axis)
+
+
+def round_to(x: jax.Array, dtype) -> jax.Array:
+  """Rounds to ``dtype`` in a way that XLA does not optimise away.
+
+  Inside one program XLA may skip the rounding of an intermediate 16-bit value.
+  Codes and corrections must be taken for the value that is really stored.
+  """
+  info, wide = jnp.finfo(dtype), jnp.finfo(x.dtype)
+  if info.bits < wide.bits:
+    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
+    if info.nexp < 8:
+      # reduce_precision flushes float16's subnormals, all multiples of 2⁻²⁴;
+      # next to this number, so are the floats of x's own dtype.
+      near = 1.5 * 2.0 ** (wide.nmant + info.minexp - info.nmant)
+      subnormal = jnp.abs(x) < float(info.tiny)
+      rounded = _where(subnormal, (x + near) - near, rounded)
+    x = rounded
+  return x.astype(dtype)
 
 
 def correction_dtype(dtype, master_bits: int | None):
@@ -195,23 +242,44 @@ def split(
     The parameter, ``master`` rounded to ``dtype``, and the correction: int8 at
     24 bits, int16 at 32, None where ``dtype`` needs none.
   """
-  if master_bits is None or correction_dtype(dtype, master_bits) is None:
-    return master.astype(dtype), None
+  correction = split_correction(master, dtype, master_bits)
+  return split_param(master, correction, dtype), correction
+
+
+def split_correction(
+    master: jax.Array, dtype, master_bits: int | None
+) -> jax.Array | None:
+  """The correction of :func:`split`."""
+  corrects = correction_dtype(dtype, master_bits)
+  if master_bits is None or corrects is None:
+    return None
   if dtype == jnp.float16:
-    param = master.astype(dtype)
-    return param, _residual_float16(master, param, master_bits)
-  top, discarded = _top_bits(master, master_bits)
-  param = (top + (1 << (discarded - 1))) >> discarded
-  correction = top - (param << discarded)
-  # A NaN keeps its sign and the quiet bit; rounding must not carry it away.
-  nan = jnp.isnan(master)
-  quiet = _bits(master) >> 16 | 0x40
-  param = jnp.where(nan, quiet, param).astype(jnp.uint16)
-  correction = jnp.where(nan, 0, correction.astype(jnp.int32))
-  return (
-      lax.bitcast_convert_type(param, jnp.bfloat16),
-      correction.astype(correction_dtype(dtype, master_bits)),
+    return _residual_float16(master, round_to(master, dtype), master_bits)
+  # The bits below the parameter's, as a signed number.
+  unsigned = jnp.uint8 if master_bits == 24 else jnp.uint16
+  low = lax.bitcast_convert_type(
+      _top_bits(master, master_bits).astype(unsigned), corrects
   )
+  return _where(jnp.isnan(master), 0, low)
+
+
+def split_param(
+    master: jax.Array, correction: jax.Array | None, dtype
+) -> jax.Array:
+  """The parameter of :func:`split`, given its correction.
+
+  Reads the correction, so that the two belong together even where ``master`` was
+  computed twice and came out one unit apart.
+  """
+  if correction is None or dtype == jnp.float16:
+    return round_to(master, dtype)
+  master_bits = 24 if correction.dtype == jnp.int8 else 32
+  discarded = master_bits - 16
+  top = _top_bits(master, master_bits) - correction.astype(jnp.uint32)
+  param = (top + (1 << (discarded - 1))) >> discarded
+  # A NaN keeps its sign and the quiet bit; rounding must not carry it away.
+  param = _where(jnp.isnan(master), _bits(master) >> 16 | 0x40, param)
+  return lax.bitcast_convert_type(param.astype(jnp.uint16), jnp.bfloat16)
 
 
 def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
@@ -236,7 +304,7 @@ def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
   shift = 8 if correction.dtype == jnp.int8 else 0
   p = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.int32)
   rest = correction.astype(jnp.int32)
-  rest = jnp.where(p & 0x7FFF == 0, jnp.maximum(rest, 0), rest)
+  rest = _where(p & 0x7FFF == 0, jnp.maximum(rest, 0), rest)
   return lax.bitcast_convert_type((p << 16) + (rest << shift), jnp.float32)
 
 
@@ -261,14 +329,15 @@ def residual(
     return None
   if param.dtype == jnp.float16:
     return _residual_float16(master, param, master_bits)
-  top, discarded = _top_bits(master, master_bits)
+  top = _top_bits(master, master_bits)
   sign = jnp.uint32(0x80 << (master_bits - 8))
-  p = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.uint32) << discarded
+  p = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.uint32)
+  p = p << (master_bits - 16)
   distance = (top & (sign - 1)).astype(jnp.int32)
   distance -= (p & (sign - 1)).astype(jnp.int32)
   lowest, highest = jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
-  distance = jnp.where((top ^ p) & sign == 0, distance, lowest)
-  distance = jnp.where(jnp.isnan(master) | jnp.isnan(param), 0, distance)
+  distance = _where((top ^ p) & sign == 0, distance, lowest)
+  distance = _where(jnp.isnan(master) | jnp.isnan(param), 0, distance)
   return jnp.clip(distance, lowest, highest).astype(dtype)
 
 
@@ -276,12 +345,10 @@ def _bits(x: jax.Array) -> jax.Array:
   return lax.bitcast_convert_type(x, jnp.uint32)
 
 
-def _top_bits(master: jax.Array, master_bits: int) -> tuple[jax.Array, int]:
-  """The master format's bit pattern, and how many bits bfloat16 drops of it."""
+def _top_bits(master: jax.Array, master_bits: int) -> jax.Array:
+  """The master format's bit pattern, in the low bits of a uint32."""
   bits = _bits(master)
-  if master_bits == 32:
-    return bits, 16
-  return (bits + 0x80) >> 8, 8
+  return bits if master_bits == 32 else (bits + 0x80) >> 8
 
 
 def _levels_float16(dtype) -> float:
@@ -301,5 +368,5 @@ def _residual_float16(master, param, master_bits) -> jax.Array:
   levels = _levels_float16(dtype)
   error = master - param.astype(jnp.float32)
   code = jnp.round(error / _half_ulp_float16(param) * levels)
-  code = jnp.where(jnp.isfinite(error), jnp.clip(code, -levels, levels), 0.0)
+  code = _where(jnp.isfinite(error), jnp.clip(code, -levels, levels), 0.0)
   return code.astype(dtype)

@@ -99,7 +99,7 @@ def adamw(
   """
   _refuse_dtype("mu_dtype", mu_dtype)
   return _transformation(
-      rules.adam(nesterov),
+      rules.NADAM if nesterov else rules.ADAM,
       lambda count: _adam_scalars(count, b1, b2, eps, eps_root),
       learning_rate,
       weight_decay,
@@ -146,7 +146,7 @@ def adam(
   """
   _refuse_dtype("mu_dtype", mu_dtype)
   return _transformation(
-      rules.adam(nesterov),
+      rules.NADAM if nesterov else rules.ADAM,
       lambda count: _adam_scalars(count, b1, b2, eps, eps_root),
       learning_rate,
       storage=storage,
@@ -211,6 +211,11 @@ def sgd(
         f" nesterov={nesterov!r}; expected 0, or momentum without nesterov."
     )
 
+  if momentum is None:
+    rule = rules.SGD
+  else:
+    rule = rules.NESTEROV if nesterov else rules.MOMENTUM
+
   def momentum_scalars(count):
     del count
     delta = _hyperparameter(dampening, 0.0)
@@ -220,7 +225,7 @@ def sgd(
     }
 
   return _transformation(
-      rules.sgd() if momentum is None else rules.momentum(nesterov),
+      rule,
       (lambda count: {}) if momentum is None else momentum_scalars,
       learning_rate,
       weight_decay,
@@ -290,7 +295,7 @@ def lion(
     }
 
   return _transformation(
-      rules.lion(),
+      rules.LION,
       scalars,
       learning_rate,
       weight_decay,
@@ -341,7 +346,9 @@ def _transformation(
 
   return flash_transformation(
       rule,
-      Format(rule.name, rule.moments, storage),
+      Format(
+          rule.name, tuple((m.name, m.kind) for m in rule.moments), storage
+      ),
       scalars,
       mask=mask,
       decay=not (_is_number(weight_decay) and weight_decay == 0),

@@ -9,10 +9,9 @@ To add an optimizer, write a rule and a factory in
 :mod:`flashoptim_jax.optimizers`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,83 +21,97 @@ from flashoptim_jax import codec
 Scalars = Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
+class Moment(NamedTuple):
+  """A running average that a rule keeps.
+
+  Attributes:
+    name: ``"mu"`` or ``"nu"``, its field in the state.
+    kind: How it is companded.
+    update: ``(grad, moment, scalars) -> moment``.
+  """
+
+  name: str
+  kind: codec.Kind
+  update: Callable[[jax.Array, jax.Array, Scalars], jax.Array]
+
+
+class Rule(NamedTuple):
   """An optimizer's arithmetic.
 
   Attributes:
     name: Identifies the rule; kernels choose their code by it.
-    moments: Name and kind of each moment, in the order that ``direction`` takes
-      and returns them.
-    direction: ``(grad, moments, scalars) -> (direction, moments)``. The master
-      weight moves by ``-learning_rate · (direction + weight_decay · master)``.
+    moments: The moments.
+    direction: ``(grad, old moments, new moments, scalars) -> direction``. The
+      master weight moves by ``-learning_rate · (direction + weight_decay ·
+      master)``.
     nesterov: The option that changes the arithmetic.
   """
 
   name: str
-  moments: tuple[tuple[str, codec.Kind], ...]
-  direction: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+  moments: tuple[Moment, ...]
+  direction: Callable[..., jax.Array]
   nesterov: bool = False
 
 
-def _adam(grad, moments, h: Scalars, nesterov: bool):
-  mu, nu = moments
-  mu = h["one_minus_b1"] * grad + h["b1"] * mu
-  nu = h["one_minus_b2"] * (grad * grad) + h["b2"] * nu
-  if nesterov:
-    mu_hat = h["b1"] * (mu / h["mu_correction_next"]) + h["one_minus_b1"] * (
-        grad / h["mu_correction"]
-    )
-  else:
-    mu_hat = mu / h["mu_correction"]
-  nu_hat = nu / h["nu_correction"]
-  direction = mu_hat / (jnp.sqrt(nu_hat + h["eps_root"]) + h["eps"])
-  return direction, (mu, nu)
+def _average(decay: str, grad, moment, h: Scalars):
+  return h[f"one_minus_{decay}"] * grad + h[decay] * moment
 
 
-def _lion(grad, moments, h: Scalars):
-  (mu,) = moments
-  direction = jnp.sign(h["one_minus_b1"] * grad + h["b1"] * mu)
-  return direction, (h["one_minus_b2"] * grad + h["b2"] * mu,)
+def _average_of_squares(decay: str, grad, moment, h: Scalars):
+  return h[f"one_minus_{decay}"] * (grad * grad) + h[decay] * moment
 
 
-def _momentum(grad, moments, h: Scalars, nesterov: bool):
-  (mu,) = moments
-  scaled = h["one_minus_dampening"] * grad
-  mu = scaled + h["momentum"] * mu
-  return (grad + h["momentum"] * mu if nesterov else mu), (mu,)
+def _adam(grad, old, new, h: Scalars):
+  del grad, old
+  mu, nu = new
+  return (mu / h["mu_correction"]) / _adam_denominator(nu, h)
 
 
-def _sgd(grad, moments, h: Scalars):
-  del h
-  return grad, moments
-
-
-def adam(nesterov: bool) -> Rule:
-  """Adam, or NAdam; scalars as :func:`flashoptim_jax.adam` makes them."""
-  return Rule(
-      "adam",
-      (("mu", "first"), ("nu", "second")),
-      functools.partial(_adam, nesterov=nesterov),
-      nesterov,
+def _nadam(grad, old, new, h: Scalars):
+  del old
+  mu, nu = new
+  mu_hat = h["b1"] * (mu / h["mu_correction_next"]) + h["one_minus_b1"] * (
+      grad / h["mu_correction"]
   )
+  return mu_hat / _adam_denominator(nu, h)
 
 
-def lion() -> Rule:
-  """Lion."""
-  return Rule("lion", (("mu", "first"),), _lion)
+def _adam_denominator(nu, h: Scalars):
+  return jnp.sqrt(nu / h["nu_correction"] + h["eps_root"]) + h["eps"]
 
 
-def momentum(nesterov: bool) -> Rule:
-  """SGD with heavy-ball or Nesterov momentum."""
-  return Rule(
-      "momentum",
-      (("mu", "first"),),
-      functools.partial(_momentum, nesterov=nesterov),
-      nesterov,
-  )
+def _lion(grad, old, new, h: Scalars):
+  del new
+  return jnp.sign(_average("b1", grad, old[0], h))
 
 
-def sgd() -> Rule:
-  """SGD without momentum."""
-  return Rule("sgd", (), _sgd)
+def _accumulate(grad, moment, h: Scalars):
+  return h["one_minus_dampening"] * grad + h["momentum"] * moment
+
+
+def _heavy_ball(grad, old, new, h: Scalars):
+  del grad, old, h
+  return new[0]
+
+
+def _nesterov(grad, old, new, h: Scalars):
+  del old
+  return grad + h["momentum"] * new[0]
+
+
+def _gradient(grad, old, new, h: Scalars):
+  del old, new, h
+  return grad
+
+
+_MU_B1 = Moment("mu", "first", functools.partial(_average, "b1"))
+_MU_B2 = Moment("mu", "first", functools.partial(_average, "b2"))
+_MU_SUM = Moment("mu", "first", _accumulate)
+_NU_B2 = Moment("nu", "second", functools.partial(_average_of_squares, "b2"))
+
+ADAM = Rule("adam", (_MU_B1, _NU_B2), _adam)
+NADAM = Rule("adam", (_MU_B1, _NU_B2), _nadam, nesterov=True)
+LION = Rule("lion", (_MU_B2,), _lion)
+MOMENTUM = Rule("momentum", (_MU_SUM,), _heavy_ball)
+NESTEROV = Rule("momentum", (_MU_SUM,), _nesterov, nesterov=True)
+SGD = Rule("sgd", (), _gradient)

@@ -1,13 +1,39 @@
 """The fused update in plain jnp: runs on every backend, and is the reference."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from flashoptim_jax import codec
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf
-from flashoptim_jax.rules import Rule, Scalars
+from flashoptim_jax.rules import Moment, Rule, Scalars
 from flashoptim_jax.storage import Storage
+
+# Below this size a leaf's temporaries stay in the caches of a CPU.
+_OUTLINED_FROM = 1 << 16
+
+
+class _Config(NamedTuple):
+  """What is static about a leaf's update."""
+
+  rule: Rule
+  storage: Storage
+  decay: bool
+  new_params: bool
+
+
+class _Arrays(NamedTuple):
+  """What a leaf's update reads; see :class:`flashoptim_jax.kernels.Leaf`."""
+
+  grad: jax.Array
+  param: jax.Array
+  correction: jax.Array | None
+  moments: tuple[tuple[jax.Array, jax.Array | None], ...]
 
 
 def update(
@@ -18,65 +44,191 @@ def update(
     new_params: bool,
 ) -> UpdatedLeaf:
   """Updates one leaf; see :func:`flashoptim_jax.kernels.update_leaves`."""
-  h = {name: _as_float32(value) for name, value in scalars.items()}
-  kinds = [kind for _, kind in rule.moments]
-  old_moments = tuple(
-      values if scale is None else codec.decode(values, scale, kind, storage)
-      for kind, (values, scale) in zip(kinds, leaf.moments, strict=True)
+  config = _Config(rule, storage, leaf.decay, new_params)
+  arrays = _Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
+  large = leaf.param.size >= _OUTLINED_FROM and storage.moment_bits == 8
+  if not large or jax.default_backend() != "cpu" or jax.device_count() > 1:
+    return _update(config, arrays, scalars)
+  return lax.platform_dependent(
+      arrays,
+      scalars,
+      cpu=functools.partial(_update_by_output, config),
+      default=functools.partial(_update, config),
   )
-  grad = leaf.grad.astype(jnp.float32)
-  direction, moments = rule.direction(grad, old_moments, h)
 
-  master = codec.merge(leaf.param, leaf.correction)
-  direction = direction.astype(master.dtype)
-  if leaf.decay:
-    direction = direction + _like(scalars["weight_decay"], master) * master
-  master = master + -_like(scalars["learning_rate"], master) * direction
 
-  param, correction = codec.split(master, leaf.param.dtype, storage.master_bits)
-  result = param
-  if not new_params:
-    result = _round(param - leaf.param.astype(master.dtype), leaf.grad.dtype)
-    produced = _applied(leaf.param, result)
-    correction = codec.residual(master, produced, storage.master_bits)
+def _update(config: _Config, arrays: _Arrays, scalars: Scalars) -> UpdatedLeaf:
+  """Writes the update down once, for XLA to fuse as it sees fit."""
+  master = _master(config, arrays, scalars)
+  if config.new_params:
+    correction = _split_correction(config, arrays, master)
+    result = codec.split_param(master, correction, arrays.param.dtype)
+  else:
+    result = _difference(config, arrays, master)
+    correction = _residual(config, arrays, master, result)
+  moments: list[tuple[jax.Array, jax.Array | None]] = []
+  for moment, stored in zip(config.rule.moments, arrays.moments, strict=True):
+    new = _moment(config, moment, arrays.grad, stored, scalars)
+    if config.storage.moment_bits == 8:
+      moments.append(codec.encode(new, moment.kind, config.storage))
+    else:
+      moments.append((new, None))
+  return UpdatedLeaf(result, correction, tuple(moments))
+
+
+def _update_by_output(
+    config: _Config, arrays: _Arrays, scalars: Scalars
+) -> UpdatedLeaf:
+  """The same in one pass per output, each from the stored arrays.
+
+  On a CPU, XLA fuses into loops with one output and keeps what two of them
+  share in memory, in float32. Computing it again is twice as fast and takes no
+  such temporaries. Passes come in an order in which they can write in place. On
+  one device alone: XLA does not partition across the calls for free.
+  """
+  moments = tuple(zip(config.rule.moments, arrays.moments, strict=True))
+  scales = [
+      _outlined(_scale_pass, (config, moment), arrays.grad, stored, scalars)
+      for moment, stored in moments
+  ]
+  if config.new_params:
+    correction = _outlined(_correction_pass, (config,), arrays, scalars)
+    result = _outlined(_param_pass, (config,), arrays, scalars, correction)
+  else:
+    result = _outlined(_difference_pass, (config,), arrays, scalars)
+    correction = _outlined(_residual_pass, (config,), arrays, scalars, result)
+  last = result if config.new_params or correction is None else correction
+  zero = _zero_after(last)
+  codes = [
+      _outlined(
+          _codes_pass,
+          (config, moment),
+          arrays.grad,
+          stored,
+          scalars,
+          scale,
+          zero,
+      )
+      for (moment, stored), scale in zip(moments, scales, strict=True)
+  ]
   return UpdatedLeaf(
-      result,
-      correction,
-      tuple(
-          (moment, None)
-          if scale is None
-          else codec.encode(moment, kind, storage)
-          for moment, kind, (_, scale) in zip(
-              moments, kinds, leaf.moments, strict=True
-          )
-      ),
+      result, correction, tuple(zip(codes, scales, strict=True))
   )
 
 
-def _as_float32(value):
+def _scale_pass(config, moment, grad, stored, scalars):
+  new = _moment(config, moment, grad, stored, scalars)
+  return codec.encode_scale(new, moment.kind, config.storage)
+
+
+def _correction_pass(config, arrays, scalars):
+  master = _master(config, arrays, scalars)
+  return _split_correction(config, arrays, master)
+
+
+def _param_pass(config, arrays, scalars, correction):
+  master = _master(config, arrays, scalars)
+  return codec.split_param(master, correction, arrays.param.dtype)
+
+
+def _difference_pass(config, arrays, scalars):
+  return _difference(config, arrays, _master(config, arrays, scalars))
+
+
+def _residual_pass(config, arrays, scalars, result):
+  master = _master(config, arrays, scalars)
+  return _residual(config, arrays, master, result)
+
+
+def _codes_pass(config, moment, grad, stored, scalars, scale, zero):
+  # Adding zero makes this pass wait for the array that zero was taken from.
+  codes, old_scale = stored
+  stored = (codes + zero.astype(codes.dtype), old_scale)
+  new = _moment(config, moment, grad, stored, scalars)
+  return codec.encode_codes(new, scale, moment.kind, config.storage)
+
+
+def _zero_after(array: jax.Array) -> jax.Array:
+  """A zero that XLA must wait for ``array`` to know."""
+  element = lax.slice(array, (0,) * array.ndim, (1,) * array.ndim).reshape(())
+  width = jnp.dtype(f"uint{8 * element.dtype.itemsize}")
+  bits = lax.bitcast_convert_type(element, width).astype(jnp.uint32) & 0xFFFF
+  return lax.shift_right_logical(bits, jnp.uint32(16))
+
+
+def _outlined(f: Callable, static: tuple[Any, ...], *operands: Any) -> Any:
+  """Calls ``f`` in a way that XLA neither inlines nor fuses across."""
+  with set_xla_metadata(inlineable="false"):
+    return _jitted(f, static)(*operands)
+
+
+@functools.cache
+def _jitted(f: Callable, static: tuple[Any, ...]) -> Callable:
+  return jax.jit(functools.partial(f, *static))
+
+
+def _decoded(config: _Config, moment: Moment, stored) -> jax.Array:
+  values, scale = stored
+  if scale is None:
+    return values
+  return codec.decode(values, scale, moment.kind, config.storage)
+
+
+def _moment(config, moment: Moment, grad, stored, scalars) -> jax.Array:
+  """A moment's new value, float32."""
+  old = _decoded(config, moment, stored)
+  return moment.update(grad.astype(jnp.float32), old, _as_float32(scalars))
+
+
+def _master(config: _Config, arrays: _Arrays, scalars: Scalars) -> jax.Array:
+  """The new master weights, float32 or float64."""
+  h = _as_float32(scalars)
+  grad = arrays.grad.astype(jnp.float32)
+  pairs = list(zip(config.rule.moments, arrays.moments, strict=True))
+  old = [_decoded(config, moment, stored) for moment, stored in pairs]
+  new = [
+      moment.update(grad, value, h)
+      for (moment, _), value in zip(pairs, old, strict=True)
+  ]
+  direction = config.rule.direction(grad, old, new, h)
+
+  master = codec.merge(arrays.param, arrays.correction)
+  direction = direction.astype(master.dtype)
+  if config.decay:
+    direction = direction + _like(scalars["weight_decay"], master) * master
+  return master + -_like(scalars["learning_rate"], master) * direction
+
+
+def _split_correction(config, arrays, master) -> jax.Array | None:
+  bits = config.storage.master_bits
+  return codec.split_correction(master, arrays.param.dtype, bits)
+
+
+def _difference(config, arrays: _Arrays, master: jax.Array) -> jax.Array:
+  """The update that takes the parameter to its new value."""
+  bits = config.storage.master_bits
+  param, _ = codec.split(master, arrays.param.dtype, bits)
+  old = arrays.param.astype(master.dtype)
+  return codec.round_to(param.astype(master.dtype) - old, arrays.grad.dtype)
+
+
+def _residual(config, arrays, master, update) -> jax.Array | None:
+  """The correction relative to what ``optax.apply_updates`` will produce."""
+  param = arrays.param
+  dtype = jnp.promote_types(param.dtype, update.dtype)
+  wide = jnp.promote_types(dtype, jnp.float32)
+  total = codec.round_to(param.astype(wide) + update.astype(wide), dtype)
+  produced = codec.round_to(total.astype(wide), param.dtype)
+  return codec.residual(master, produced, config.storage.master_bits)
+
+
+def _as_float32(scalars: Scalars) -> Scalars:
   # Python numbers stay weakly typed, for the sake of float64 masters.
-  return value.astype(jnp.float32) if hasattr(value, "astype") else value
+  return {
+      name: value.astype(jnp.float32) if hasattr(value, "astype") else value
+      for name, value in scalars.items()
+  }
 
 
 def _like(value, master: jax.Array):
   return value.astype(master.dtype) if hasattr(value, "astype") else value
-
-
-def _round(x: jax.Array, dtype) -> jax.Array:
-  """Rounds to ``dtype`` in a way that XLA does not optimise away.
-
-  Inside one program XLA may skip the rounding of an intermediate 16-bit value.
-  The correction must be taken for the value that the caller really gets.
-  """
-  if jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits:
-    info = jnp.finfo(dtype)
-    x = lax.reduce_precision(x, info.nexp, info.nmant)
-  return x.astype(dtype)
-
-
-def _applied(param: jax.Array, update: jax.Array) -> jax.Array:
-  """The parameter that ``optax.apply_updates`` makes of an update."""
-  dtype = jnp.promote_types(param.dtype, update.dtype)
-  wide = jnp.promote_types(dtype, jnp.float32)
-  total = _round(param.astype(wide) + update.astype(wide), dtype)
-  return _round(total.astype(wide), param.dtype)
