@@ -69,17 +69,23 @@ def from_fp32(
   rounded = state_lib.by_path(params)
 
   def correct(state: FlashState) -> FlashState:
-    def residual(path, correction):
+    def split(path, correction):
       del correction
       leaf = paths.name(path)
       master = jnp.asarray(masters[leaf]).astype(jnp.float32)
       bits = state.format.storage.master_bits
-      return codec.residual(master, rounded[leaf], bits)
+      # Not a cast's rounding: a tie must go where the correction can reach.
+      rounded[leaf], rest = codec.split(master, rounded[leaf].dtype, bits)
+      return rest
 
-    correction = jax.tree.map_with_path(residual, state.correction)
+    correction = jax.tree.map_with_path(split, state.correction)
     return state._replace(correction=correction)
 
-  return params, state_lib.map_flash_states(correct, opt_state)
+  opt_state = state_lib.map_flash_states(correct, opt_state)
+  leaves = [
+      rounded[paths.name(path)] for path, _ in jax.tree.leaves_with_path(params)
+  ]
+  return jax.tree.unflatten(jax.tree.structure(params), leaves), opt_state
 
 
 def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
@@ -113,8 +119,11 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
           f"Parameter {paths.name(path)!r} has shape {param.shape}, its"
           f" correction {correction.shape}; expected the same."
       )
-    is_float = jnp.issubdtype(param.dtype, jnp.floating)
-    return codec.merge(param, correction) if is_float else param
+    if not jnp.issubdtype(param.dtype, jnp.floating):
+      return param
+    # A state brought back from a checkpoint may hold NumPy arrays.
+    correction = None if correction is None else jnp.asarray(correction)
+    return codec.merge(param, correction)
 
   return jax.tree.map_with_path(merge, params)
 
@@ -154,7 +163,7 @@ def _join(a: Any, b: Any) -> Any:
   """Two trees in one: either may have masked nodes where the other has leaves."""
   if isinstance(a, optax.MaskedNode):
     return b
-  if isinstance(b, optax.MaskedNode) or jax.tree.leaves(a) == [a]:
+  if isinstance(b, optax.MaskedNode) or jax.tree_util.all_leaves([a]):
     return a
   return jax.tree.map(_join, a, b, is_leaf=lambda node: node is not a)
 

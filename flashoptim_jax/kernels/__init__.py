@@ -1,11 +1,13 @@
 """The fused update of a leaf, one module per backend, and the choice of one.
 
-A backend takes a :class:`Leaf` and returns an :class:`UpdatedLeaf`; to add one,
-write a module with such a function and name it in ``_IMPLEMENTATIONS``.
+A backend takes leaves and returns :class:`UpdatedLeaf` objects; to add one, write a
+module with such a function, and say in :func:`update_leaves` when it is used.
 """
 
+import functools
+import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -83,22 +85,64 @@ def update_leaves(
   Raises:
     ValueError: If the implementation asked for cannot update a leaf.
   """
+  from flashoptim_jax.kernels import triton, xla
+
+  fused = [_uses_triton(leaf, storage, implementation) for leaf in leaves]
+  chosen = [leaf for leaf, use in zip(leaves, fused, strict=True) if use]
+  results = iter(
+      triton.update(rule, storage, chosen, scalars, new_params) if chosen else ()
+  )
   return [
-      _choose(leaf, implementation)(rule, storage, leaf, scalars, new_params)
-      for leaf in leaves
+      next(results)
+      if use
+      else xla.update(rule, storage, leaf, scalars, new_params)
+      for leaf, use in zip(leaves, fused, strict=True)
   ]
 
 
-def _choose(leaf: Leaf, implementation: str | None) -> Any:
-  from flashoptim_jax.kernels import xla
+def _uses_triton(
+    leaf: Leaf, storage: Storage, implementation: str | None
+) -> bool:
+  """Whether the Triton kernel updates a leaf; else XLA does."""
+  from flashoptim_jax.kernels import triton
 
-  implementations = {"xla": xla.update}
-  if implementation is None:
-    return xla.update
-  if implementation not in implementations:
+  if implementation == "xla":
+    return False
+  if implementation == "mosaic_tpu":
     raise ValueError(
-        f"Leaf {leaf.path!r} can't be updated by implementation="
-        f"{implementation!r}: this version has"
-        f" {', '.join(map(repr, implementations))} alone."
+        f"Leaf {leaf.path!r} can't be updated by implementation='mosaic_tpu':"
+        " this version has no TPU kernel."
     )
-  return implementations[implementation]
+  reason = triton.unavailable()
+  if implementation is None:
+    if reason is not None:
+      if jax.default_backend() == "gpu":
+        _log_once(reason)
+      return False
+    return _is_local() and triton.unsupported(leaf, storage) is None
+  reason = reason or triton.unsupported(leaf, storage)
+  if reason is not None:
+    raise ValueError(
+        f"Leaf {leaf.path!r} can't be updated by implementation='triton':"
+        f" {reason}."
+    )
+  return True
+
+
+def _is_local() -> bool:
+  """Whether arrays are certain to lie whole on one device.
+
+  A custom call on a sharded array would have XLA gather it.
+  """
+  if jax.device_count() == 1:
+    return True
+  mesh = jax.sharding.get_abstract_mesh()
+  manual = jax.sharding.AxisType.Manual
+  return not mesh.empty and all(kind == manual for kind in mesh.axis_types)
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+  logging.getLogger("flashoptim_jax").info(
+      "The Triton kernel is not used (%s); XLA updates the parameters.", reason
+  )

@@ -58,7 +58,18 @@ def update(
 
 
 def _update(config: _Config, arrays: _Arrays, scalars: Scalars) -> UpdatedLeaf:
-  """Writes the update down once, for XLA to fuse as it sees fit."""
+  """In two passes: first the new scales, then everything else."""
+  pairs = list(zip(config.rule.moments, arrays.moments, strict=True))
+  compressed = config.storage.moment_bits == 8
+  scales: list[jax.Array | None] = [None] * len(pairs)
+  if compressed:
+    for i, (moment, stored) in enumerate(pairs):
+      new = _moment(config, moment, arrays.grad, stored, scalars)
+      scales[i] = codec.encode_scale(new, moment.kind, config.storage)
+    # Without it a GPU keeps what the passes share in memory, or fuses them into
+    # a kernel with poor access patterns: 4.9 ms in place of 1.7 for 268 M
+    # parameters on an H100.
+    arrays, scales = lax.optimization_barrier((arrays, scales))
   master = _master(config, arrays, scalars)
   if config.new_params:
     correction = _split_correction(config, arrays, master)
@@ -67,12 +78,13 @@ def _update(config: _Config, arrays: _Arrays, scalars: Scalars) -> UpdatedLeaf:
     result = _difference(config, arrays, master)
     correction = _residual(config, arrays, master, result)
   moments: list[tuple[jax.Array, jax.Array | None]] = []
-  for moment, stored in zip(config.rule.moments, arrays.moments, strict=True):
+  for moment, stored, scale in zip(
+      config.rule.moments, arrays.moments, scales, strict=True
+  ):
     new = _moment(config, moment, arrays.grad, stored, scalars)
-    if config.storage.moment_bits == 8:
-      moments.append(codec.encode(new, moment.kind, config.storage))
-    else:
-      moments.append((new, None))
+    if scale is not None:
+      new = codec.encode_codes(new, scale, moment.kind, config.storage)
+    moments.append((new, scale))
   return UpdatedLeaf(result, correction, tuple(moments))
 
 

@@ -1,0 +1,128 @@
+"""Step time of the XLA path of fo.adamw beside optax.adamw on fp32 masters.
+
+Both update the same leaves from the same bf16 gradients in one jitted, donated
+call: ours is ``fo.step`` with 24-bit masters and 8-bit moments; the other is
+``optax.adamw`` on float32 master weights followed by the cast to bfloat16 that
+the next forward pass would need. They take turns in one process, and the ratio
+is the median over pairs of neighbouring measurements.
+
+Run it as ``python benchmarks/xla_step.py``.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import pathlib
+import platform
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import flashoptim_jax as fo
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+# 20 M parameters in one large, one tall and one small leaf.
+SHAPES = {"wide": (2048, 4896), "tall": (9792, 1024), "norm": (4896,)}
+STEPS = 3  # per measurement
+
+
+def arrays(key, dtype, scale):
+  keys = jax.random.split(key, len(SHAPES))
+  return {
+    name: scale * jax.random.normal(k, shape, dtype)
+    for k, (name, shape) in zip(keys, SHAPES.items(), strict=True)
+  }
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def flash_step(tx, grads, opt_state, params):
+  params, opt_state = fo.step(tx, grads, opt_state, params)
+  return opt_state, params
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3, 4))
+def optax_step(tx, grads, opt_state, masters, params):
+  # The old copy is donated, so that the new one takes its place.
+  updates, opt_state = tx.update(grads, opt_state, masters)
+  masters = optax.apply_updates(masters, updates)
+  params = jax.tree.map(lambda old, new: new.astype(old.dtype), params, masters)
+  return opt_state, masters, params
+
+
+def seconds_per_step(step, tx, grads, kept):
+  begun = time.perf_counter()
+  for _ in range(STEPS):
+    kept = step(tx, grads, *kept)
+  jax.block_until_ready(kept)
+  return (time.perf_counter() - begun) / STEPS, kept
+
+
+def main():
+  parser = argparse.ArgumentParser(description="Times the XLA path's step.")
+  parser.add_argument("--pairs", type=int, default=11, help="measurements of each")
+  parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
+  arguments = parser.parse_args()
+  output = arguments.output or (
+    RESULTS / f"xla_step_{jax.default_backend()}.json"
+  )
+
+  masters = arrays(jax.random.key(0), jnp.float32, 0.02)
+  grads = arrays(jax.random.key(1), jnp.bfloat16, 1e-3)
+  flash, usual = fo.adamw(1e-3, implementation="xla"), optax.adamw(1e-3)
+  params, state = fo.from_fp32(flash, masters)
+  copy = fo.cast_params(masters, jnp.bfloat16)
+  runs = {
+    "fo.adamw": (flash_step, flash, (state, params)),
+    "optax.adamw": (optax_step, usual, (usual.init(masters), masters, copy)),
+  }
+  temporaries = {
+    name: step.lower(tx, grads, *kept)
+    .compile()
+    .memory_analysis()
+    .temp_size_in_bytes
+    for name, (step, tx, kept) in runs.items()
+  }
+  seconds = {name: [] for name in runs}
+  for pair in range(-1, arguments.pairs):
+    for name, (step, tx, kept) in runs.items():
+      taken, new = seconds_per_step(step, tx, grads, kept)
+      runs[name] = (step, tx, new)
+      if pair >= 0:  # The first pair warms up.
+        seconds[name].append(taken)
+  ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+  medians = {name: statistics.median(values) for name, values in seconds.items()}
+  result = {
+    "date": datetime.date.today().isoformat(),
+    "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+    "versions": {
+      "python": platform.python_version(),
+      "jax": jax.__version__,
+      "optax": optax.__version__,
+      "flashoptim_jax": fo.__version__,
+    },
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    "shapes": SHAPES,
+    "pairs": arguments.pairs,
+    "step_seconds": medians,
+    "ratio": statistics.median(ratios),
+    "ratio_range": [min(ratios), max(ratios)],
+    "temporary_bytes": temporaries,
+  }
+  output.parent.mkdir(parents=True, exist_ok=True)
+  output.write_text(json.dumps(result, indent=1) + "\n")
+  print(f"{result['device']}, {result['parameters'] / 1e6:.1f} M parameters")
+  print(f"{'':14}{'ms per step':>14}{'temporaries, MiB':>20}")
+  for name in runs:
+    print(
+      f"{name:14}{medians[name] * 1e3:14.1f}{temporaries[name] / 2**20:20.1f}"
+    )
+  low, high = result["ratio_range"]
+  print(f"ratio {result['ratio']:.2f} ({low:.2f} to {high:.2f})")
+
+
+if __name__ == "__main__":
+  main()

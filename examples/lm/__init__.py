@@ -1,0 +1,1 @@
+"""What the language-model examples share: data, model, checkpoints, report."""

@@ -1,0 +1,320 @@
+"""Launches the fused Triton kernel through jax-triton.
+
+Many leaves share a launch: a tree of small leaves costs more in launches than in
+memory traffic. The kernel takes every leaf's pointers as arguments and finds the
+leaf that a program works on; leaves of equal dtypes are taken together, up to
+``_MOST_LEAVES`` of them. Arrays are updated in place.
+
+jax-triton comes in two lines. 0.3 passes every output to the kernel as a further
+pointer, aliased to an input or not; 0.4 passes an aliased buffer once.
+"""
+
+import functools
+import importlib.util
+import json
+import linecache
+import math
+import pathlib
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashoptim_jax import codec
+from flashoptim_jax.kernels import Leaf, UpdatedLeaf
+from flashoptim_jax.rules import Rule, Scalars
+from flashoptim_jax.storage import Storage
+
+GROUP_SIZE = 32
+_MOST_LEAVES = 32
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def unavailable() -> str | None:
+  """Why the kernel can't run in this process; None if it can."""
+  if jax.default_backend() != "gpu":
+    return f"JAX's default backend is {jax.default_backend()!r}, not 'gpu'"
+  for module in ("triton", "jax_triton"):
+    if importlib.util.find_spec(module) is None:
+      return f"the package {module!r} is not installed"
+  capability = jax.local_devices()[0].compute_capability
+  if "." in capability and float(capability) < 8.0:
+    return f"the GPU's compute capability is {capability}, below 8.0"
+  return None
+
+
+def unsupported(leaf: Leaf, storage: Storage) -> str | None:
+  """Why the kernel can't update a leaf; None if it can."""
+  shape = leaf.param.shape
+  if storage.group_size != GROUP_SIZE:
+    return f"its group size is {storage.group_size}, not {GROUP_SIZE}"
+  for what, array in (("it", leaf.param), ("its gradient", leaf.grad)):
+    if array.dtype.name not in _DTYPES:
+      return f"{what} has dtype {array.dtype.name}"
+  if not leaf.param.size:
+    return "it is empty"
+  if codec.group_axis(shape, GROUP_SIZE) != len(shape) - 1:
+    return f"its groups lie along another axis than the last of {shape}"
+  return None
+
+
+def update(
+    rule: Rule,
+    storage: Storage,
+    leaves: Sequence[Leaf],
+    scalars: Scalars,
+    new_params: bool,
+) -> list[UpdatedLeaf]:
+  """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`."""
+  packed = _pack(scalars)
+  groups: dict[_Launch, list[int]] = {}
+  for i, leaf in enumerate(leaves):
+    launch = _launch_of(rule, storage, leaf, new_params)
+    groups.setdefault(launch, []).append(i)
+  updated: dict[int, UpdatedLeaf] = {}
+  for launch, members in groups.items():
+    for start in range(0, len(members), _MOST_LEAVES):
+      chunk = members[start : start + _MOST_LEAVES]
+      results = launch([leaves[i] for i in chunk], packed)
+      updated.update(zip(chunk, results, strict=True))
+  return [updated[i] for i in range(len(leaves))]
+
+
+def _pack(scalars: Scalars) -> jax.Array:
+  """The kernel's first argument, see ``triton_kernel.SCALARS``."""
+  from flashoptim_jax.kernels import triton_kernel
+
+  values = dict(scalars)
+  for name in ("mu_correction", "mu_correction_next", "nu_correction"):
+    if name in values:
+      values[name.replace("correction", "scaling")] = 1.0 / values[name]
+  return jnp.stack(
+      [jnp.asarray(values.get(n, 0.0), jnp.float32) for n in triton_kernel.SCALARS]
+  )
+
+
+def _arrays(leaf: Leaf, names: Sequence[str]) -> dict[str, jax.Array]:
+  """The arrays of a leaf by name, for a rule's moments' names."""
+  arrays = {"grad": leaf.grad, "param": leaf.param}
+  if leaf.correction is not None:
+    arrays["correction"] = leaf.correction
+  for name, (values, scale) in zip(names, leaf.moments, strict=True):
+    arrays[name] = values
+    if scale is not None:
+      arrays[f"{name}_scale"] = scale
+  return arrays
+
+
+def _launch_of(
+    rule: Rule, storage: Storage, leaf: Leaf, new_params: bool
+) -> "_Launch":
+  names = tuple(moment.name for moment in rule.moments)
+  arrays = _arrays(leaf, names)
+  length = leaf.param.shape[-1]
+  return _Launch(
+      rule,
+      storage,
+      leaf.decay,
+      new_params,
+      min(length & -length, GROUP_SIZE),
+      tuple((name, array.dtype.name) for name, array in arrays.items()),
+  )
+
+
+class _Launch(NamedTuple):
+  """What leaves that share a launch have in common."""
+
+  rule: Rule
+  storage: Storage
+  decay: bool
+  new_params: bool
+  alignment: int
+  dtypes: tuple[tuple[str, str], ...]
+
+  def __call__(self, leaves: list[Leaf], scalars: jax.Array) -> list[UpdatedLeaf]:
+    moment_names = [moment.name for moment in self.rule.moments]
+    tuned = _tuning(jax.local_devices()[0].compute_capability)
+    names = [name for name, _ in self.dtypes]
+    written = [n for n in names if n != "grad" and (n != "param" or self.new_params)]
+    operands: list[Any] = [scalars, None]
+    outputs: list[jax.ShapeDtypeStruct] = []
+    aliases: dict[int, int] = {}
+    for leaf in leaves:
+      arrays = _arrays(leaf, moment_names)
+      for name in names:
+        if name in written:
+          aliases[len(operands)] = len(outputs)
+          outputs.append(_struct(arrays[name]))
+        operands.append(arrays[name])
+    if not self.new_params:
+      outputs += [_struct(leaf.grad) for leaf in leaves]
+    blocks, operands[1] = _layout(leaves, self.alignment, tuned["block_groups"])
+    results = iter(
+        _triton_call(
+            launcher(len(leaves), tuple(names), tuple(written), self.new_params),
+            operands,
+            outputs,
+            aliases,
+            grid=(blocks,),
+            num_warps=tuned["num_warps"],
+            COUNT=len(leaves),
+            WIDTH=operands[1].shape[1],
+            ALIGNMENT=self.alignment,
+            RULE=self.rule.name,
+            NESTEROV=self.rule.nesterov,
+            DECAY=self.decay,
+            MASTER_BITS=(self.storage.master_bits or 0) * ("correction" in names),
+            COMPRESSED=self.storage.moment_bits == 8,
+            ROOT=self.storage.companding == "root",
+            NEW_PARAMS=self.new_params,
+            BLOCK_GROUPS=tuned["block_groups"],
+        )
+    )
+    new = [{name: next(results) for name in written} for _ in leaves]
+    if not self.new_params:
+      for arrays in new:
+        arrays["update"] = next(results)
+    return [
+        UpdatedLeaf(
+            arrays["param" if self.new_params else "update"],
+            arrays.get("correction"),
+            tuple((arrays[n], arrays.get(f"{n}_scale")) for n in moment_names),
+        )
+        for arrays in new
+    ]
+
+
+def _struct(array: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _layout(
+    leaves: Sequence[Leaf], alignment: int, block_groups: int
+) -> tuple[int, np.ndarray]:
+  """The number of blocks, and the kernel's ``layout``."""
+  first, rows = 0, []
+  for leaf in leaves:
+    length = leaf.param.shape[-1]
+    groups = leaf.param.size // length * math.ceil(length / GROUP_SIZE)
+    rows.append((first, groups, length // alignment))
+    first += math.ceil(groups / block_groups)
+  # No block belongs to the leaves that fill up the width.
+  width = 1 << (len(rows) - 1).bit_length()
+  rows += [(np.iinfo(np.int32).max, 0, 0)] * (width - len(rows))
+  return first, np.array(rows, np.int32).T.copy()
+
+
+@functools.cache
+def _tuning(compute_capability: str) -> dict[str, int]:
+  """Block size and warps for a GPU, from the recorded tuning run."""
+  path = pathlib.Path(__file__).with_name("triton_tuning.json")
+  recorded = json.loads(path.read_text())["tuning"]
+  return recorded.get(compute_capability, recorded["default"])
+
+
+def _aliased_outputs_are_arguments() -> bool:
+  """Whether this is the jax-triton line that passes aliased buffers twice."""
+  import jax_triton
+
+  return jax_triton.__version_info__ < (0, 4)
+
+
+def _triton_call(
+    kernel: Any,
+    operands: Sequence[Any],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    aliases: dict[int, int],
+    **options: Any,
+) -> Sequence[jax.Array]:
+  import jax_triton
+
+  # XLA rounds after every multiplication; so that moments agree bit for bit, the
+  # kernel does too.
+  if _aliased_outputs_are_arguments():
+    options |= {"out_shape": tuple(outputs), "enable_fp_fusion": False}
+  else:
+    options |= {
+        "out_type": tuple(outputs),
+        "backend_options": {"enable_fp_fusion": False},
+    }
+
+  @jax.custom_batching.sequential_vmap
+  def call(*operands):
+    return jax_triton.triton_call(
+        *operands, kernel=kernel, input_output_aliases=aliases, **options
+    )
+
+  return call(*map(jnp.asarray, operands))
+
+
+@functools.cache
+def launcher(
+    count: int,
+    names: tuple[str, ...],
+    written: tuple[str, ...],
+    new_params: bool,
+    aliased_outputs: bool | None = None,
+) -> Any:
+  """The kernel's entry point for ``count`` leaves, a ``triton.JITFunction``.
+
+  Triton kernels have a fixed list of arguments, so this writes one down: it puts
+  the pointers of each leaf into a tuple and calls ``triton_kernel.update_leaves``.
+  For two leaves that keep ``param`` and ``mu``::
+
+      def update_2_leaves(scalars, layout, grad_0, param_0, mu_0, grad_1, ...):
+        update_leaves(scalars, layout, ((grad_0, param_0, ...), (...)), COUNT, ...)
+
+  Args:
+    count: The number of leaves.
+    names: The arrays that they have, of ``triton_kernel.ARRAYS``.
+    written: Those of them that are updated in place.
+    new_params: Whether the parameter is one of them, or the update is written.
+    aliased_outputs: Whether aliased outputs are arguments too; by default, what
+      the installed jax-triton does.
+  """
+  import triton
+
+  from flashoptim_jax.kernels import triton_kernel
+
+  if aliased_outputs is None:
+    aliased_outputs = _aliased_outputs_are_arguments()
+  leaves = range(count)
+  arguments = ["scalars", "layout"]
+  arguments += [f"{name}_{i}" for i in leaves for name in names]
+  if aliased_outputs:
+    arguments += [f"new_{name}_{i}" for i in leaves for name in written]
+  if not new_params:
+    arguments += [f"update_{i}" for i in leaves]
+  constants = [
+      name
+      for name in triton_kernel.update_leaves.arg_names
+      if name not in ("scalars", "layout", "leaves")
+  ]
+  present = {*names} if new_params else {*names, "update"}
+
+  def pointers(i: int) -> str:
+    # The kernel does not touch the arrays that a leaf lacks.
+    fields = (n if n in present else "grad" for n in triton_kernel.ARRAYS)
+    return f"({', '.join(f'{field}_{i}' for field in fields)})"
+
+  name = f"update_{count}_leaves"
+  typed = [*arguments, *(f"{constant}: tl.constexpr" for constant in constants)]
+  source = (
+      f"def {name}({', '.join(typed)}):\n"
+      f"  update_leaves(scalars, layout, ({', '.join(map(pointers, leaves))},),"
+      f" {', '.join(constants)})\n"
+  )
+  # Triton reads a kernel's source through linecache. The name ends up in the
+  # compiled program, so it is the same in every process.
+  filename = f"<flashoptim_jax {zlib.crc32(source.encode()):08x}>"
+  linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+  namespace = {
+      "tl": triton.language,
+      "update_leaves": triton_kernel.update_leaves,
+      "__name__": __name__,
+  }
+  exec(compile(source, filename, "exec"), namespace)
+  return triton.jit(namespace[name])

@@ -1,0 +1,437 @@
+"""The fused update as a Triton kernel; launched by :mod:`.triton`.
+
+The twin of :mod:`flashoptim_jax.codec`, :mod:`flashoptim_jax.rules` and the XLA
+path: change them together.
+"""
+
+import triton
+import triton.language as tl
+
+# Positions of the hyperparameters in the kernel's first argument.
+SCALARS = (
+    "learning_rate",
+    "weight_decay",
+    "b1",
+    "one_minus_b1",
+    "b2",
+    "one_minus_b2",
+    "eps",
+    "eps_root",
+    "mu_scaling",
+    "mu_scaling_next",
+    "nu_scaling",
+    "momentum",
+    "one_minus_dampening",
+)
+# Arrays of a leaf, in the order in which the kernel takes them.
+ARRAYS = (
+    "grad",
+    "param",
+    "correction",
+    "mu",
+    "mu_scale",
+    "nu",
+    "nu_scale",
+    "update",
+)
+
+_LEARNING_RATE = tl.constexpr(0)
+_WEIGHT_DECAY = tl.constexpr(1)
+_B1 = tl.constexpr(2)
+_ONE_MINUS_B1 = tl.constexpr(3)
+_B2 = tl.constexpr(4)
+_ONE_MINUS_B2 = tl.constexpr(5)
+_EPS = tl.constexpr(6)
+_EPS_ROOT = tl.constexpr(7)
+_MU_SCALING = tl.constexpr(8)
+_MU_SCALING_NEXT = tl.constexpr(9)
+_NU_SCALING = tl.constexpr(10)
+_MOMENTUM = tl.constexpr(11)
+_ONE_MINUS_DAMPENING = tl.constexpr(12)
+
+_TINY = tl.constexpr(2.0**-126)
+_GROUP = tl.constexpr(32)
+
+
+@triton.jit
+def _bits(x):
+  return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _is_nan(x):
+  return (_bits(x) & 0x7FFFFFFF) > 0x7F800000
+
+
+@triton.jit
+def _group_max(x):
+  """Largest magnitude of each row, NaN where the row holds one."""
+  bits = (_bits(x) & 0x7FFFFFFF).to(tl.int32)
+  return tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _round_scale(scale):
+  """To bfloat16, and NaN in an infinity's place."""
+  nan = scale * 0 != 0
+  scale = scale.to(tl.bfloat16)
+  infinite = (scale.to(tl.float32) * 0 != 0) | nan
+  return tl.where(infinite, float("nan"), scale.to(tl.float32))
+
+
+@triton.jit
+def _decode(codes, scale, SIGNED: tl.constexpr, ROOT: tl.constexpr):
+  c = codes.to(tl.float32)
+  s = scale.to(tl.float32)
+  if ROOT:
+    if SIGNED:
+      return c * tl.abs(c) * (s * (1.0 / 16129.0))[:, None]
+    root = c * c * (s * (1.0 / 65025.0))[:, None]
+    return root * root
+  if SIGNED:
+    y = c * (1.0 / 127.0)
+    return y / (2.0 - tl.abs(y)) * s[:, None]
+  root = c * (1.0 / 255.0) * s[:, None]
+  return root * root
+
+
+@triton.jit
+def _encode(x, SIGNED: tl.constexpr, ROOT: tl.constexpr):
+  """Codes, as int32, and scales, as float32."""
+  largest = _group_max(x)
+  largest = tl.where(largest < _TINY, 0.0, largest)
+  scale = _round_scale(largest if SIGNED else tl.sqrt_rn(largest))
+  levels: tl.constexpr = 127.0 if SIGNED else 255.0
+  if ROOT:
+    factor = tl.where(scale == 0, 0.0, levels / tl.sqrt_rn(scale))[:, None]
+    root = tl.sqrt(tl.abs(x)) if SIGNED else tl.sqrt(tl.sqrt(x))
+    level = root * factor
+  else:
+    factor = tl.where(scale == 0, 0.0, 1.0 / scale)[:, None]
+    if SIGNED:
+      ratio = tl.abs(x) * factor
+      level = levels * (2.0 * ratio / (1.0 + ratio))
+    else:
+      level = levels * (tl.sqrt(x) * factor)
+      level = tl.where(level > levels, levels, level)
+  level = tl.where(level <= levels + 0.5, level + 0.5, 0.0)
+  code = level.to(tl.int32)
+  if SIGNED:
+    code = tl.where(x < 0, -code, code)
+  return code, scale
+
+
+@triton.jit
+def _half_ulp_float16(param):
+  bits = param.to(tl.uint16, bitcast=True).to(tl.int32)
+  exponent = tl.maximum((bits >> 10) & 0x1F, 1)
+  return ((exponent + 101) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _merge(param, correction, MASTER_BITS: tl.constexpr):
+  if MASTER_BITS == 0:
+    master = param.to(tl.float32)
+  elif param.dtype == tl.float16:
+    levels: tl.constexpr = 127.0 if MASTER_BITS == 24 else 32767.0
+    unit = _half_ulp_float16(param) * (1.0 / levels)
+    master = param.to(tl.float32) + correction.to(tl.float32) * unit
+  else:
+    p = param.to(tl.int16, bitcast=True).to(tl.int32)
+    rest = correction.to(tl.int32)
+    rest = tl.where((p & 0x7FFF) == 0, tl.maximum(rest, 0), rest)
+    shift: tl.constexpr = 8 if MASTER_BITS == 24 else 0
+    master = ((p << 16) + (rest << shift)).to(tl.float32, bitcast=True)
+  return master
+
+
+@triton.jit
+def _top_bits(master, MASTER_BITS: tl.constexpr):
+  if MASTER_BITS == 24:
+    return (_bits(master) + 0x80) >> 8
+  return _bits(master)
+
+
+@triton.jit
+def _residual_float16(master, param, MASTER_BITS: tl.constexpr):
+  levels: tl.constexpr = 127.0 if MASTER_BITS == 24 else 32767.0
+  error = master - param.to(tl.float32)
+  code = error / _half_ulp_float16(param) * levels
+  code = tl.where(code > levels, levels, tl.where(code < -levels, -levels, code))
+  # Adding and taking away 1.5 · 2^23 rounds to the nearest integer, ties to even.
+  code = (code + 12582912.0) - 12582912.0
+  return tl.where(error * 0 == 0, code, 0.0).to(tl.int32)
+
+
+@triton.jit
+def _split(master, dtype: tl.constexpr, MASTER_BITS: tl.constexpr):
+  """Parameters, and corrections as int32."""
+  if MASTER_BITS == 0:
+    param = master.to(dtype)
+    rest = tl.zeros_like(master).to(tl.int32)
+  elif dtype == tl.float16:
+    param = master.to(dtype)
+    rest = _residual_float16(master, param, MASTER_BITS)
+  else:
+    discarded: tl.constexpr = MASTER_BITS - 16
+    top = _top_bits(master, MASTER_BITS)
+    p = (top + (1 << (discarded - 1))) >> discarded
+    rest = (top - (p << discarded)).to(tl.int32)
+    nan = _is_nan(master)
+    p = tl.where(nan, _bits(master) >> 16 | 0x40, p)
+    rest = tl.where(nan, 0, rest)
+    param = p.to(tl.uint16).to(dtype, bitcast=True)
+  return param, rest
+
+
+@triton.jit
+def _residual(master, param, MASTER_BITS: tl.constexpr):
+  """The correction that brings a given parameter closest to ``master``."""
+  if MASTER_BITS == 0:
+    rest = tl.zeros_like(master).to(tl.int32)
+  elif param.dtype == tl.float16:
+    rest = _residual_float16(master, param, MASTER_BITS)
+  else:
+    discarded: tl.constexpr = MASTER_BITS - 16
+    sign: tl.constexpr = 1 << (MASTER_BITS - 1)
+    lowest: tl.constexpr = -(1 << (discarded - 1))
+    top = _top_bits(master, MASTER_BITS)
+    p = param.to(tl.uint16, bitcast=True).to(tl.uint32) << discarded
+    rest = (top & (sign - 1)).to(tl.int32) - (p & (sign - 1)).to(tl.int32)
+    rest = tl.where(((top ^ p) & sign) == 0, rest, lowest)
+    rest = tl.where(_is_nan(master) | _is_nan(param.to(tl.float32)), 0, rest)
+    rest = tl.minimum(tl.maximum(rest, lowest), -lowest - 1)
+  return rest
+
+
+@triton.jit
+def _update_groups(
+    scalars,
+    arrays,
+    block,
+    num_groups,
+    row_length,
+    ALIGNMENT: tl.constexpr,
+    RULE: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    DECAY: tl.constexpr,
+    MASTER_BITS: tl.constexpr,
+    COMPRESSED: tl.constexpr,
+    ROOT: tl.constexpr,
+    NEW_PARAMS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+  """Updates ``BLOCK_GROUPS`` groups of a leaf, in place.
+
+  Args:
+    scalars: Pointer to the hyperparameters, float32.
+    arrays: Pointers to the leaf's arrays, in the order of ``ARRAYS``.
+    block: Index of the block of groups.
+    num_groups: Groups of the leaf.
+    row_length: Length of the group axis, in units of ALIGNMENT.
+    ALIGNMENT: A power of two that divides every leaf's row length, at most 32.
+      At 32 no row ends in a partial group.
+    RULE: The rule's name.
+    NESTEROV: The rule's option.
+    DECAY: Whether weight decay applies.
+    MASTER_BITS: 24, 32, or 0 for no correction.
+    COMPRESSED: Whether moments are codes and scales, or float32.
+    ROOT: Companding, "root" or "paper".
+    NEW_PARAMS: Whether to write the parameter, or the update.
+    BLOCK_GROUPS: Groups per program.
+  """
+  lanes = tl.arange(0, _GROUP)[None, :]
+  first = block.to(tl.int64) * BLOCK_GROUPS
+  local = tl.arange(0, BLOCK_GROUPS)
+  in_leaf = first + local < num_groups
+  if ALIGNMENT == _GROUP:
+    # Rows follow each other with no gap between their groups.
+    base = first * _GROUP
+    at = local[:, None] * _GROUP + lanes
+    inside = in_leaf[:, None] & (lanes < _GROUP)
+  else:
+    base = 0
+    length = row_length * ALIGNMENT
+    groups_per_row = (length + _GROUP - 1) // _GROUP
+    row = (first + local) // groups_per_row
+    column = ((first + local) % groups_per_row)[:, None] * _GROUP + lanes
+    at = row[:, None] * length + column
+    inside = in_leaf[:, None] & (column < length)
+    inside = tl.max_constancy(inside, [1, ALIGNMENT])
+
+  grad_ptr = arrays[0] + base
+  param_ptr = arrays[1] + base
+  correction_ptr = arrays[2] + base
+  g_stored = tl.load(grad_ptr + at, mask=inside, other=0.0)
+  param = tl.load(param_ptr + at, mask=inside, other=0.0)
+  if MASTER_BITS == 0:
+    correction = 0
+  else:
+    correction = tl.load(correction_ptr + at, mask=inside, other=0)
+  g = g_stored.to(tl.float32)
+  master = _merge(param, correction, MASTER_BITS)
+
+  if RULE != "sgd":
+    mu_ptr = arrays[3] + base
+    mu_scale_ptr = arrays[4] + first
+    mu = tl.load(mu_ptr + at, mask=inside, other=0)
+    if COMPRESSED:
+      mu_scale = tl.load(mu_scale_ptr + local, mask=in_leaf, other=0.0)
+      mu = _decode(mu, mu_scale, True, ROOT)
+  if RULE == "adam":
+    nu_ptr = arrays[5] + base
+    nu_scale_ptr = arrays[6] + first
+    nu = tl.load(nu_ptr + at, mask=inside, other=0)
+    if COMPRESSED:
+      nu_scale = tl.load(nu_scale_ptr + local, mask=in_leaf, other=0.0)
+      nu = _decode(nu, nu_scale, False, ROOT)
+
+  if RULE == "adam":
+    one_minus_b1 = tl.load(scalars + _ONE_MINUS_B1)
+    mu = one_minus_b1 * g + tl.load(scalars + _B1) * mu
+    nu = tl.load(scalars + _ONE_MINUS_B2) * (g * g) + tl.load(scalars + _B2) * nu
+    if NESTEROV:
+      mu_hat = tl.load(scalars + _B1) * (
+          mu * tl.load(scalars + _MU_SCALING_NEXT)
+      ) + one_minus_b1 * (g * tl.load(scalars + _MU_SCALING))
+    else:
+      mu_hat = mu * tl.load(scalars + _MU_SCALING)
+    nu_hat = nu * tl.load(scalars + _NU_SCALING) + tl.load(scalars + _EPS_ROOT)
+    direction = mu_hat / (tl.sqrt(nu_hat) + tl.load(scalars + _EPS))
+  elif RULE == "lion":
+    c = tl.load(scalars + _ONE_MINUS_B1) * g + tl.load(scalars + _B1) * mu
+    direction = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, c))
+    mu = tl.load(scalars + _ONE_MINUS_B2) * g + tl.load(scalars + _B2) * mu
+  elif RULE == "momentum":
+    momentum = tl.load(scalars + _MOMENTUM)
+    mu = tl.load(scalars + _ONE_MINUS_DAMPENING) * g + momentum * mu
+    direction = g + momentum * mu if NESTEROV else mu
+  else:
+    direction = g
+
+  if DECAY:
+    direction += tl.load(scalars + _WEIGHT_DECAY) * master
+  master -= tl.load(scalars + _LEARNING_RATE) * direction
+
+  new_param, rest = _split(master, param.dtype, MASTER_BITS)
+  if NEW_PARAMS:
+    tl.store(param_ptr + at, new_param, mask=inside)
+  else:
+    old = param.to(tl.float32)
+    update = (new_param.to(tl.float32) - old).to(g_stored.dtype)
+    total = old + update.to(tl.float32)
+    rest = _residual(master, total.to(param.dtype), MASTER_BITS)
+    tl.store(arrays[7] + base + at, update, mask=inside)
+  if MASTER_BITS == 24:
+    tl.store(correction_ptr + at, rest.to(tl.int8), mask=inside)
+  if MASTER_BITS == 32:
+    tl.store(correction_ptr + at, rest.to(tl.int16), mask=inside)
+
+  if RULE != "sgd":
+    if COMPRESSED:
+      codes, scale = _encode(mu, True, ROOT)
+      tl.store(mu_ptr + at, codes.to(tl.int8), mask=inside)
+      tl.store(mu_scale_ptr + local, scale.to(tl.bfloat16), mask=in_leaf)
+    else:
+      tl.store(mu_ptr + at, mu, mask=inside)
+  if RULE == "adam":
+    if COMPRESSED:
+      codes, scale = _encode(nu, False, ROOT)
+      tl.store(nu_ptr + at, codes.to(tl.uint8), mask=inside)
+      tl.store(nu_scale_ptr + local, scale.to(tl.bfloat16), mask=in_leaf)
+    else:
+      tl.store(nu_ptr + at, nu, mask=inside)
+
+
+@triton.jit
+def _pin(pointer, LEAF: tl.constexpr):
+  """The same pointer, in an instruction of its own for each leaf.
+
+  The compiler would otherwise load the pointers of all leaves and then choose:
+  hundreds of instructions, and registers that occupancy needs.
+  """
+  address = tl.inline_asm_elementwise(
+      f"mov.b64 $0, $1; // leaf {LEAF}",
+      "=l,l",
+      [pointer.to(tl.int64)],
+      dtype=tl.int64,
+      is_pure=False,
+      pack=1,
+  )
+  return tl.multiple_of(address.to(pointer.dtype), 16)
+
+
+@triton.jit
+def _pick(leaves, index, LOW: tl.constexpr, HIGH: tl.constexpr):
+  """``leaves[index]``, for an index in LOW to HIGH - 1.
+
+  A binary search, unrolled: only constants can index kernel arguments.
+  """
+  if HIGH - LOW == 1:
+    (grad, param, correction, mu, mu_scale, nu, nu_scale, update) = leaves[LOW]
+    leaf = (
+        _pin(grad, LOW),
+        _pin(param, LOW),
+        _pin(correction, LOW),
+        _pin(mu, LOW),
+        _pin(mu_scale, LOW),
+        _pin(nu, LOW),
+        _pin(nu_scale, LOW),
+        _pin(update, LOW),
+    )
+  else:
+    MIDDLE: tl.constexpr = (LOW + HIGH) // 2
+    if index < MIDDLE:
+      leaf = _pick(leaves, index, LOW, MIDDLE)
+    else:
+      leaf = _pick(leaves, index, MIDDLE, HIGH)
+  return leaf
+
+
+@triton.jit
+def update_leaves(
+    scalars,
+    layout,
+    leaves,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    RULE: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    DECAY: tl.constexpr,
+    MASTER_BITS: tl.constexpr,
+    COMPRESSED: tl.constexpr,
+    ROOT: tl.constexpr,
+    NEW_PARAMS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+  """Updates one block of one of COUNT leaves, all of the same dtypes.
+
+  Args:
+    scalars: As for :func:`_update_groups`.
+    layout: Pointer to three int32 numbers for each leaf: the index of its first
+      block, its number of groups and its row length, as (3, WIDTH).
+    leaves: A tuple of COUNT tuples of pointers, in the order of ``ARRAYS``.
+    COUNT: The number of leaves.
+    WIDTH: COUNT, rounded up to a power of two.
+    ALIGNMENT: As for :func:`_update_groups`, as are all that follow.
+  """
+  block = tl.program_id(0)
+  first_blocks = tl.load(layout + tl.arange(0, WIDTH))
+  index = tl.sum((first_blocks <= block).to(tl.int32), axis=0) - 1
+  _update_groups(
+      scalars,
+      _pick(leaves, index, 0, COUNT),
+      block - tl.load(layout + index),
+      tl.load(layout + WIDTH + index),
+      tl.load(layout + 2 * WIDTH + index),
+      ALIGNMENT,
+      RULE,
+      NESTEROV,
+      DECAY,
+      MASTER_BITS,
+      COMPRESSED,
+      ROOT,
+      NEW_PARAMS,
+      BLOCK_GROUPS,
+  )

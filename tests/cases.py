@@ -1,0 +1,234 @@
+"""What several test files share: optimizers, storages, trees and comparisons."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+import flashoptim_jax as fo
+from flashoptim_jax.state import flash_states
+
+
+class Optimizer(NamedTuple):
+  """A flash optimizer, its counterpart in Optax, and arguments for both."""
+
+  flash: Callable[..., optax.GradientTransformationExtraArgs]
+  plain: Callable[..., optax.GradientTransformation]
+  kwargs: dict[str, Any]
+  moments: tuple[str, ...]
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(
+        fo.adamw, optax.adamw, {"weight_decay": 0.1}, ("mu", "nu")
+    ),
+    "adamw_nesterov": Optimizer(
+        fo.adamw,
+        optax.adamw,
+        {"weight_decay": 0.1, "nesterov": True},
+        ("mu", "nu"),
+    ),
+    "adam": Optimizer(fo.adam, optax.adam, {}, ("mu", "nu")),
+    "adam_nesterov": Optimizer(
+        fo.adam, optax.adam, {"nesterov": True}, ("mu", "nu")
+    ),
+    "sgd": Optimizer(fo.sgd, optax.sgd, {}, ()),
+    "momentum": Optimizer(fo.sgd, optax.sgd, {"momentum": 0.9}, ("mu",)),
+    "nesterov": Optimizer(
+        fo.sgd, optax.sgd, {"momentum": 0.9, "nesterov": True}, ("mu",)
+    ),
+    "lion": Optimizer(fo.lion, optax.lion, {"weight_decay": 0.1}, ("mu",)),
+}
+
+STORAGES = {
+    "root": fo.Storage(),
+    "paper": fo.Storage(companding="paper"),
+    "32/32": fo.Storage(master_bits=32, moment_bits=32),
+    "none/8": fo.Storage(master_bits=None),
+}
+
+LEARNING_RATE = 2.0**-7  # Exact in bfloat16, for optax.inject_hyperparams.
+
+_ALL = [(name, storage) for storage in STORAGES for name in OPTIMIZERS]
+_SOME = [
+    ("adamw", "root"),
+    ("adamw_nesterov", "none/8"),
+    ("adam", "paper"),
+    ("adam_nesterov", "32/32"),
+    ("sgd", "32/32"),
+    ("momentum", "root"),
+    ("nesterov", "paper"),
+    ("lion", "root"),
+]
+
+
+def _parametrize(combinations):
+  return pytest.mark.parametrize(
+      ("name", "storage"),
+      combinations,
+      ids=[f"{name}-{storage}" for name, storage in combinations],
+  )
+
+
+# Every optimizer with every storage: for tests that compile nothing large.
+every_case = _parametrize(_ALL)
+# Every optimizer and every storage: for tests that compile whole updates.
+some_cases = _parametrize(_SOME)
+every_optimizer = pytest.mark.parametrize("name", list(OPTIMIZERS))
+
+
+def make(name: str, storage: str = "root", learning_rate=LEARNING_RATE, **kwargs):
+  """The flash optimizer of that name."""
+  kwargs = {**OPTIMIZERS[name].kwargs, **kwargs}
+  return OPTIMIZERS[name].flash(
+      learning_rate, storage=STORAGES[storage], **kwargs
+  )
+
+
+def make_plain(name: str, learning_rate=LEARNING_RATE, **kwargs):
+  """Its counterpart in Optax."""
+  kwargs = {**OPTIMIZERS[name].kwargs, **kwargs}
+  return OPTIMIZERS[name].plain(learning_rate, **kwargs)
+
+
+MIXED_SHAPES = {
+    "matrix": ((4, 64), jnp.bfloat16),
+    "bias": ((33,), jnp.bfloat16),
+    "conv": ((3, 3, 2, 40), jnp.bfloat16),
+    "norm": ((5,), jnp.float32),
+    "scale": ((), jnp.bfloat16),
+}
+SMALL_SHAPES = {name: MIXED_SHAPES[name] for name in ("matrix", "bias")}
+TINY_SHAPES = {"matrix": ((2, 40), jnp.bfloat16), "norm": ((5,), jnp.float32)}
+
+
+def tree(shapes=None, seed: int = 0, low: float = 0.5, dtype=None):
+  """Random parameters: normal, and kept ``low`` away from zero.
+
+  With small steps such parameters stay within a factor of two of themselves.
+  """
+  rng = np.random.default_rng(seed)
+  result = {}
+  for name, (shape, own) in (shapes or MIXED_SHAPES).items():
+    x = rng.normal(size=shape)
+    x = x + np.copysign(low, x)
+    result[name] = jnp.asarray(x, dtype or own)
+  return result
+
+
+def grads_like(params, seed: int = 1, dtype=None):
+  """Random gradients, their magnitudes spread over a few orders."""
+  rng = np.random.default_rng(seed)
+
+  def draw(param):
+    x = rng.normal(size=param.shape) * rng.lognormal(size=param.shape)
+    return jnp.asarray(x, dtype or param.dtype)
+
+  return jax.tree.map(draw, params)
+
+
+# One operation at a time: each is compiled once for a shape, whichever optimizer
+# and wrapper calls it, where compiling whole updates would take minutes.
+def update(tx, grads, state, params, **extra_args):
+  """``tx.update`` and ``optax.apply_updates``."""
+  updates, state = tx.update(grads, state, params, **extra_args)
+  return optax.apply_updates(params, updates), state
+
+
+step = fo.step
+jitted_update = jax.jit(update, static_argnums=0)
+jitted_step = jax.jit(fo.step, static_argnums=0)
+
+
+def train(tx, params, steps: int = 3, function=step, state=None, seed: int = 1):
+  """Takes some steps with random gradients that don't depend on the params."""
+  state = tx.init(params) if state is None else state
+  for i in range(steps):
+    params, state = function(tx, grads_like(params, seed + i), state, params)
+  return params, state
+
+
+def types(values):
+  """Shapes, dtypes and weak types (and explicit shardings) of a tree."""
+  return jax.tree.map(jax.typeof, values)
+
+
+def assert_same(actual, desired):
+  """Two trees agree in structure, types and every bit (NaNs included)."""
+  assert jax.tree.structure(actual) == jax.tree.structure(desired)
+  pairs = zip(
+      jax.tree.leaves_with_path(actual), jax.tree.leaves(desired), strict=True
+  )
+  for (path, a), b in pairs:
+    where = jax.tree_util.keystr(path)
+    assert (a.shape, a.dtype) == (b.shape, b.dtype), where
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), where
+
+
+def spacing(magnitude: float, dtype, master_bits: int | None) -> float:
+  """Distance of neighbouring master weights at a magnitude."""
+  mantissa = ml_dtypes.finfo(dtype).nmant
+  if np.dtype(dtype).itemsize == 2 and master_bits is not None:
+    mantissa += master_bits - 16
+  return 2.0 ** (math.frexp(magnitude or 1e-30)[1] - 1 - mantissa)
+
+
+def assert_within_units(actual, desired, units: int, dtype, master_bits):
+  """Agreement to some units of a format at the array's largest magnitude."""
+  actual = np.asarray(actual, np.float64)
+  desired = np.asarray(desired, np.float64)
+  unit = spacing(float(np.abs(desired).max(initial=0)), dtype, master_bits)
+  np.testing.assert_allclose(actual, desired, rtol=0, atol=units * unit)
+
+
+def assert_masters_close(actual, desired, params, master_bits, steps: int):
+  """Master weights agree to a unit per step, at the leaf's largest weight."""
+  assert actual.keys() == desired.keys() == params.keys()
+  for name, param in params.items():
+    assert_within_units(
+        actual[name], desired[name], steps, param.dtype, master_bits
+    )
+
+
+def assert_equal(actual, desired, steps: int):
+  """Two (params, state) pairs are equal as far as two compiled programs can be.
+
+  Counts, codes and scales bit for bit. Master weights, and moments kept in
+  float32, within one unit of their own format at the leaf's largest value, per
+  step: XLA may contract a multiply-add in one program and not in the other.
+  """
+  (params, state), (other_params, other_state) = actual, desired
+  flash, other = flash_states(state), flash_states(other_state)
+  assert len(flash) == len(other)
+  for a, b in zip(flash, other, strict=True):
+    assert a.format == b.format
+    assert_same(a.count, b.count)
+    assert_same_types(a, b)
+    if a.format.storage.moment_bits == 8:
+      assert_same(a[1:5], b[1:5])
+      continue
+    for x, y in zip(jax.tree.leaves(a[1:5]), jax.tree.leaves(b[1:5]), strict=True):
+      assert_within_units(x, y, steps, jnp.float32, None)
+  assert_same_types(params, other_params)
+  assert_masters_close(
+      fo.to_fp32(params, state),
+      fo.to_fp32(other_params, other_state),
+      params,
+      flash[0].format.storage.master_bits,
+      steps,
+  )
+
+
+def assert_same_types(actual, desired):
+  """Two trees agree in structure, shapes and dtypes."""
+  assert jax.tree.structure(actual) == jax.tree.structure(desired)
+  for a, b in zip(
+      jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True
+  ):
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)

@@ -1,0 +1,750 @@
+"""The storage format, against references in numpy's bits and float64."""
+
+import functools
+import warnings
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+from flashoptim_jax import Storage, codec
+
+LEVELS = {"first": 127, "second": 255}
+# The smallest scale at which the value of code 1 is a normal float32. Below it
+# the small codes decode to zero, since XLA flushes subnormals on the CPU.
+SMALLEST_EXPONENT = {
+    ("root", "first"): -112,
+    ("root", "second"): -47,
+    ("paper", "first"): -118,
+    ("paper", "second"): -55,
+}
+# Above, v = s² or the inverse of a scale leaves float32's range.
+LARGEST_EXPONENT = {
+    ("root", "first"): 127,
+    ("root", "second"): 63,
+    ("paper", "first"): 125,
+    ("paper", "second"): 63,
+}
+
+companding = pytest.mark.parametrize("storage", [
+    pytest.param(Storage(companding=name, group_size=size), id=f"{name}-{size}")
+    for name, size in (("root", 32), ("paper", 32))
+])
+root_only = pytest.mark.parametrize(
+    "storage", [Storage(), Storage(group_size=8)], ids=["root-32", "root-8"]
+)
+kinds = pytest.mark.parametrize("kind", ["first", "second"])
+bits = pytest.mark.parametrize("bits", [24, 32])
+seeds = st.integers(0, 2**32 - 1)
+
+
+@functools.cache
+def encoder(kind, storage):
+  return jax.jit(lambda x: codec.encode(x, kind, storage))
+
+
+@functools.cache
+def decoder(kind, storage):
+  return jax.jit(lambda codes, scale: codec.decode(codes, scale, kind, storage))
+
+
+@functools.cache
+def splitter(dtype, bits):
+  return jax.jit(lambda x: codec.split(x, jnp.dtype(dtype), bits))
+
+
+merge = jax.jit(codec.merge)
+residual = jax.jit(codec.residual, static_argnums=2)
+
+
+def encode(x, kind, storage):
+  return tuple(map(np.asarray, encoder(kind, storage)(x)))
+
+
+def decode(codes, scale, kind, storage):
+  return np.asarray(decoder(kind, storage)(codes, scale))
+
+
+def split(x, bits, dtype="bfloat16"):
+  return tuple(map(np.asarray, splitter(dtype, bits)(x)))
+
+
+def f64(x):
+  with np.errstate(invalid="ignore"):  # ml_dtypes warns of signalling NaN.
+    return np.asarray(x).astype(np.float64)
+
+
+def nearest_bfloat16(x):
+  """Round to nearest even, on the bits; x finite and not negative."""
+  b = np.asarray(x, np.float32).view(np.uint32)
+  return ((b + 0x7FFF + (b >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+
+
+def random_moment(seed, kind, shape=(8, 96), spread=2.0, center=(-30, 20)):
+  """Normal elements with scales that differ by group, and in a group."""
+  rng = np.random.default_rng(seed)
+  rows = 2.0 ** rng.uniform(*center, (*shape[:-1], 1))
+  scales = rows * np.exp(spread * rng.standard_normal(shape))
+  x = (scales * rng.standard_normal(shape)).astype(np.float32)
+  return x if kind == "first" else x * x
+
+
+def grouped(x, size):
+  """Cut along the last axis, padded with zeros."""
+  missing = -x.shape[-1] % size
+  x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+  return x.reshape(*x.shape[:-1], -1, size)
+
+
+def expanded(scale, length, size):
+  return np.repeat(f64(scale), size, -1)[..., :length]
+
+
+def values(kind, name, codes, s):
+  """What codes mean, in float64."""
+  y = np.abs(f64(codes)) / LEVELS[kind]
+  if name == "root":
+    y = y * y
+  elif kind == "first":
+    y = y / (2 - y)
+  return np.sign(f64(codes)) * y * s if kind == "first" else (y * s) ** 2
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize(("shape", "axis", "scale_shape"), [
+    ((), None, ()),
+    ((1,), 0, (1,)),
+    ((31,), 0, (1,)),
+    ((32,), 0, (1,)),
+    ((33,), 0, (2,)),
+    ((7, 50), 1, (7, 2)),
+    ((64, 96), 1, (64, 3)),
+    ((1000, 32), 1, (1000, 1)),
+    ((1000, 31), 0, (32, 31)),
+    ((3, 3, 16, 40), 3, (3, 3, 16, 2)),
+    ((3, 3, 64, 16), 2, (3, 3, 2, 16)),
+    ((8, 5, 8), 2, (8, 5, 1)),  # The last of equally large axes.
+    ((8, 8, 5), 1, (8, 1, 5)),
+    ((0,), 0, (0,)),
+    ((0, 40), 1, (0, 2)),
+    ((40, 0), 0, (2, 0)),
+    ((0, 0), 1, (0, 0)),
+])
+def test_group_axis_and_scale_shape(shape, axis, scale_shape):
+  assert codec.group_axis(shape, 32) == axis
+  assert codec.scale_shape(shape, 32) == scale_shape
+
+
+@kinds
+@pytest.mark.parametrize("shape", [
+    (), (1,), (33,), (7, 50), (40, 6), (3, 3, 64, 16), (2, 5, 1), (0,), (40, 0),
+    (0, 40),
+])
+def test_any_shape_encodes_as_its_groups_do(shape, kind):
+  """A leaf's codes are those of its groups, moved to the last axis, alone."""
+  storage = Storage()
+  x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+  x = x if kind == "first" else x * x
+  codes, scale = encode(x, kind, storage)
+  assert codes.shape == shape
+  assert codes.dtype == codec.CODE_DTYPE[kind]
+  assert scale.shape == codec.scale_shape(shape, storage.group_size)
+  assert scale.dtype == jnp.bfloat16
+  back = decode(codes, scale, kind, storage)
+  assert back.shape == shape
+  assert back.dtype == np.float32
+  if not x.size:
+    return
+  axis = codec.group_axis(shape, storage.group_size)
+  if axis is None:
+    x, codes, scale, axis = x[None], codes[None], scale[None], 0
+  size = storage.group_size
+  flat = [grouped(np.moveaxis(a, axis, -1), size) for a in (x, codes)]
+  alone, alone_scale = encode(flat[0].reshape(-1, size), kind, storage)
+  np.testing.assert_array_equal(alone, flat[1].reshape(-1, size))
+  np.testing.assert_array_equal(
+      f64(alone_scale).ravel(), f64(np.moveaxis(scale, axis, -1)).ravel()
+  )
+
+
+# Companding.
+
+
+@kinds
+@companding
+@given(seed=seeds)
+def test_codes_and_scales_match_the_formulas(seed, kind, storage):
+  x = random_moment(seed, kind)
+  codes, scale = encode(x, kind, storage)
+  size, levels = storage.group_size, LEVELS[kind]
+  magnitude = np.abs(x) if kind == "first" else np.sqrt(x)
+  np.testing.assert_array_equal(
+      scale.astype(np.float32), nearest_bfloat16(grouped(magnitude, size).max(-1))
+  )
+  s = expanded(scale, x.shape[-1], size)
+  ratio = (np.abs(f64(x)) if kind == "first" else np.sqrt(f64(x))) / s
+  if storage.companding == "root":
+    level = levels * np.sqrt(ratio)
+  elif kind == "first":
+    level = levels * 2 * ratio / (1 + ratio)
+  else:
+    level = levels * np.minimum(ratio, 1)
+  error = np.abs(np.abs(codes.astype(int)) - level)
+  assert error.max() <= 0.5 + 1e-3  # Float32's own error beside a tie.
+  if kind == "first":
+    assert (np.sign(codes) * np.sign(x) >= 0).all()
+  assert np.abs(codes.astype(int)).max() <= levels
+
+
+@kinds
+@companding
+@given(seed=seeds)
+def test_decode_matches_the_formulas_and_stays_within_half_a_code(
+    seed, kind, storage
+):
+  x = random_moment(seed, kind)
+  codes, scale = encode(x, kind, storage)
+  back = decode(codes, scale, kind, storage)
+  s = expanded(scale, x.shape[-1], storage.group_size)
+  np.testing.assert_allclose(
+      back, values(kind, storage.companding, codes, s), rtol=1e-6
+  )
+  r = np.abs(f64(x)) if kind == "first" else np.sqrt(f64(x))
+  found = np.abs(f64(back)) if kind == "first" else np.sqrt(f64(back))
+  half = 0.5 / LEVELS[kind]
+  if storage.companding == "root":
+    bound = half * (2 * np.sqrt(r * s) + half * s)
+  elif kind == "first":
+    y = 2 * r / (s + r) + half
+    bound = y / (2 - y) * s - r
+  else:
+    # A scale rounded down leaves its largest element above the top code.
+    bound = np.maximum(half * s, r - s)
+    assert (r - s <= 2.0**-8 * s).all()
+  assert (np.abs(found - r) <= bound * 1.002 + 1e-5 * s).all()
+
+
+def code_groups(kind, size):
+  """Every code, each in a group that holds the top code."""
+  top = LEVELS[kind]
+  codes = np.arange(-top if kind == "first" else 0, top + 1)
+  rows = -(-len(codes) // (size - 1))
+  rest = np.resize(codes, (rows, size - 1))
+  groups = np.concatenate([np.full((rows, 1), top), rest], 1)
+  assert set(groups.ravel()) == set(codes)
+  return groups.astype(codec.CODE_DTYPE[kind])
+
+
+@kinds
+@companding
+@given(data=st.data())
+def test_every_code_is_a_fixed_point(data, kind, storage):
+  """All codes, at scales from the whole range where no value is subnormal."""
+  groups = code_groups(kind, storage.group_size)
+  key = storage.companding, kind
+  exponents = st.integers(SMALLEST_EXPONENT[key], LARGEST_EXPONENT[key])
+  exponent = np.array(data.draw(st.lists(exponents, min_size=8, max_size=8)))
+  fraction = data.draw(st.lists(st.integers(0, 127), min_size=8, max_size=8))
+  s = np.ldexp(1 + np.array(fraction) / 128, exponent).astype(jnp.bfloat16)
+  codes = np.broadcast_to(groups, (8, *groups.shape))
+  scale = np.broadcast_to(s[:, None, None], (8, groups.shape[0], 1))
+  back = decode(codes, scale, kind, storage)
+  assert np.isfinite(back).all()
+  again, again_scale = encode(back, kind, storage)
+  np.testing.assert_array_equal(again, codes)
+  np.testing.assert_array_equal(f64(again_scale), f64(scale))
+
+
+@kinds
+@companding
+def test_codes_below_the_smallest_normal_number_decode_to_zero(kind, storage):
+  """Under scales near the end of the range, small codes go; the rest stay.
+
+  First moments in "root" multiply by s/127², which goes first, with its group.
+  """
+  groups = code_groups(kind, storage.group_size)
+  lowest = -126 if kind == "first" else -63
+  end = SMALLEST_EXPONENT[storage.companding, kind]
+  s = (2.0 ** np.arange(lowest, end)).astype(jnp.bfloat16)
+  codes = np.broadcast_to(groups, (len(s), *groups.shape))
+  scale = np.broadcast_to(s[:, None, None], (len(s), groups.shape[0], 1))
+  back = decode(codes, scale, kind, storage)
+  again, again_scale = encode(back, kind, storage)
+  np.testing.assert_array_equal(again, np.where(back == 0, 0, codes))
+  if (storage.companding, kind) == ("root", "first"):
+    assert not back.any()
+    assert not f64(again_scale).any()
+    return
+  np.testing.assert_array_equal(f64(again_scale), f64(scale))
+  true = np.abs(values(kind, storage.companding, codes, f64(scale)))
+  gone = (back == 0) & (codes != 0)
+  assert gone.any()
+  assert (true[gone] < 2.0**-126 * (1 + 1e-6)).all()
+
+
+@kinds
+@root_only
+@given(seed=seeds, spread=st.sampled_from([0.0, 1.0, 4.0]))
+def test_root_encoding_is_idempotent(seed, spread, kind, storage):
+  """The largest element has the top code, whichever way its scale rounded."""
+  x = random_moment(seed, kind, spread=spread)
+  codes, scale = encode(x, kind, storage)
+  largest = np.abs(grouped(codes.astype(int), storage.group_size)).max(-1)
+  assert (largest == LEVELS[kind]).all()
+  again = encode(decode(codes, scale, kind, storage), kind, storage)
+  np.testing.assert_array_equal(again[0], codes)
+  np.testing.assert_array_equal(f64(again[1]), f64(scale))
+
+
+def test_root_encoding_keeps_the_top_code_for_every_largest_element():
+  """All 2¹⁶ leading significand bits of a group's largest element."""
+  x = (np.uint32(0x3F800000) + (np.arange(2**16, dtype=np.uint32) << 7)).view(
+      np.float32
+  )[:, None]
+  for kind, levels in LEVELS.items():
+    codes, _ = encode(x if kind == "first" else x * x, kind, Storage())
+    assert (codes == levels).all()
+
+
+@given(seed=seeds)
+def test_paper_encoding_of_first_moments_is_idempotent(seed):
+  storage = Storage(companding="paper")
+  codes, scale = encode(random_moment(seed, "first"), "first", storage)
+  again = encode(decode(codes, scale, "first", storage), "first", storage)
+  np.testing.assert_array_equal(again[0], codes)
+  np.testing.assert_array_equal(f64(again[1]), f64(scale))
+
+
+@given(seed=seeds)
+def test_paper_encoding_of_second_moments_settles(seed):
+  """It is linear in sqrt(v), so a scale rounded up can cost the top code.
+
+  Groups with the top code are fixed points. In the others the largest element
+  has the next code, and the second encoding may choose a scale one bfloat16
+  below; that one has the top code.
+  """
+  storage = Storage(companding="paper")
+  codes, scale = encode(random_moment(seed, "second"), "second", storage)
+  largest = grouped(codes, 32).max(-1)
+  assert set(np.unique(largest)) <= {254, 255}
+  again, again_scale = encode(
+      decode(codes, scale, "second", storage), "second", storage
+  )
+  kept = f64(again_scale) == f64(scale)
+  assert kept[largest == 255].all()
+  same = (grouped(again, 32) == grouped(codes, 32)).all(-1)
+  np.testing.assert_array_equal(same & kept, largest == 255)
+  step = scale.view(np.uint16).astype(int) - again_scale.view(np.uint16)
+  assert set(np.unique(step)) <= {0, 1}
+  third, third_scale = encode(
+      decode(again, again_scale, "second", storage), "second", storage
+  )
+  np.testing.assert_array_equal(third, again)
+  np.testing.assert_array_equal(f64(third_scale), f64(again_scale))
+
+
+@kinds
+@companding
+def test_a_program_of_its_own_or_a_part_of_one_gives_the_same_bits(kind, storage):
+  """Rounding to bfloat16 isn't skipped where XLA could fuse across it."""
+  x = random_moment(0, kind)
+  codes, scale = encode(x, kind, storage)
+  eager = codec.encode(jnp.asarray(x), kind, storage)
+  np.testing.assert_array_equal(eager[0], codes)
+  np.testing.assert_array_equal(f64(eager[1]), f64(scale))
+  alone = jax.jit(lambda x: codec.encode(x, kind, storage)[0])(x)
+  np.testing.assert_array_equal(alone, codes)
+
+  @jax.jit
+  def both(x):
+    return codec.decode(*codec.encode(x, kind, storage), kind, storage)
+
+  np.testing.assert_array_equal(both(x), decode(codes, scale, kind, storage))
+
+
+@kinds
+@companding
+def test_zero_and_tiny_groups(kind, storage):
+  """A group below 2⁻¹²⁶ stores scale 0; its neighbours are not touched."""
+  size = storage.group_size
+  x = random_moment(1, kind, (4, 3 * size), center=(-2, 2))
+  alone = encode(x, kind, storage)
+  x[0, :size] = 0
+  x[1, size : 2 * size] = np.float32(2.0**-126) * 0.75
+  x[2, 2 * size :] = 1e-45
+  x[3, :size] = 2.0**-126  # Exactly at the limit: it has a scale.
+  if kind == "first":
+    x[1, size] *= -1
+  codes, scale = encode(x, kind, storage)
+  back = decode(codes, scale, kind, storage)
+  where = np.zeros((4, 3), bool)
+  where[0, 0] = where[1, 1] = where[2, 2] = True
+  assert (f64(scale)[where] == 0).all()
+  elements = np.repeat(where, size, 1)
+  assert not codes[elements].any()
+  assert not back[elements].any()
+  np.testing.assert_array_equal(
+      f64(scale)[3, 0], 2.0**-126 if kind == "first" else 2.0**-63
+  )
+  assert (codes[3, :size] == LEVELS[kind]).all()
+  # In "root" the first moment's s/127² is subnormal, and flushed.
+  flushed = storage.companding == "root" and kind == "first"
+  np.testing.assert_array_equal(back[3, :size], 0 if flushed else 2.0**-126)
+  elements[3, :size] = True
+  np.testing.assert_array_equal(codes[~elements], alone[0][~elements])
+
+
+@kinds
+@companding
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_stay_in_their_group(bad, kind, storage):
+  if kind == "second":
+    bad = np.abs(bad)
+  size = storage.group_size
+  x = random_moment(2, kind, (5, 2 * size + 3), center=(-2, 2))
+  clean = encode(x, kind, storage)
+  x[1, 4] = bad
+  x[3, -1] = bad
+  x[4, size - 1 : size + 1] = bad
+  where = np.zeros(clean[1].shape, bool)
+  where[1, 0] = where[3, 2] = where[4, 0] = where[4, 1] = True
+  with warnings.catch_warnings(), np.errstate(all="raise"):
+    warnings.simplefilter("error")
+    codes, scale = encode(x, kind, storage)
+    back = decode(codes, scale, kind, storage)
+  np.testing.assert_array_equal(np.isnan(f64(scale)), where)
+  elements = np.repeat(where, size, 1)[:, : x.shape[1]]
+  np.testing.assert_array_equal(np.isnan(back), elements)
+  np.testing.assert_array_equal(codes[~elements], clean[0][~elements])
+  np.testing.assert_array_equal(f64(scale)[~where], f64(clean[1])[~where])
+  assert (codes[elements & ~np.isfinite(x)] == 0).all()
+  # And it stays NaN.
+  again, again_scale = encode(back, kind, storage)
+  np.testing.assert_array_equal(np.isnan(f64(again_scale)), where)
+  assert not again[elements].any()
+
+
+@companding
+def test_the_largest_first_moments(storage):
+  """A magnitude that rounds to an infinite bfloat16 makes its group NaN."""
+  finite = np.uint32(0x7F7F7FFF).view(np.float32)  # Rounds to the largest.
+  beyond = np.uint32(0x7F7F8000).view(np.float32)
+  codes, scale = encode(np.float32([-finite]), "first", storage)
+  if storage.companding == "root":
+    assert codes[0] == -127
+    back = decode(codes, scale, "first", storage)
+    np.testing.assert_allclose(back, [-finite], rtol=2**-8)
+  else:
+    assert codes[0] == 0  # The inverse of its scale is subnormal.
+  back = decode(*encode(np.float32([beyond, 1.0]), "first", storage), "first", storage)
+  assert np.isnan(back).all()
+
+
+@companding
+def test_the_largest_second_moments(storage):
+  """sqrt(v) rounds to no infinite scale, but the square of 2⁶⁴ is infinite."""
+  codes, scale = encode(np.float32([2.0**127]), "second", storage)
+  back = decode(codes, scale, "second", storage)
+  np.testing.assert_allclose(back, 2.0**127, rtol=2**-7)
+  codes, scale = encode(np.finfo(np.float32).max[None], "second", storage)
+  assert codes[0] == 255
+  assert f64(scale)[0] == 2.0**64
+  assert np.isposinf(decode(codes, scale, "second", storage)[0])
+
+
+# Master weights of bfloat16 parameters.
+
+
+def float_patterns(seed, count=4096):
+  """Random bit patterns: uniform, subnormal, and near powers of two."""
+  rng = np.random.default_rng(seed)
+  b = rng.integers(0, 2**32, count, dtype=np.uint32)
+  subnormal = rng.integers(0, 2**23, count, dtype=np.uint32)
+  near = rng.integers(0, 512, count, dtype=np.uint32) << 23
+  near += rng.integers(-300, 300, count).astype(np.uint32)
+  special = np.array(
+      [0, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0x7F7FFF80, 0x7F7FFF7F, 0x7F800000,
+       0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF, 1, 0x7F, 0x80, 0x8000],
+      np.uint32,
+  )
+  subnormal |= rng.integers(0, 2, count, dtype=np.uint32) << 31
+  b = np.concatenate([b, subnormal, near, special, special | 0x80000000])
+  return b.astype(np.uint32)
+
+
+def reference_split(b, bits):
+  """In Python's integers' sense: no wrap-around, NaN apart."""
+  b = b.astype(np.int64)
+  dropped = 32 - bits
+  top = (b + (1 << dropped >> 1)) >> dropped
+  below = bits - 16
+  p = (top + (1 << (below - 1))) >> below
+  rho = top - (p << below)
+  nan = b & 0x7FFFFFFF > 0x7F800000
+  return np.where(nan, b >> 16 | 0x40, p), np.where(nan, 0, rho), nan
+
+
+@bits
+@given(seed=seeds)
+def test_split_is_the_integer_split(seed, bits):
+  b = float_patterns(seed)
+  p, rho, nan = reference_split(b, bits)
+  param, correction = split(b.view(np.float32), bits)
+  assert param.dtype == jnp.bfloat16
+  assert correction.dtype == (np.int8 if bits == 24 else np.int16)
+  np.testing.assert_array_equal(param.view(np.uint16), p)
+  np.testing.assert_array_equal(correction, rho)
+  assert np.isnan(f64(param[nan])).all()
+  assert not np.isnan(f64(param[~nan])).any()
+
+
+@given(seed=seeds)
+def test_24_bits_keep_a_relative_error_of_two_to_the_minus_16(seed):
+  b = float_patterns(seed)
+  x = b.view(np.float32)
+  back = np.asarray(merge(*split(x, 24)))
+  np.testing.assert_array_equal(np.isnan(back), np.isnan(x))
+  np.testing.assert_array_equal(np.signbit(back), np.signbit(x))
+  largest = np.uint32(0x7F7FFF7F).view(np.float32)  # The rest rounds to inf.
+  beyond = np.abs(x) > largest
+  np.testing.assert_array_equal(np.isinf(back), beyond)
+  finite = np.isfinite(x) & ~beyond
+  normal = finite & (np.abs(x) >= 2.0**-126)
+  with np.errstate(invalid="ignore"):
+    error = np.abs(f64(back) - f64(x))
+  assert (error[normal] <= 2.0**-16 * np.abs(f64(x[normal]))).all()
+  # Below, spacing no longer shrinks: half a unit of 2⁻¹⁴¹.
+  assert (error[finite & ~normal] <= 2.0**-142).all()
+  # The parameter alone is within half its unit of the master weight.
+  p = f64(split(x, 24)[0])
+  with np.errstate(invalid="ignore"):
+    gap = np.abs(p - f64(back))
+  ok = normal & np.isfinite(p)
+  assert (gap[ok] <= 2.0**-8 * np.abs(f64(back[ok]))).all()
+
+
+@given(seed=seeds)
+def test_32_bits_lose_nothing(seed):
+  b = float_patterns(seed)
+  x = b.view(np.float32)
+  back = np.asarray(merge(*split(x, 32)))
+  nan = np.isnan(x)
+  np.testing.assert_array_equal(back.view(np.uint32)[~nan], b[~nan])
+  assert np.isnan(back[nan]).all()
+  np.testing.assert_array_equal(np.signbit(back), np.signbit(x))
+
+
+def reachable(p, correction):
+  """The pairs that split makes: no NaN, nothing past inf or across zero."""
+  magnitude = p & 0x7FFF
+  return np.where(
+      magnitude > 0x7F80,
+      (correction == 0) & (p & 0x40 != 0),  # A quiet NaN.
+      ~((magnitude == 0x7F80) & (correction > 0))
+      & ~((magnitude == 0) & (correction < 0)),
+  )
+
+
+def test_every_pair_of_24_bits_is_a_fixed_point():
+  """All 65,536 × 256 pairs, but for those that split never makes."""
+  c = np.arange(-128, 128, dtype=np.int8)
+  roundtrip = jax.jit(lambda p, c: (m := codec.merge(p, c), *codec.split(
+      m, jnp.bfloat16, 24
+  )))
+  for start in range(0, 2**16, 2**14):
+    p = np.repeat(np.arange(start, start + 2**14, dtype=np.uint16), 256)
+    corrections = np.tile(c, 2**14)
+    master, param, again = map(
+        np.asarray, roundtrip(p.view(jnp.bfloat16), corrections)
+    )
+    ok = reachable(p, corrections)
+    np.testing.assert_array_equal(param.view(np.uint16)[ok], p[ok])
+    np.testing.assert_array_equal(again[ok], corrections[ok])
+    # A zero with a correction for the other side of zero is that zero.
+    zero = (p & 0x7FFF == 0) & (corrections < 0)
+    np.testing.assert_array_equal(
+        master[zero].view(np.uint32), p[zero].astype(np.uint32) << 16
+    )
+    # An infinity with a correction beyond it, and a NaN with any, are NaN.
+    lost = ~ok & ~zero
+    assert np.isnan(master[lost]).all()
+    assert (p[lost] & 0x7FFF >= 0x7F80).all()
+
+
+@given(seed=seeds)
+def test_sampled_pairs_of_32_bits_are_fixed_points(seed):
+  rng = np.random.default_rng(seed)
+  p = rng.integers(0, 2**16, 4096, dtype=np.uint16)
+  p[:64] = rng.choice(
+      np.array([0, 0x8000, 0x7F80, 0xFF80, 1, 0x7F, 0x80, 0x7F7F], np.uint16), 64
+  )
+  c = rng.integers(-(2**15), 2**15, 4096).astype(np.int16)
+  c[::7] = rng.choice(np.array([-(2**15), -1, 0, 1, 2**15 - 1], np.int16), 586)
+  master = np.asarray(merge(p.view(jnp.bfloat16), c))
+  param, again = split(master, 32)
+  ok = reachable(p, c)
+  np.testing.assert_array_equal(param.view(np.uint16)[ok], p[ok])
+  np.testing.assert_array_equal(again[ok], c[ok])
+
+
+@bits
+def test_zeroed_parameters_are_zero_whatever_their_correction_says(bits):
+  """Pruning writes zeros and knows nothing of corrections.
+
+  A stale correction that points away from zero is worth at most the largest
+  number that rounds to zero in bfloat16.
+  """
+  info = np.iinfo(np.int8 if bits == 24 else np.int16)
+  c = np.arange(info.min, info.max + 1).astype(info.dtype)
+  for zero in (0.0, -0.0):
+    back = np.asarray(merge(np.full(c.shape, zero, jnp.bfloat16), c))
+    assert (back[c <= 0] == 0).all()
+    assert (f64(np.abs(back)) <= 2.0**-134).all()  # Half of bfloat16's 2⁻¹³³.
+    assert (np.signbit(back) == np.signbit(zero)).all()
+
+
+@bits
+@given(seed=seeds)
+def test_residual_is_splits_correction(seed, bits):
+  x = float_patterns(seed).view(np.float32)
+  param, correction = split(x, bits)
+  np.testing.assert_array_equal(residual(x, param, bits), correction)
+
+
+@bits
+@given(seed=seeds)
+def test_residual_is_the_nearest_correction_that_can_be_reached(seed, bits):
+  """For parameters beside the master weight, far away, of the other sign."""
+  rng = np.random.default_rng(seed)
+  b = float_patterns(seed, 32)
+  b = b[np.isfinite(b.view(np.float32))]
+  x = b.view(np.float32)
+  near = (b >> 16).astype(np.int64) + rng.integers(-3, 4, b.shape)
+  far = rng.integers(0, 2**16, b.shape)
+  other = near ^ 0x8000
+  choice = rng.integers(0, 3, b.shape)
+  p = np.choose(choice, [near, far, other]).astype(np.uint16)
+  p[p & 0x7FFF >= 0x7F80] = 0x3F80
+  p[:4] = [0, 0x8000, 0, 0x8000]
+  param = p.view(jnp.bfloat16)
+  found = np.asarray(residual(x, param, bits))
+  info = np.iinfo(found.dtype)
+  # At 32 bits all corrections are too many: those around the one found.
+  candidates = np.arange(-128, 128)
+  if bits == 32:
+    candidates = np.clip(found.astype(int)[:, None] + candidates, info.min, info.max)
+    ends = np.broadcast_to([info.min, 0, info.max], (len(b), 3))
+    candidates = np.concatenate([candidates, ends], 1)
+  else:
+    candidates = np.broadcast_to(candidates, (len(b), 256))
+  shape = candidates.shape
+  merged = np.asarray(merge(
+      np.broadcast_to(param[:, None], shape), candidates.astype(info.dtype)
+  ))
+  distance = np.abs(f64(merged) - f64(x)[:, None])
+  mine = np.abs(f64(merge(param, found)) - f64(x))
+  np.testing.assert_array_equal(mine, np.nanmin(distance, 1))
+
+
+@bits
+def test_residual_of_nan_and_infinity(bits):
+  x = np.float32([np.nan, 1.0, np.nan, np.inf, np.inf, 1.0, -np.inf])
+  p = np.float32([1.0, np.nan, np.nan, np.inf, 1.0, np.inf, 1.0])
+  found = np.asarray(residual(x, p.astype(jnp.bfloat16), bits))
+  info = np.iinfo(found.dtype)
+  np.testing.assert_array_equal(
+      found, [0, 0, 0, 0, info.max, info.min, info.min]
+  )
+
+
+# Master weights of other parameters.
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@bits
+def test_no_correction_where_none_is_needed(dtype, bits):
+  x = jnp.float32([1.0, -2.5, 3e-8])
+  if dtype == "float32":
+    param, correction = codec.split(x, jnp.dtype(dtype), bits)
+    assert correction is None
+    np.testing.assert_array_equal(param, x)
+    assert codec.merge(param, None) is param
+  param, correction = codec.split(x, jnp.dtype(dtype), None)
+  assert correction is None
+  np.testing.assert_array_equal(codec.merge(param, None), x.astype(dtype))
+
+
+def half_patterns(seed):
+  """float32 numbers over and beyond float16's range."""
+  rng = np.random.default_rng(seed)
+  x = rng.standard_normal(4096) * 2.0 ** rng.uniform(-30, 17, 4096)
+  edges = [0.0, -0.0, 2.0**-24, 2.0**-25, 2.0**-26, 2.0**-14, 65504.0, 65519.0]
+  return np.float32([*x, *edges, *np.negative(edges)])
+
+
+def half_unit(param):
+  """Half the distance of float16 numbers from the next larger one."""
+  exponent = np.maximum(param.view(np.uint16) >> 10 & 0x1F, 1).astype(int)
+  return 2.0 ** (exponent - 26)
+
+
+@bits
+@given(seed=seeds)
+def test_float16_correction(seed, bits):
+  x = half_patterns(seed)
+  param, correction = split(x, bits, "float16")
+  levels = 127 if bits == 24 else 32767
+  with np.errstate(over="ignore"):
+    np.testing.assert_array_equal(param, x.astype(np.float16))
+  assert np.abs(correction.astype(int)).max() <= levels
+  finite = np.isfinite(param)
+  back = np.asarray(merge(param, correction))
+  # Half a step of the correction, and float32's rounding where that is more.
+  bound = half_unit(param) / levels / 2 + 2.0**-24 * np.abs(f64(x))
+  error = np.abs(f64(back) - f64(x))
+  assert (error[finite] <= bound[finite] * 1.001).all()
+  # Values are fixed points, but for ties that round into the next binade.
+  param_again, correction_again = split(back, bits, "float16")
+  again = np.asarray(merge(param_again, correction_again))
+  tied = finite & (param_again != param)
+  np.testing.assert_array_equal(again[finite & ~tied], back[finite & ~tied])
+  assert (np.abs(correction.astype(int)[tied]) == levels).all()
+  assert np.isposinf(back[~finite & (x > 0)]).all()
+  assert np.isneginf(back[~finite & (x < 0)]).all()
+  np.testing.assert_array_equal(residual(x, param, bits), correction)
+
+
+@bits
+def test_float16_overflow_nan_and_subnormals(bits):
+  x = np.float32([65520.0, -1e30, np.inf, np.nan, 65519.996, 1.5 * 2.0**-24, 1e-9])
+  param, correction = split(x, bits, "float16")
+  back = np.asarray(merge(param, correction))
+  np.testing.assert_array_equal(back[:4], [np.inf, -np.inf, np.inf, np.nan])
+  assert not correction[:4].any()
+  assert param[4] == 65504
+  np.testing.assert_allclose(back[4], x[4], rtol=2.0**-17)
+  # Subnormals have float16's smallest unit, 2⁻²⁴, and corrections in it.
+  step = 2.0**-25 / (127 if bits == 24 else 32767)
+  assert (np.abs(f64(back[5:]) - f64(x[5:])) <= step / 2 * 1.001).all()
+
+
+@given(seed=seeds)
+def test_float16_pairs_are_fixed_points(seed):
+  """As long as the parameter stays; a tie may round to the next one."""
+  rng = np.random.default_rng(seed)
+  p = rng.integers(0, 2**16, 64, dtype=np.uint16).view(np.float16)
+  p = np.where(np.isfinite(p), p, np.float16(1))
+  p = np.repeat(p, 255)
+  c = np.tile(np.arange(-127, 128, dtype=np.int8), 64)
+  master = np.asarray(merge(p, c))
+  param, correction = split(master, 24, "float16")
+  same = param == p
+  np.testing.assert_array_equal(correction[same], c[same])
+  # The rest are ties, or below a power of two, where the unit halves.
+  power = p.view(np.uint16) & 0x3FF == 0
+  assert (same | (np.abs(c) == 127) | power).all()

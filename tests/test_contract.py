@@ -1,0 +1,965 @@
+"""Flash optimizers keep Optax's contract, alone and inside its wrappers."""
+
+import functools
+import operator
+import re
+import warnings
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import every_case, every_optimizer, some_cases
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax import contrib
+from optax._src import base
+
+import flashoptim_jax as fo
+from flashoptim_jax.state import FlashState, flash_states
+
+COLLECTIVE = re.compile(
+    r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+)
+# Split along an axis that has no groups, along the groups' axis, and both.
+SHARDED_SHAPES = {
+    "rows": ((8, 256), jnp.bfloat16),
+    "groups": ((3, 256), jnp.bfloat16),
+    "both": ((4, 128), jnp.bfloat16),
+    "norm": ((256,), jnp.float32),
+}
+SPECS = {
+    "rows": P("x", None),
+    "groups": P(None, ("x", "y")),
+    "both": P("y", "x"),
+    "norm": P("x"),
+}
+
+
+def small(seed=0):
+  return cases.tree(cases.SMALL_SHAPES, seed)
+
+
+def float32(shapes=None):
+  """Parameters and gradients that Optax's own optimizers share with ours."""
+  return cases.tree(shapes or cases.SMALL_SHAPES, dtype=jnp.float32)
+
+
+def assert_close_trees(actual, desired, rtol=1e-5):
+  jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-7),
+      actual,
+      desired,
+  )
+
+
+# The transformation itself.
+
+
+@every_case
+def test_result_is_a_pair_with_extra_args(name, storage):
+  tx = cases.make(name, storage)
+  assert isinstance(tx, optax.GradientTransformationExtraArgs)
+  init, update = tx
+  assert (init, update) == (tx.init, tx.update)
+
+
+@every_case
+def test_updates_have_the_gradients_dtype(name, storage):
+  tx = cases.make(name, storage)
+  params = cases.tree()
+  state = tx.init(params)
+  for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, None):
+    grads = cases.grads_like(params, dtype=dtype)
+    updates, new_state = jax.eval_shape(tx.update, grads, state, params)
+    cases.assert_same_types(updates, grads)
+    cases.assert_same_types(new_state, state)
+    new_params, new_state = jax.eval_shape(
+        functools.partial(fo.step, tx), grads, state, params
+    )
+    cases.assert_same_types(new_params, params)
+    cases.assert_same_types(new_state, state)
+
+
+@every_case
+def test_missing_params_raise_optax_message(name, storage):
+  tx = cases.make(name, storage)
+  params = cases.tree()
+  state = tx.init(params)
+  for args in ((params, state), (params, state, None)):
+    with pytest.raises(ValueError, match=re.escape(base.NO_PARAMS_MSG)):
+      tx.update(*args)
+
+
+def recorder(seen):
+  """Notes down the extra arguments that reach it."""
+
+  def update_fn(updates, state, params=None, **extra_args):
+    del params
+    seen.append(extra_args)
+    return updates, state
+
+  return optax.GradientTransformationExtraArgs(
+      lambda params: optax.EmptyState(), update_fn
+  )
+
+
+@every_case
+def test_extra_args_are_accepted_and_passed_on(name, storage):
+  seen = []
+  tx = optax.chain(recorder(seen), cases.make(name, storage))
+  params = small()
+  grads, state = cases.grads_like(params), tx.init(params)
+  for function in (tx.update, functools.partial(fo.step, tx)):
+    jax.eval_shape(
+        functools.partial(function, value=3.0, note="text"),
+        grads,
+        state,
+        params,
+    )
+    assert (seen[-1]["value"], seen[-1]["note"]) == (3.0, "text")
+
+
+@some_cases
+def test_extra_args_change_nothing(name, storage):
+  tx = cases.make(name, storage)
+  params = small()
+  grads, state = cases.grads_like(params), tx.init(params)
+  for function in (cases.step, cases.update):
+    cases.assert_same(
+        function(tx, grads, state, params, loss=1.0, note="text"),
+        function(tx, grads, state, params),
+    )
+
+
+# Initialisation.
+
+
+@every_case
+def test_init_is_the_same_however_it_is_called(name, storage):
+  tx = cases.make(name, storage)
+  params = cases.tree()
+  state = tx.init(params)
+  assert isinstance(state, FlashState)
+  assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state))
+  abstract = jax.eval_shape(lambda tree: tree, params)
+  cases.assert_same(jax.jit(tx.init)(params), state)
+  cases.assert_same_types(tx.init(abstract), state)
+  cases.assert_same_types(jax.eval_shape(tx.init, params), state)
+  cases.assert_same_types(jax.eval_shape(tx.init, abstract), state)
+
+
+@every_case
+def test_state_mirrors_the_parameters(name, storage):
+  tx = cases.make(name, storage)
+  params = cases.tree()
+  state = tx.init(params)
+  kept = set(cases.OPTIMIZERS[name].moments)
+  for field in ("mu", "nu"):
+    values, scale = getattr(state, field), getattr(state, f"{field}_scale")
+    if field not in kept:
+      assert values == scale == optax.MaskedNode()
+      continue
+    assert jax.tree.structure(values) == jax.tree.structure(params)
+    if cases.STORAGES[storage].moment_bits == 32:
+      assert scale == optax.MaskedNode()
+      continue
+    assert jax.tree.map(jnp.ndim, scale) == jax.tree.map(jnp.ndim, params)
+  if cases.STORAGES[storage].master_bits is None:
+    assert state.correction == optax.MaskedNode()
+    return
+  assert state.correction.keys() == params.keys()
+  assert state.correction["norm"] == optax.MaskedNode()  # float32
+  assert state.correction["scale"].shape == ()
+
+
+@every_case
+def test_map_params_visits_every_mirror(name, storage):
+  tx = cases.make(name, storage)
+  params = small()
+  state = tx.init(params)
+  mapped = optax.tree.map_params(
+      tx,
+      lambda leaf: ("param", leaf.dtype.name),
+      state,
+      transform_non_params=lambda leaf: ("other", leaf.dtype.name),
+  )
+  assert mapped.count == ("other", "int32")
+  kept = cases.OPTIMIZERS[name].moments
+  for field in ("mu", "mu_scale", "nu", "nu_scale", "correction"):
+    tree = getattr(mapped, field)
+    if getattr(state, field) == optax.MaskedNode():
+      assert tree == optax.MaskedNode()
+      continue
+    assert field == "correction" or field.removesuffix("_scale") in kept
+    assert {kind for kind, _ in tree.values()} == {"param"}
+
+
+def map_specs(tx, state):
+  """The parameters' specs, on the state; float32 leaves have no correction."""
+  return optax.tree.map_params(
+      tx,
+      lambda leaf, spec: leaf if isinstance(leaf, optax.MaskedNode) else spec,
+      state,
+      SPECS,
+      transform_non_params=lambda leaf: P(),
+      is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+  )
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["alone", "chain"])
+@every_case
+def test_map_params_gives_every_array_a_usable_spec(name, storage, chained):
+  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+  params = cases.tree(SHARDED_SHAPES)
+  tx = cases.make(name, storage)
+  if chained:
+    tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
+  state = tx.init(params)
+  mapped = map_specs(tx, state)
+  assert jax.tree.structure(mapped) == jax.tree.structure(state)
+  shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), mapped)
+  # Refuses a spec that doesn't fit.
+  placed = jax.device_put(state, shardings)
+  for path, leaf in jax.tree.leaves_with_path(placed):
+    spec = SPECS.get(getattr(path[-1], "key", None), P())
+    assert leaf.sharding == NamedSharding(mesh, spec), path
+
+
+@every_case
+def test_map_params_without_is_leaf_serves_16_bit_trees(name, storage):
+  tx = cases.make(name, storage)
+  params = small()
+  specs = {"matrix": P("x", "y"), "bias": P(None)}
+  mapped = optax.tree.map_params(
+      tx,
+      lambda leaf, spec: spec,
+      tx.init(params),
+      specs,
+      transform_non_params=lambda leaf: P(),
+  )
+  for field in mapped[1:-1]:
+    assert field in (specs, optax.MaskedNode())
+  assert mapped.count == P()
+
+
+@every_case
+def test_tree_get(name, storage):
+  tx = optax.chain(optax.clip(1.0), cases.make(name, storage))
+  params = small()
+  state = tx.init(params)
+  (flash,) = flash_states(state)
+  assert optax.tree.get(state, "count") is flash.count
+  for field in cases.OPTIMIZERS[name].moments:
+    found = optax.tree.get(state, field)
+    cases.assert_same(found, getattr(flash, field))
+    assert found.keys() == params.keys()
+  assert optax.tree.get(state, "correction") == flash.correction
+
+
+# Inside Optax's combinators and wrappers.
+
+
+@some_cases
+def test_chain(name, storage):
+  tx = cases.make(name, storage)
+  chained = optax.chain(optax.scale(0.5), optax.identity(), tx)
+  named = optax.named_chain(("scale", optax.scale(0.5)), ("flash", tx))
+  params = cases.tree()
+  grads = cases.grads_like(params)
+  half = jax.tree.map(lambda g: g / 2, grads)
+  for function in (cases.step, cases.update):
+    desired = function(tx, half, tx.init(params), params)
+    for each in (chained, named):
+      actual = function(each, grads, each.init(params), params)
+      cases.assert_equal(actual, desired, steps=1)
+
+
+@some_cases
+def test_partition(name, storage):
+  tx = cases.make(name, storage)
+  fast = cases.make("momentum", learning_rate=0.1)
+  labels = {"matrix": "a", "bias": "b", "conv": "a", "norm": "b", "scale": "c"}
+  both = optax.partition({"a": tx, "b": fast, "c": optax.sgd(0.5)}, labels)
+  params = cases.tree()
+  grads = cases.grads_like(params)
+
+  def part(tree, label):
+    return {key: tree[key] for key in tree if labels[key] == label}
+
+  for function in (cases.step, cases.update):
+    new_params, state = function(both, grads, both.init(params), params)
+    for label, each in (("a", tx), ("b", fast)):
+      own = part(params, label)
+      desired = function(each, part(grads, label), each.init(own), own)
+      (flash,) = flash_states(state.inner_states[label])
+      own_state = jax.tree.map(
+          lambda tree, label=label: (
+              part(tree, label)
+              if isinstance(tree, dict) and tree.keys() == params.keys()
+              else tree
+          ),
+          flash,
+          is_leaf=lambda node: isinstance(node, dict | optax.MaskedNode),
+      )
+      actual = part(new_params, label), own_state
+      cases.assert_equal(actual, desired, steps=1)
+    # A leaf that no flash optimizer holds gets what Optax would give it.
+    plain = optax.apply_updates(
+        params["scale"], -0.5 * grads["scale"].astype(jnp.bfloat16)
+    )
+    np.testing.assert_array_equal(new_params["scale"], plain)
+
+
+@some_cases
+def test_masked_leaves_the_rest_to_others(name, storage):
+  params = cases.tree()
+  grads = cases.grads_like(params)
+  mask = {key: key in ("matrix", "norm") for key in params}
+  other = jax.tree.map(operator.not_, mask)
+  tx = cases.make(name, storage)
+  alone = optax.masked(tx, mask)
+  updates, _ = jax.jit(alone.update)(grads, alone.init(params), params)
+  for key, inside in mask.items():
+    same = np.array_equal(updates[key], grads[key])
+    assert same == (not inside)
+
+  # Two flash optimizers in one chain share the leaves out.
+  split = optax.chain(alone, optax.masked(tx, other))
+  for function in (cases.step, cases.update):
+    desired_params, desired_state = function(tx, grads, tx.init(params), params)
+    new_params, state = function(split, grads, split.init(params), params)
+    cases.assert_masters_close(
+        fo.to_fp32(new_params, state),
+        fo.to_fp32(desired_params, desired_state),
+        params,
+        cases.STORAGES[storage].master_bits,
+        steps=1,
+    )
+    cases.assert_same(fo.moments(state), fo.moments(desired_state))
+
+
+@some_cases
+def test_multi_steps(name, storage):
+  tx = cases.make(name, storage)
+  multi = optax.MultiSteps(tx, every_k_schedule=2)
+  params = cases.tree(cases.TINY_SHAPES)
+  first, second = cases.grads_like(params, 1), cases.grads_like(params, 2)
+  mean = jax.tree.map(
+      lambda a, b: (a + (b.astype(jnp.float32) - a) / 2).astype(a.dtype),
+      first,
+      second,
+  )
+  state = multi.init(params)
+  waiting, state = cases.jitted_step(multi, first, state, params)
+  cases.assert_same(waiting, params)
+  cases.assert_same(state.inner_opt_state, tx.init(params))
+  actual, state = cases.jitted_step(multi, second, state, params)
+  desired = cases.jitted_update(tx, mean, tx.init(params), params)
+  cases.assert_equal((actual, state.inner_opt_state), desired, steps=1)
+
+
+@some_cases
+def test_apply_if_finite_leaves_all_untouched(name, storage):
+  tx = optax.apply_if_finite(cases.make(name, storage), 5)
+  params = cases.tree(cases.TINY_SHAPES)
+  params, state = cases.train(tx, params, 2, cases.jitted_step)
+  for bad in (np.nan, np.inf):
+    grads = cases.grads_like(params)
+    grads["matrix"] = grads["matrix"].at[0, 0].set(bad)
+    new_params, new_state = cases.jitted_step(tx, grads, state, params)
+    cases.assert_same(new_params, params)
+    cases.assert_same(new_state.inner_state, state.inner_state)
+    assert int(new_state.notfinite_count) == 1
+  grads = cases.grads_like(params)
+  moved, _ = cases.jitted_step(tx, grads, new_state, params)
+  desired, _ = cases.jitted_step(tx, grads, state, params)
+  cases.assert_same(moved, desired)
+  assert not np.array_equal(moved["matrix"], params["matrix"])
+
+
+def hyperparams(name):
+  """Each optimizer's numbers, as inject_hyperparams' float32 arrays."""
+  flash, _, kwargs, _ = cases.OPTIMIZERS[name]
+  given = {"learning_rate": cases.LEARNING_RATE, **kwargs}
+  defaults = {
+      key: value
+      for key, value in (flash.__kwdefaults__ | defaults_of(flash)).items()
+      if isinstance(value, float)
+  }
+  return {
+      key: jnp.float32(value) if isinstance(value, float) else value
+      for key, value in (defaults | given).items()
+  }
+
+
+def defaults_of(function):
+  names = function.__code__.co_varnames[: function.__code__.co_argcount]
+  defaults = function.__defaults__
+  return dict(zip(names[-len(defaults) :], defaults, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("wide", [True, False], ids=["float32", "params_dtype"])
+@every_optimizer
+def test_inject_hyperparams_with_defaults(name, wide, dtype):
+  flash, _, kwargs, _ = cases.OPTIMIZERS[name]
+  if "weight_decay" in kwargs:
+    kwargs = kwargs | {"weight_decay": 0.125}  # Exact in bfloat16.
+  inject = optax.inject_hyperparams(
+      flash, hyperparam_dtype=jnp.float32 if wide else None
+  )
+  injected = inject(cases.LEARNING_RATE, **kwargs)
+  params = cases.tree(cases.SMALL_SHAPES, dtype=dtype)
+  # In bfloat16 too: 0.999 and the like must not arrive rounded.
+  arrays = hyperparams(name) | kwargs
+  tx = flash(**{
+      key: jnp.float32(value) if isinstance(value, float) else value
+      for key, value in arrays.items()
+  })
+  desired = cases.train(tx, params)
+  actual_params, state = cases.train(injected, params)
+  assert jnp.result_type(state.hyperparams["learning_rate"]) == (
+      jnp.float32 if wide else dtype
+  )
+  cases.assert_equal((actual_params, state.inner_state), desired, steps=3)
+  # And through update.
+  desired = cases.train(tx, params, function=cases.update)
+  actual_params, state = cases.train(injected, params, function=cases.update)
+  cases.assert_equal((actual_params, state.inner_state), desired, steps=3)
+
+
+@every_optimizer
+def test_injected_hyperparams_change_without_recompiling(name):
+  flash, _, kwargs, _ = cases.OPTIMIZERS[name]
+  tx = optax.inject_hyperparams(flash)(0.5, **kwargs)
+  params = small()
+  grads, state = cases.grads_like(params), tx.init(params)
+  traces = []
+
+  @jax.jit
+  def step(grads, state, params):
+    traces.append(None)
+    return fo.step(tx, grads, state, params)
+
+  moved, state = step(grads, state, params)
+  assert not np.array_equal(moved["matrix"], params["matrix"])
+  state.hyperparams["learning_rate"] = jnp.asarray(0.0, jnp.bfloat16)
+  still, state = step(grads, state, moved)
+  cases.assert_same(still, moved)
+  assert len(traces) == step._cache_size() == 1
+
+
+@every_optimizer
+def test_injected_schedule(name):
+  schedule = optax.linear_schedule(0.1, 0.0, 4)
+  flash, _, kwargs, _ = cases.OPTIMIZERS[name]
+  inject = optax.inject_hyperparams(flash, hyperparam_dtype=jnp.float32)
+  tx = inject(schedule, **kwargs)
+  arrays = hyperparams(name) | {"learning_rate": schedule}
+  params = small()
+  desired = cases.train(flash(**arrays), params)
+  actual_params, state = cases.train(tx, params)
+  cases.assert_equal((actual_params, state.inner_state), desired, steps=3)
+  np.testing.assert_allclose(state.hyperparams["learning_rate"], 0.05)
+
+
+@some_cases
+def test_schedules(name, storage):
+  """A schedule's step equals a step with its value at that count."""
+  rate = optax.linear_schedule(0.1, 0.0, 4)
+  decay = optax.linear_schedule(0.0, 0.4, 4)
+  decays = "weight_decay" in cases.OPTIMIZERS[name].kwargs
+  extra = {"weight_decay": decay} if decays else {}
+  scheduled = cases.make(name, storage, learning_rate=rate, **extra)
+  params = small()
+  actual = desired = params, scheduled.init(params)
+  for count in range(3):
+    grads = cases.grads_like(params, count)
+    extra = {"weight_decay": decay(count)} if decays else {}
+    fixed = cases.make(name, storage, learning_rate=rate(count), **extra)
+    actual = cases.step(scheduled, grads, actual[1], actual[0])
+    desired = cases.step(fixed, grads, desired[1], desired[0])
+  cases.assert_equal(actual, desired, steps=3)
+  assert int(optax.tree.get(actual[1], "count")) == 3
+
+
+@every_optimizer
+def test_schedule_free_follows_optax(name):
+  kwargs = {"b1": 0.0} if "adam" in name else {}
+  storage = cases.STORAGES["32/32"]
+  flash = cases.make(name, **kwargs).init  # Default storage, for its state.
+  params = float32()
+  rate = cases.LEARNING_RATE
+  ours = contrib.schedule_free(
+      cases.OPTIMIZERS[name].flash(
+          rate, **cases.OPTIMIZERS[name].kwargs | kwargs, storage=storage
+      ),
+      rate,
+  )
+  plain = contrib.schedule_free(cases.make_plain(name, **kwargs), rate)
+  desired, desired_state = cases.train(plain, params, 4, cases.update)
+  for function in (cases.step, cases.update):
+    actual, state = cases.train(ours, params, 4, function)
+    assert_close_trees(actual, desired)
+    assert_close_trees(state.z, desired_state.z)
+  assert flash(params).count == 0
+
+
+@some_cases
+def test_schedule_free_trains_16_bit_params(name, storage):
+  kwargs = {"b1": 0.0} if "adam" in name else {}
+  rate = 0.05
+  tx = contrib.schedule_free(cases.make(name, storage, rate, **kwargs), rate)
+  params = cases.tree(cases.TINY_SHAPES)
+  start = sum(float(jnp.sum(jnp.square(p))) for p in params.values())
+
+  @jax.jit
+  def train(state, params):
+    def body(carry, _):
+      state, params = carry
+      grads = jax.tree.map(lambda p: 2 * p, params)
+      params, state = fo.step(tx, grads, state, params)
+      return (state, params), None
+
+    return jax.lax.scan(body, (state, params), None, length=40)[0]
+
+  state, params = train(tx.init(params), params)
+  end = contrib.schedule_free_eval_params(state, params)
+  assert sum(float(jnp.sum(jnp.square(p))) for p in end.values()) < 0.8 * start
+
+
+@every_optimizer
+def test_lookahead_follows_optax(name):
+  params = optax.LookaheadParams.init_synced(float32())
+  storage = cases.STORAGES["32/32"]
+  kwargs = cases.OPTIMIZERS[name].kwargs
+  ours = cases.OPTIMIZERS[name].flash(
+      cases.LEARNING_RATE, **kwargs, storage=storage
+  )
+  txs = [
+      optax.lookahead(tx, sync_period=2, slow_step_size=0.5)
+      for tx in (ours, cases.make_plain(name))
+  ]
+  results = [(params, tx.init(params)) for tx in txs]
+  for i in range(4):
+    grads = cases.grads_like(params.fast, i)
+    results = [
+        cases.update(tx, grads, state, params)
+        for tx, (params, state) in zip(txs, results, strict=True)
+    ]
+  assert_close_trees(results[0][0], results[1][0])
+  stepped, _ = cases.step(txs[0], grads, txs[0].init(params), params)
+  updated, _ = cases.update(txs[0], grads, txs[0].init(params), params)
+  assert_close_trees(stepped, updated)
+
+
+@some_cases
+def test_lookahead_of_16_bit_params(name, storage):
+  tx = optax.lookahead(cases.make(name, storage), 2, 0.5)
+  params = optax.LookaheadParams.init_synced(cases.tree(cases.TINY_SHAPES))
+  state = tx.init(params)
+  before = cases.types(state)
+  for i in range(2):
+    new, state = cases.update(
+        tx, cases.grads_like(params.fast, i), state, params
+    )
+    cases.assert_same_types(new, params)
+    params = new
+  assert cases.types(state) == before
+  cases.assert_same(params.fast, params.slow)  # Synchronised.
+
+
+@some_cases
+def test_vmap_equals_a_loop(name, storage):
+  tx = cases.make(name, storage)
+  batch = [cases.tree(cases.TINY_SHAPES, seed) for seed in range(3)]
+  grads = [cases.grads_like(params, seed) for seed, params in enumerate(batch)]
+  stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+  states = jax.vmap(tx.init)(stack(*batch))
+  step = jax.jit(jax.vmap(functools.partial(fo.step, tx)))
+  params, states = step(stack(*grads), states, stack(*batch))
+  for i, (own, own_grads) in enumerate(zip(batch, grads, strict=True)):
+    desired = cases.jitted_step(tx, own_grads, tx.init(own), own)
+    actual = jax.tree.map(lambda leaf, i=i: leaf[i], (params, states))
+    cases.assert_equal(actual, desired, steps=1)
+
+
+# Under jit, cond, scan, donation.
+
+
+@every_case
+def test_types_are_stable(name, storage):
+  tx = cases.make(name, storage)
+  params = cases.tree(cases.TINY_SHAPES)
+  state = tx.init(params)
+  for function in (cases.step, cases.update):
+    for dtype in (None, jnp.float32):
+      grads = cases.grads_like(params, dtype=dtype)
+      call = functools.partial(function, tx, grads)
+
+      # Both refuse branches or carries whose types differ.
+      def cond(pred, state, params, call=call):
+        return jax.lax.cond(pred, call, lambda s, p: (p, s), state, params)
+
+      def scan(state, params, call=call):
+        def body(carry, _):
+          params, state = call(*carry)
+          return (state, params), None
+
+        return jax.lax.scan(body, (state, params), None, length=2)[0]
+
+      new_params, new_state = jax.eval_shape(cond, True, state, params)
+      cases.assert_same_types((new_params, new_state), (params, state))
+      new_state, new_params = jax.eval_shape(scan, state, params)
+      cases.assert_same_types((new_params, new_state), (params, state))
+
+
+@some_cases
+def test_scan_equals_calls(name, storage):
+  tx = cases.make(name, storage)
+  params = cases.tree(cases.TINY_SHAPES)
+  grads = [cases.grads_like(params, seed) for seed in range(1, 5)]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
+
+  @jax.jit
+  def scan(state, params):
+    def body(carry, grads):
+      params, state = carry
+      return fo.step(tx, grads, state, params), None
+
+    return jax.lax.scan(body, (params, state), stacked)[0]
+
+  actual = scan(tx.init(params), params)
+  desired = cases.train(tx, params, 4, cases.jitted_step)
+  cases.assert_equal(actual, desired, steps=4)
+
+
+@some_cases
+def test_compiles_once(name, storage):
+  params = cases.tree(cases.TINY_SHAPES)
+  state = cases.make(name, storage).init(params)
+  traces = []
+
+  @jax.jit
+  def step(rate, grads, state, params):
+    traces.append(None)
+    tx = cases.make(name, storage, learning_rate=rate)
+    return fo.step(tx, grads, state, params)
+
+  results = []
+  for i in range(3):
+    rate = jnp.asarray(0.1 * i)
+    result, state = step(rate, cases.grads_like(params), state, params)
+    results.append(result)
+  assert len(traces) == step._cache_size() == 1
+  cases.assert_same(results[0], params)
+  assert not np.array_equal(results[1]["matrix"], results[2]["matrix"])
+
+
+@pytest.mark.parametrize("through", ["step", "update"])
+@some_cases
+def test_donated_buffers_are_all_reused(name, storage, through):
+  tx = cases.make(name, storage)
+  params = cases.tree()
+  state = tx.init(params)
+  function = {"step": cases.step, "update": cases.update}[through]
+  jitted = jax.jit(
+      functools.partial(function, tx), donate_argnums=(1, 2)
+  )
+  nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    lowered = jitted.lower(cases.grads_like(params), state, params)
+    compiled = lowered.compile()
+  assert compiled.memory_analysis().alias_size_in_bytes == nbytes
+
+
+# Sharded.
+
+
+def shard(tree, mesh, specs):
+  return {
+      key: jax.device_put(leaf, NamedSharding(mesh, specs[key]))
+      for key, leaf in tree.items()
+  }
+
+
+@functools.cache
+def unsharded(name, storage):
+  function = cases.jitted_step
+  params = cases.tree(SHARDED_SHAPES)
+  return cases.train(cases.make(name, storage), params, function=function)
+
+
+@some_cases
+def test_explicit_sharding(name, storage):
+  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+  tx = cases.make(name, storage)
+  whole = cases.tree(SHARDED_SHAPES)
+  with jax.set_mesh(mesh):
+    params = shard(whole, mesh, SPECS)
+    state = tx.init(params)
+    initial = cases.types((params, state))
+    for field in ("mu", "mu_scale", "nu", "nu_scale", "correction"):
+      for key, leaf in dict(getattr(state, field) or {}).items():
+        if isinstance(leaf, jax.Array):
+          assert jax.typeof(leaf).sharding == initial[0][key].sharding
+    assert cases.types(jax.jit(tx.init)(params)) == initial[1]
+    for i in range(3):
+      grads = shard(cases.grads_like(whole, 1 + i), mesh, SPECS)
+      params, state = cases.jitted_step(tx, grads, state, params)
+      assert cases.types((params, state)) == initial
+    updates, new_state = jax.eval_shape(tx.update, grads, state, params)
+    assert cases.types(updates) == cases.types(grads)
+    assert cases.types(new_state) == initial[1]
+    compiled = cases.jitted_step.lower(tx, grads, state, params).compile()
+  assert not COLLECTIVE.search(compiled.as_text())
+  actual = jax.device_get((params, state))
+  cases.assert_equal(actual, unsharded(name, storage), steps=3)
+
+
+@some_cases
+def test_auto_sharding_has_no_collectives(name, storage):
+  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+  tx = cases.make(name, storage)
+  whole = cases.tree(SHARDED_SHAPES)
+  specs = (SPECS, map_specs(tx, tx.init(whole)))
+  shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+  jitted = jax.jit(
+      functools.partial(fo.step, tx),
+      in_shardings=(shardings[0], shardings[1], shardings[0]),
+      out_shardings=shardings,
+  )
+  params = jax.device_put(whole, shardings[0])
+  state = jax.device_put(tx.init(whole), shardings[1])
+  for i in range(3):
+    grads = shard(cases.grads_like(whole, 1 + i), mesh, SPECS)
+    params, state = jitted(grads, state, params)
+  compiled = jitted.lower(grads, state, params).compile()
+  assert not COLLECTIVE.search(compiled.as_text())
+  actual = jax.device_get((params, state))
+  cases.assert_equal(actual, unsharded(name, storage), steps=3)
+
+
+@every_case
+def test_state_of_sharded_params_is_sharded(name, storage):
+  """Without a word from the user."""
+  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+  params = shard(cases.tree(SHARDED_SHAPES), mesh, SPECS)
+  state = cases.make(name, storage).init(params)
+  for field in ("mu", "mu_scale", "nu", "nu_scale", "correction"):
+    for key, leaf in dict(getattr(state, field) or {}).items():
+      if isinstance(leaf, jax.Array):
+        desired = NamedSharding(mesh, SPECS[key])
+        assert leaf.sharding.is_equivalent_to(desired, leaf.ndim)
+
+
+@some_cases
+def test_large_leaves_on_one_device(name, storage, monkeypatch):
+  """A CPU that is the only device has a path of its own for these."""
+  tx = cases.make(name, storage)
+  params = cases.tree({"w": ((4, 1 << 14), jnp.bfloat16)})
+  grads, state = cases.grads_like(params), tx.init(params)
+  for function in (cases.step, cases.update):
+    results = []
+    for count in (8, 1):
+      monkeypatch.setattr(jax, "device_count", lambda count=count: count)
+      jitted = jax.jit(functools.partial(function, tx))
+      new_params, new_state = jitted(grads, state, params)
+      results.append(jitted(grads, new_state, new_params))
+    cases.assert_equal(*results, steps=2)
+
+
+# Gradients that are not finite.
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@some_cases
+def test_bad_gradients_show_and_stay_in_their_group(name, storage, bad):
+  tx, plain = cases.make(name, storage), cases.make_plain(name)
+  params = {"w": jnp.ones((4, 64), jnp.bfloat16)}
+  grads = {"w": jnp.full((4, 64), 0.5, jnp.bfloat16)}
+  bad_grads = {"w": grads["w"].at[1, 40].set(bad)}
+  for function in (cases.step, cases.update):
+    with jax.debug_nans(False):
+      new, state = params, tx.init(params)
+      wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+      wide_state = plain.init(wide)
+      for each in (bad_grads, grads, grads):
+        new, state = function(tx, each, state, new)
+        wide, wide_state = cases.update(
+            plain, jax.tree.map(jnp.float32, each), wide_state, wide
+        )
+    finite = np.isfinite(np.asarray(new["w"], np.float32))
+    desired = np.isfinite(np.asarray(wide["w"]))
+    if "lion" not in name or np.isnan(bad):
+      assert not desired[1, 40]
+    kept = cases.OPTIMIZERS[name].moments
+    if kept and cases.STORAGES[storage].moment_bits == 8:
+      # The group of 32 that the bad gradient went into is lost.
+      desired = desired.copy()
+      desired[1, 32:64] = False
+    np.testing.assert_array_equal(finite, desired)
+    for tree in fo.moments(state).values():
+      others = np.ones((4, 64), bool)
+      others[1, 32:64] = False
+      assert np.all(np.isfinite(tree["w"])[others])
+
+
+# fo.step.
+
+
+@some_cases
+def test_step_equals_update_and_apply_updates(name, storage):
+  """Where parameters stay within a factor of two of themselves."""
+  tx = cases.make(name, storage)
+  params = {
+      key: jnp.clip(leaf, -4, 4).astype(leaf.dtype)
+      for key, leaf in cases.tree().items()
+  }
+  stepped = updated = params, tx.init(params)
+  for i in range(3):
+    grads = jax.tree.map(lambda g: jnp.clip(g, -2, 2), cases.grads_like(params, i))
+    stepped = cases.step(tx, grads, stepped[1], stepped[0])
+    updated = cases.update(tx, grads, updated[1], updated[0])
+  cases.assert_equal(stepped, updated, steps=3)
+  assert not np.array_equal(stepped[0]["matrix"], params["matrix"])
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        optax.scale(0.5),
+        optax.add_decayed_weights(0.1),
+        optax.identity(),
+        optax.sgd(0.1),
+        fo.sgd(0.1),
+        optax.chain(optax.clip(1.0), optax.scale(2.0)),
+    ],
+    ids=["scale", "decay", "identity", "sgd", "flash", "chain"],
+)
+@every_optimizer
+def test_step_refuses_what_follows_a_flash_optimizer(name, after):
+  tx = optax.chain(optax.clip(1.0), cases.make(name), after)
+  params = small()
+  with pytest.raises(ValueError, match="must be the last transformation"):
+    fo.step(tx, params, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [optax.scale(0.5), optax.add_decayed_weights(0.1), optax.clip(1.0)],
+    ids=["scale", "decay", "clip"],
+)
+def test_step_fails_where_the_order_is_hidden(after):
+  """A named chain's state is a dict: what follows meets an opaque object."""
+  tx = optax.named_chain(("a", fo.adamw(0.1)), ("b", after))
+  params = small()
+  with pytest.raises((TypeError, ValueError)):
+    fo.step(tx, params, tx.init(params), params)
+
+
+@some_cases
+def test_step_falls_back_where_wrappers_choose_or_accumulate(name, storage):
+  """There it is ``update`` and ``apply_updates``: the very same program."""
+  params = small()
+  grads = cases.grads_like(params)
+  flash = cases.make(name, storage)
+  for tx in (
+      optax.MultiSteps(flash, 2),
+      optax.MultiSteps(flash, 2).gradient_transformation(),
+      optax.apply_if_finite(optax.chain(optax.clip(1.0), flash), 2),
+      optax.chain(optax.clip(1.0), optax.apply_if_finite(flash, 2)),
+      optax.conditionally_mask(flash, lambda step: step % 2 == 0),
+      contrib.schedule_free(flash, 0.1),
+  ):
+    state = tx.init(params)
+    stepped, updated = (
+        str(jax.make_jaxpr(functools.partial(f, tx))(grads, state, params))
+        for f in (cases.step, cases.update)
+    )
+    assert stepped == updated
+  assert stepped != str(
+      jax.make_jaxpr(functools.partial(cases.step, flash))(
+          grads, flash.init(params), params
+      )
+  )
+
+
+@pytest.mark.parametrize("plain", ["adamw", "sgd", "lion"])
+def test_step_applies_plain_optax(plain):
+  tx = cases.make_plain(plain)
+  params = cases.tree()
+  grads = cases.grads_like(params)
+  for each in (tx, optax.chain(optax.clip(1.0), tx, optax.scale(0.5))):
+    state = each.init(params)
+    cases.assert_same(
+        cases.step(each, grads, state, params),
+        cases.update(each, grads, state, params),
+    )
+
+
+@some_cases
+def test_step_through_every_transparent_wrapper(name, storage):
+  """New parameters travel through these: no update is computed."""
+  flash = cases.make(name, storage)
+  params = small()
+  labels = {"matrix": "a", "bias": "b"}
+  for tx in (
+      optax.chain(optax.clip(1.0), optax.chain(optax.identity(), flash)),
+      optax.named_chain(("clip", optax.clip(1.0)), ("flash", flash)),
+      optax.partition({"a": flash, "b": optax.sgd(0.1)}, labels),
+      optax.masked(flash, {"matrix": True, "bias": False}),
+      optax.inject_hyperparams(lambda rate: cases.make(name, storage, rate))(1.0),
+  ):
+    grads, state = cases.grads_like(params), tx.init(params)
+    new_params, new_state = jax.eval_shape(
+        functools.partial(fo.step, tx), grads, state, params
+    )
+    cases.assert_same_types(new_params, params)
+    cases.assert_same_types(new_state, state)
+    seen = optax.with_extra_args_support(tx).update(
+        grads, state, params, flashoptim_new_params=True
+    )[0]
+    assert type(seen["matrix"]).__name__ == "NewParam"
+
+
+# Trees and leaves at the edge.
+
+
+@some_cases
+def test_trees_at_the_edge(name, storage):
+  tx = cases.make(name, storage)
+  shapes = ((), (0,), (1,), (0, 32), (32, 0), (2, 0, 3))
+  params = {
+      "empty": {},
+      "none": None,
+      "list": [jnp.ones(shape, jnp.bfloat16) for shape in shapes],
+      "tuple": (None, jnp.ones((), jnp.float32)),
+  }
+  for tree in (params, {}, (), jnp.ones((), jnp.bfloat16)):
+    grads = jax.tree.map(jnp.ones_like, tree)
+    state = tx.init(tree)
+    for function in (cases.jitted_step, cases.jitted_update):
+      new_params, new_state = function(tx, grads, state, tree)
+      cases.assert_same_types(new_params, tree)
+      cases.assert_same_types(new_state, state)
+      assert all(np.all(leaf < 1) for leaf in jax.tree.leaves(new_params))
+
+
+@every_optimizer
+def test_float64_params_keep_their_master(name):
+  with jax.enable_x64(True):
+    params = {"w": jnp.linspace(1, 2, 40, dtype=jnp.float64)}
+    tx = cases.make(name, learning_rate=1e-12)
+    state = tx.init(params)
+    grads = {"w": jnp.ones(40, jnp.float64)}
+    new, new_state = cases.jitted_step(tx, grads, state, params)
+    cases.assert_same_types((new, new_state), (params, state))
+    assert state.correction == {"w": optax.MaskedNode()}
+    # A step far below float32's resolution.
+    moved = np.asarray(params["w"] - new["w"])
+    assert np.all((moved > 0.5e-12) & (moved < 2.5e-12))

@@ -1,0 +1,253 @@
+"""The Triton kernel against the XLA path, on a GPU.
+
+    python -m pytest tests_gpu -n 0
+
+Both update the same state with the same gradients at every step, so that one
+step's difference is not carried into the next. Equal means: scales bit for bit;
+codes bit for bit but for one step of the code, where a float32 rounding differs,
+in less than one of 10,000; master weights within one unit of their format at the
+leaf's largest weight, or through ``update``, whose result is rounded to the
+gradient's dtype, within one unit of that; float32 moments bit for bit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import OPTIMIZERS, STORAGES
+
+import flashoptim_jax as fo
+from flashoptim_jax.kernels import triton as launches
+
+STEPS = 50
+SHARE_OF_CODES = 1e-4
+SHAPES = {
+    "matrix": (64, 96),
+    "ragged": (7, 50),
+    "odd": (129, 37),
+    "vector": (33,),
+    "conv": (3, 3, 16, 40),
+    "wide": (257, 768),
+    "eighth": (100, 1000),
+    "other axis": (64, 5),
+    "scalar": (),
+    "empty": (0, 64),
+}
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
+
+CASES = [
+    *(
+        (name, storage, BF16, BF16, "step")
+        for name in OPTIMIZERS
+        for storage in STORAGES
+    ),
+    *((name, "root", BF16, BF16, "update") for name in OPTIMIZERS),
+    *(
+        ("adamw", storage, param, grad, via)
+        for storage in ("root", "32/32", "none/8")
+        for param, grad in ((F16, F32), (F32, BF16), (BF16, F32), (F16, F16))
+        for via in ("step", "update")
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def available():
+  reason = launches.unavailable()
+  assert reason is None, f"This suite needs a GPU and jax-triton: {reason}."
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def random_tree(seed, dtype, scale):
+  keys = jax.random.split(jax.random.key(seed), len(SHAPES))
+  return {
+      name: (scale * jax.random.normal(key, shape)).astype(dtype)
+      for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)
+  }
+
+
+def take_step(tx, via, grads, state, params):
+  if via == "step":
+    return fo.step(tx, grads, state, params)
+  updates, state = tx.update(grads, state, params)
+  return optax.apply_updates(params, updates), state
+
+
+def unit(dtype, storage):
+  """Relative spacing of master weights."""
+  if dtype == F32 or storage.master_bits == 32:
+    return 2.0**-23
+  extra = 8 if storage.master_bits == 24 else 0
+  return 2.0 ** -(jnp.finfo(dtype).nmant + extra)
+
+
+def differences(ours, reference, dtype, storage, rounding=None):
+  """How far two pairs of params and state are apart, by kind of array.
+
+  ``rounding``: the parameters before an update, and the update's dtype.
+  """
+  (params, state), (params_ref, state_ref) = ours, reference
+  found = {}
+  for name in ("mu", "nu", "mu_scale", "nu_scale"):
+    pairs = list(
+        zip(
+            jax.tree.leaves(getattr(state, name)),
+            jax.tree.leaves(getattr(state_ref, name)),
+            strict=True,
+        )
+    )
+    pairs = [(a.astype(F32), b.astype(F32)) for a, b in pairs if a.size]
+    if not pairs:
+      continue
+    found[f"{name} differing"] = sum(jnp.sum(a != b) for a, b in pairs)
+    gaps = [jnp.max(jnp.abs(a - b)) for a, b in pairs]
+    found[f"{name} gap"] = jnp.max(jnp.stack(gaps))
+  gaps = []
+  masters = fo.to_fp32(params, state), fo.to_fp32(params_ref, state_ref)
+  old = masters[1] if rounding is None else rounding[0]
+  for a, b, before in zip(*map(jax.tree.leaves, (*masters, old)), strict=True):
+    if a.size:
+      exponent = jnp.floor(jnp.log2(jnp.max(jnp.abs(b))))
+      spacing = 2.0**exponent * unit(dtype, storage)
+      if rounding is not None:
+        moved = jnp.max(jnp.abs(b - before.astype(F32)))
+        spacing = jnp.maximum(spacing, moved * jnp.finfo(rounding[1]).eps)
+      gaps.append(jnp.max(jnp.abs(a - b)) / spacing)
+  found["master gap"] = jnp.max(jnp.stack(gaps))
+  return found
+
+
+@pytest.mark.parametrize(
+    ("name", "storage", "dtype", "grad_dtype", "via"),
+    CASES,
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_equals_xla(name, storage, dtype, grad_dtype, via):
+  case, storage = OPTIMIZERS[name], STORAGES[storage]
+  make = functools.partial(case.flash, 2.0**-7, storage=storage, **case.kwargs)
+  fused, plain = make(), make(implementation="xla")
+
+  @jax.jit
+  def both(grads, state, params):
+    ours = take_step(fused, via, grads, state, params)
+    reference = take_step(plain, via, grads, state, params)
+    rounding = (params, grad_dtype) if via == "update" else None
+    return ours, differences(ours, reference, dtype, storage, rounding)
+
+  params, state = fo.from_fp32(fused, random_tree(0, F32, 1.0), dtype)
+  total = {}
+  for step in range(STEPS):
+    scale = float(10.0 ** -(step % 7))
+    grads = random_tree(step + 1, grad_dtype, scale)
+    (params, state), found = both(grads, state, params)
+    for kind, value in found.items():
+      combine = max if kind.endswith("gap") else sum
+      total[kind] = combine((total.get(kind, 0.0), float(value)))
+  elements = STEPS * sum(int(np.prod(shape)) for shape in SHAPES.values())
+  for kind, value in total.items():
+    if kind in ("mu differing", "nu differing") and storage.moment_bits == 8:
+      assert value <= SHARE_OF_CODES * elements, total
+    elif kind.endswith("differing"):
+      assert value == 0, total
+    else:
+      assert value <= 1.0, total
+
+
+@pytest.mark.parametrize("via", ["step", "update"])
+def test_odd_shapes(via):
+  """One step: small enough for compute-sanitizer."""
+  tx = fo.adamw(1e-2)
+  params, state = fo.from_fp32(tx, random_tree(0, F32, 1.0))
+  grads = random_tree(1, BF16, 1.0)
+  params, state = jax.jit(functools.partial(take_step, tx, via))(
+      grads, state, params
+  )
+  assert all(jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 40])
+def test_many_leaves_share_launches(count):
+  shapes = [(i % 5 + 1, 32 * (i % 3 + 1)) for i in range(count)]
+  keys = jax.random.split(jax.random.key(0), count)
+  params = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+  fused = fo.adamw(1e-2, implementation="triton")
+  plain = fo.adamw(1e-2, implementation="xla")
+  params, state = fo.from_fp32(fused, params)
+  grads = jax.tree.map(lambda p: p * 2, params)
+  ours = jax.jit(functools.partial(fo.step, fused))(grads, state, params)
+  reference = jax.jit(functools.partial(fo.step, plain))(grads, state, params)
+  found = differences(ours, reference, BF16, fo.Storage())
+  assert {kind: float(value) for kind, value in found.items() if value > 1} == {}
+
+
+def test_vmap():
+  params = {"w": jnp.ones((3, 4, 64), BF16)}
+  grads = {"w": jax.random.normal(jax.random.key(0), (3, 4, 64)).astype(BF16)}
+  results = []
+  for implementation in ("triton", "xla"):
+    tx = fo.adamw(1e-2, implementation=implementation)
+    state = jax.vmap(tx.init)(params)
+    step = jax.jit(jax.vmap(functools.partial(fo.step, tx)))
+    results.append(step(grads, state, params))
+  found = differences(*results, BF16, fo.Storage())
+  assert {kind: float(value) for kind, value in found.items() if value > 1} == {}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("storage", ["root", "paper", "none/8"])
+def test_bad_gradients_as_in_xla(bad, storage):
+  params = {"w": jnp.ones((4, 96))}
+  grads = {"w": jnp.ones((4, 96), BF16).at[1, 40].set(bad)}
+  results = []
+  for implementation in ("triton", "xla"):
+    tx = fo.adamw(
+        1e-2, storage=STORAGES[storage], implementation=implementation
+    )
+    start, state = fo.from_fp32(tx, params)
+    after, state = jax.jit(functools.partial(fo.step, tx))(grads, state, start)
+    after, state = jax.jit(functools.partial(fo.step, tx))(
+        jax.tree.map(jnp.ones_like, grads), state, after
+    )
+    finite = jax.tree.map(jnp.isfinite, (after, fo.moments(state)))
+    results.append(jax.device_get(finite))
+  jax.tree.map(np.testing.assert_array_equal, *results)
+  assert results[0][0]["w"].sum() == 4 * 96 - 32
+
+
+def test_updates_in_place():
+  tx = fo.adamw(1e-3)
+  params, state = fo.from_fp32(
+      tx, [jnp.ones((512, 1024)), jnp.ones((1024, 100)), jnp.ones((1024,))]
+  )
+  grads = jax.tree.map(jnp.ones_like, params)
+  step = jax.jit(functools.partial(fo.step, tx), donate_argnums=(1, 2))
+  memory = step.lower(grads, state, params).compile().memory_analysis()
+  kept = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
+  assert memory.alias_size_in_bytes == kept
+  assert memory.temp_size_in_bytes < 0.01 * kept
+
+
+def test_new_learning_rate_does_not_recompile():
+  tx = optax.inject_hyperparams(fo.adamw, hyperparam_dtype=jnp.float32)(1e-3)
+  params, state = fo.from_fp32(tx, {"w": jnp.ones((64, 64))})
+  step = jax.jit(functools.partial(fo.step, tx))
+  grads = jax.tree.map(jnp.ones_like, params)
+  first, state = step(grads, state, params)
+  state.hyperparams["learning_rate"] = jnp.float32(1.0)
+  second, _ = step(grads, state, first)
+  assert step._cache_size() == 1
+  assert float(jnp.max(jnp.abs(second["w"] - first["w"]))) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [((64, 5), BF16, "another axis"), ((0, 64), BF16, "empty")],
+)
+def test_forced_on_a_leaf_that_it_cannot_update(shape, dtype, reason):
+  tx = fo.adamw(1e-3, implementation="triton")
+  params = {"w": jnp.zeros(shape, dtype)}
+  with pytest.raises(ValueError, match=f"'w'.*{reason}"):
+    fo.step(tx, params, tx.init(params), params)
