@@ -9,36 +9,19 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+from leaf_sets import llama3_8b
 
 import flashoptim_jax as fo
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-LAYERS, DIM, MLP, KEY_VALUE, VOCABULARY = 32, 4096, 14336, 1024, 128256
-
-
-def llama_3_8b():
-  """The parameters' shapes, the layers stacked."""
-  layer = {
-    "query": (DIM, DIM),
-    "key": (DIM, KEY_VALUE),
-    "value": (DIM, KEY_VALUE),
-    "out": (DIM, DIM),
-    "gate": (DIM, MLP),
-    "up": (DIM, MLP),
-    "down": (MLP, DIM),
-    "attention_norm": (DIM,),
-    "mlp_norm": (DIM,),
-  }
-  shapes = {name: (LAYERS, *shape) for name, shape in layer.items()}
-  shapes |= {"embed": (VOCABULARY, DIM), "head": (DIM, VOCABULARY), "norm": (DIM,)}
-  return {
-    name: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    for name, shape in shapes.items()
-  }
 
 
 def main():
-  report = fo.memory_report(fo.adamw(1e-3), llama_3_8b())
+  params = {
+    name: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    for name, shape in llama3_8b().items()
+  }
+  report = fo.memory_report(fo.adamw(1e-3), params)
   print(report)
   components = ("params", "correction", "moments", "scales", "other", "gradients")
   result = {

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from leaf_sets import llama3_8b
 
 import flashoptim_jax as fo
 
@@ -247,34 +248,12 @@ def test_a_state_of_other_parameters_is_an_error():
 # Memory.
 
 
-def llama_3_8b():
-  dim, layers, vocabulary, feed_forward, kv = 4096, 32, 128256, 14336, 1024
-  layer = {
-      "q": (dim, dim),
-      "k": (dim, kv),
-      "v": (dim, kv),
-      "o": (dim, dim),
-      "gate": (dim, feed_forward),
-      "up": (dim, feed_forward),
-      "down": (feed_forward, dim),
-      "attention_norm": (dim,),
-      "mlp_norm": (dim,),
-  }
-  shapes = {
-      "embed": (vocabulary, dim),
-      "layers": [layer] * layers,
-      "norm": (dim,),
-      "head": (dim, vocabulary),
-  }
-  return jax.tree.map(
-      lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16),
-      shapes,
-      is_leaf=is_shape,
-  )
-
-
 def test_llama_3_8b_takes_5_13_bytes_per_parameter():
-  report = fo.memory_report(fo.adamw(1e-3), llama_3_8b())
+  params = {
+      name: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+      for name, shape in llama3_8b().items()
+  }
+  report = fo.memory_report(fo.adamw(1e-3), params)
   assert report.num_params == 8_030_261_248
   assert report.bytes_per_param <= 5.13
   assert report.params == 2 * report.num_params
