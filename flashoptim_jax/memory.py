@@ -66,14 +66,15 @@ class MemoryReport:
     table.append(("gradients", self.gradients, base["gradients"]))
     table.append(("total", self.total, sum(base.values())))
     count = max(self.num_params, 1)
+    unit, scale = ("GiB", 2**30) if self.total >= 2**30 else ("MiB", 2**20)
     lines = [
         f"{self.num_params:,} parameters",
         f"{'':14}{'this optimizer':>24}{'optax.adamw, float32':>26}",
-        f"{'':14}{'GiB':>14}{'B/param':>10}{'GiB':>16}{'B/param':>10}",
+        f"{'':14}{unit:>14}{'B/param':>10}{unit:>16}{'B/param':>10}",
     ]
     lines += [
-        f"{name:14}{size / 2**30:14.3f}{size / count:10.3f}"
-        f"{usual / 2**30:16.3f}{usual / count:10.3f}"
+        f"{name:14}{size / scale:14.3f}{size / count:10.3f}"
+        f"{usual / scale:16.3f}{usual / count:10.3f}"
         for name, size, usual in table
     ]
     return "\n".join(lines)
