@@ -10,6 +10,7 @@ from flashoptim_jax.numerics import (
 )
 from flashoptim_jax.optimizers import adam, adamw, lion, sgd
 from flashoptim_jax.precision import cast_params, from_fp32, moments, to_fp32
+from flashoptim_jax.sharding import state_shardings
 from flashoptim_jax.state import FlashState, Format
 from flashoptim_jax.storage import Storage
 
@@ -33,6 +34,7 @@ __all__ = [
     "memory_report",
     "moments",
     "sgd",
+    "state_shardings",
     "step",
     "to_fp32",
 ]

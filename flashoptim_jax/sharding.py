@@ -1,53 +1,153 @@
 """Shardings of the optimizer state, derived from those of the parameters."""
 
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
 import jax
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from flashoptim_jax import codec
+from flashoptim_jax import paths, specs
+from flashoptim_jax import state as state_lib
+
+_NAMED_AT_MOST = 8  # parameters in a warning
 
 
-def scale_spec(
-    mesh, spec: PartitionSpec, shape: tuple[int, ...]
-) -> PartitionSpec:
-  """The parameter's spec, less the axes that don't divide a scale's dimension.
+class _Param(NamedTuple):
+  """What a parameter's sharding says about the state's arrays."""
+
+  shape: tuple[int, ...]
+  sharding: Sharding
+
+
+def state_shardings(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    param_shardings: Any,
+    memory_kind: str | None = None,
+) -> Any:
+  """Shardings for every array of a transformation's state.
+
+  For ``jax.jit``'s ``in_shardings`` and ``out_shardings``, ``jax.device_put`` and
+  restoring checkpoints::
+
+    shardings = fo.state_shardings(tx, params, param_shardings)
+    opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
+
+  An array that belongs to a parameter (it lies at the parameter's path, in any
+  nesting of transformations, and has its rank) is sharded as the parameter is,
+  less the mesh axes that don't divide it; all others are replicated.
 
   Args:
-    mesh: The mesh, concrete or abstract.
-    spec: The parameter's spec.
-    shape: Shape of the scale.
+    tx: The transformation.
+    params: The parameters: arrays or ``jax.ShapeDtypeStruct``s.
+    param_shardings: Their shardings (``jax.sharding.Sharding``), in a tree that
+      ``params``' structure extends: one sharding may stand for a whole subtree.
+    memory_kind: Where to keep the arrays that belong to a parameter, such as
+      ``"pinned_host"``; by default with the parameter. ``update`` and ``step``
+      bring a leaf that is kept on the host to the device and send it back.
+
+  Returns:
+    A tree of the state's structure, of shardings.
+
+  Raises:
+    ValueError: If ``param_shardings`` is not a prefix of ``params`` or holds
+      something other than shardings.
+
+  Warns:
+    UserWarning: Once, naming the parameters whose shards cut a group of their
+      moments. Their update is as exact as any other's, but has to communicate.
   """
+  shardings = _broadcast(param_shardings, params)
+  known = {
+      path: _Param(jnp.shape(leaf), _fitted(sharding, jnp.shape(leaf)))
+      for (path, leaf), sharding in zip(
+          jax.tree.leaves_with_path(params), shardings, strict=True
+      )
+  }
+  state = jax.eval_shape(tx.init, params)
+  replicated = _replicated(shardings)
+  cut: dict[str, str] = {}
 
-  def ways(axes) -> int:
-    names = axes if isinstance(axes, tuple) else (axes,)
-    size = 1
-    for axis in names:
-      size *= mesh.shape[axis]
-    return size
+  def place(path, leaf, group_size=None):
+    param_path = _param_path(path, known)
+    param = known.get(param_path)
+    if param is None or len(param.shape) != leaf.ndim:
+      return replicated
+    if group_size is not None:
+      local = param.sharding.shard_shape(param.shape)
+      if why := specs.cut_groups(param.shape, local, group_size):
+        cut[paths.name(param_path)] = why
+    sharding = _fitted(param.sharding, leaf.shape)
+    if memory_kind is not None:
+      sharding = sharding.with_memory_kind(memory_kind)
+    return sharding
 
-  def keep(axes, length):
-    if axes is None or axes is PartitionSpec.UNCONSTRAINED:
-      return axes
-    return axes if length % ways(axes) == 0 else None
+  def place_node(path, node):
+    if not state_lib.is_flash_state(node):
+      return place(path, node)
+    compressed = node.format.storage.moment_bits == 8
+    size = node.format.storage.group_size if compressed else None
+    return jax.tree.map_with_path(
+        lambda inner, leaf: place((*path, *inner), leaf, size), node
+    )
 
-  return PartitionSpec(*(keep(a, n) for a, n in zip(spec, shape, strict=False)))
-
-
-def zero_scale(param: Any, group_size: int) -> jax.Array:
-  """Scales of a leaf that has seen no update, sharded as the leaf is."""
-  shape = codec.scale_shape(jax.numpy.shape(param), group_size)
-  sharding = getattr(
-      jax.typeof(param) if isinstance(param, jax.core.Tracer) else param,
-      "sharding",
-      None,
+  result = jax.tree.map_with_path(
+      place_node, state, is_leaf=state_lib.is_flash_state
   )
-  if isinstance(sharding, NamedSharding) and any(sharding.spec):
-    spec = scale_spec(sharding.mesh, sharding.spec, shape)
-    sharding = sharding.update(spec=spec)
-  else:
-    sharding = None
-  return lax.full_like(
-      param, 0, dtype=codec.SCALE_DTYPE, shape=shape, sharding=sharding
+  if cut:
+    named = [f"{path!r} ({why})" for path, why in cut.items()]
+    if len(named) > _NAMED_AT_MOST:
+      named[_NAMED_AT_MOST:] = [f"{len(named) - _NAMED_AT_MOST} more"]
+    warnings.warn(
+        f"Shards cut groups of the moments of {', '.join(named)}. Updating these"
+        " parameters has to communicate; to avoid it, shard them along another"
+        " axis or over fewer devices.",
+        stacklevel=2,
+    )
+  return result
+
+
+def _broadcast(param_shardings: Any, params: Any) -> list[Sharding]:
+  """One sharding for each leaf of params."""
+  try:
+    tree = jax.tree.broadcast(param_shardings, params)
+  except ValueError as error:
+    raise ValueError(
+        "param_shardings is not a prefix of params:"
+        f" {jax.tree.structure(param_shardings)} against"
+        f" {jax.tree.structure(params)}."
+    ) from error
+  for path, sharding in jax.tree.leaves_with_path(tree):
+    if not isinstance(sharding, Sharding):
+      raise ValueError(
+          f"The sharding of {paths.name(path)!r} is {sharding!r}; expected a"
+          " jax.sharding.Sharding, such as NamedSharding(mesh, spec)."
+      )
+  return jax.tree.leaves(tree)
+
+
+def _fitted(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
+  """A sharding, less the mesh axes that don't divide a shape."""
+  if not isinstance(sharding, NamedSharding):
+    return sharding
+  return sharding.update(
+      spec=specs.divisible(sharding.mesh, sharding.spec, shape)
   )
+
+
+def _replicated(shardings: list[Sharding]) -> Sharding | None:
+  """A sharding for the arrays that no parameter decides about."""
+  for sharding in shardings:
+    if isinstance(sharding, NamedSharding):
+      return NamedSharding(sharding.mesh, PartitionSpec())
+  return shardings[0] if shardings else None
+
+
+def _param_path(
+    path: jax.tree_util.KeyPath, known: dict[jax.tree_util.KeyPath, _Param]
+) -> jax.tree_util.KeyPath:
+  """The longest end of a path that is a parameter's path; ``()`` for none."""
+  starts = range(len(path))
+  return next((path[i:] for i in starts if path[i:] in known), ())

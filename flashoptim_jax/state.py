@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.sharding import NamedSharding
 
-from flashoptim_jax import codec, paths, sharding
+from flashoptim_jax import codec, paths, specs
 from flashoptim_jax.storage import Storage
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -85,7 +87,7 @@ def init(params: Any, form: Format) -> FlashState:
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
 
   def scales():
-    return jax.tree.map(lambda p: sharding.zero_scale(p, storage.group_size), params)
+    return jax.tree.map(lambda p: _zero_scale(p, storage.group_size), params)
 
   def correction(param):
     dtype = codec.correction_dtype(jnp.result_type(param), storage.master_bits)
@@ -110,6 +112,24 @@ def init(params: Any, form: Format) -> FlashState:
       ),
       format=form,
       **fields,
+  )
+
+
+def _zero_scale(param: Any, group_size: int) -> jax.Array:
+  """Scales of a leaf that has seen no update, sharded as the leaf is."""
+  shape = codec.scale_shape(jnp.shape(param), group_size)
+  sharding = getattr(
+      jax.typeof(param) if isinstance(param, jax.core.Tracer) else param,
+      "sharding",
+      None,
+  )
+  if isinstance(sharding, NamedSharding) and any(sharding.spec):
+    spec = specs.divisible(sharding.mesh, sharding.spec, shape)
+    sharding = sharding.update(spec=spec)
+  else:
+    sharding = None
+  return lax.full_like(
+      param, 0, dtype=codec.SCALE_DTYPE, shape=shape, sharding=sharding
   )
 
 
