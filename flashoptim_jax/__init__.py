@@ -10,7 +10,7 @@ from flashoptim_jax.numerics import (
 )
 from flashoptim_jax.optimizers import adam, adamw, lion, sgd
 from flashoptim_jax.precision import cast_params, from_fp32, moments, to_fp32
-from flashoptim_jax.sharding import state_shardings
+from flashoptim_jax.sharding import state_shardings, with_shardings
 from flashoptim_jax.state import FlashState, Format
 from flashoptim_jax.storage import Storage
 
@@ -37,6 +37,7 @@ __all__ = [
     "state_shardings",
     "step",
     "to_fp32",
+    "with_shardings",
 ]
 
 

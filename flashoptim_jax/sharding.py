@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from flashoptim_jax import paths, specs
 from flashoptim_jax import state as state_lib
+from flashoptim_jax.transform import PARAM_SHARDINGS
 
 _NAMED_AT_MOST = 8  # parameters in a warning
 
@@ -107,6 +108,45 @@ def state_shardings(
         stacklevel=2,
     )
   return result
+
+
+def with_shardings(
+    tx: optax.GradientTransformation, params: optax.Params, param_shardings: Any
+) -> optax.GradientTransformationExtraArgs:
+  """Tells a transformation how its parameters are sharded.
+
+  Under ``jax.jit`` with auto axes, shardings are not known while tracing. The
+  kernels learn them from XLA then; compiling ahead of time for TPUs, where it
+  has no way to say, they need to be told. XLA's own update and explicit and
+  manual axes need no telling.
+
+  Args:
+    tx: The transformation.
+    params: The parameters: arrays or ``jax.ShapeDtypeStruct``s.
+    param_shardings: Their shardings, as for :func:`state_shardings`; those that
+      are no ``jax.sharding.NamedSharding`` are ignored.
+
+  Returns:
+    The transformation, with the same state.
+
+  Raises:
+    ValueError: As for :func:`state_shardings`.
+  """
+  shardings = _broadcast(param_shardings, params)
+  by_path = {
+      paths.name(path): sharding
+      for (path, _), sharding in zip(
+          jax.tree.leaves_with_path(params), shardings, strict=True
+      )
+      if isinstance(sharding, NamedSharding)
+  }
+  inner = optax.with_extra_args_support(tx)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    extra_args[PARAM_SHARDINGS] = by_path
+    return inner.update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
 def _broadcast(param_shardings: Any, params: Any) -> list[Sharding]:

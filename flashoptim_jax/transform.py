@@ -17,6 +17,10 @@ from flashoptim_jax.state import FlashState, Format
 # place of updates.
 NEW_PARAMS = "flashoptim_new_params"
 
+# The extra argument by which `flashoptim_jax.with_shardings` says how parameters
+# are sharded: a dict from path to sharding.
+PARAM_SHARDINGS = "flashoptim_param_shardings"
+
 
 class NewParam:
   """A new parameter on its way through a chain, in an update's place.
@@ -76,6 +80,7 @@ def flash_transformation(
         scalars(state.count),
         implementation=implementation,
         new_params=new_params,
+        shardings=extra_args.get(PARAM_SHARDINGS, {}),
     )
     treedef: Any = jax.tree.structure(params)
     results: list[Any] = [leaf.result for leaf in updated]

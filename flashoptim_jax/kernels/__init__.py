@@ -6,10 +6,11 @@ module with such a function, and say in :func:`update_leaves` when it is used.
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+from jax.sharding import NamedSharding
 
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.storage import Storage
@@ -70,6 +71,7 @@ def update_leaves(
     *,
     implementation: str | None,
     new_params: bool,
+    shardings: Mapping[str, NamedSharding],
 ) -> list[UpdatedLeaf]:
   """Updates every leaf.
 
@@ -81,22 +83,39 @@ def update_leaves(
       ``weight_decay``; numbers or arrays of shape ().
     implementation: One of ``NAMES`` or None.
     new_params: Whether ``result`` is the new parameter or the update.
+    shardings: Shardings of parameters by path, as far as the user gave them.
 
   Raises:
     ValueError: If the implementation asked for cannot update a leaf.
   """
-  from flashoptim_jax.kernels import triton, xla
+  from flashoptim_jax.kernels import shards, triton, xla
 
-  fused = [_uses_triton(leaf, storage, implementation) for leaf in leaves]
-  chosen = [leaf for leaf, use in zip(leaves, fused, strict=True) if use]
-  results = iter(
-      triton.update(rule, storage, chosen, scalars, new_params) if chosen else ()
-  )
+  def with_triton(leaves, scalars):
+    return triton.update(rule, storage, leaves, scalars, new_params)
+
+  def with_xla(leaves, scalars):
+    return [
+        xla.update(rule, storage, leaf, scalars, new_params) for leaf in leaves
+    ]
+
+  members: dict[Callable, list[int]] = {with_triton: [], with_xla: []}
+  updated: dict[int, UpdatedLeaf] = {}
+  for i, leaf in enumerate(leaves):
+    if _uses_triton(leaf, storage, implementation):
+      members[with_triton].append(i)
+    elif shards.xla_can_partition(leaf, storage.group_size):
+      (updated[i],) = with_xla([leaf], scalars)
+    else:
+      members[with_xla].append(i)
+  for update, indices in members.items():
+    if indices:
+      chosen = [leaves[i] for i in indices]
+      results = shards.update(
+          update, chosen, scalars, shardings, storage.group_size
+      )
+      updated.update(zip(indices, results, strict=True))
   return [
-      next(results)
-      if use
-      else xla.update(rule, storage, leaf, scalars, new_params)
-      for leaf, use in zip(leaves, fused, strict=True)
+      shards.place_like(leaf, updated[i]) for i, leaf in enumerate(leaves)
   ]
 
 
@@ -119,7 +138,7 @@ def _uses_triton(
       if jax.default_backend() == "gpu":
         _log_once(reason)
       return False
-    return _is_local() and triton.unsupported(leaf, storage) is None
+    return triton.unsupported(leaf, storage) is None
   reason = reason or triton.unsupported(leaf, storage)
   if reason is not None:
     raise ValueError(
@@ -127,18 +146,6 @@ def _uses_triton(
         f" {reason}."
     )
   return True
-
-
-def _is_local() -> bool:
-  """Whether arrays are certain to lie whole on one device.
-
-  A custom call on a sharded array would have XLA gather it.
-  """
-  if jax.device_count() == 1:
-    return True
-  mesh = jax.sharding.get_abstract_mesh()
-  manual = jax.sharding.AxisType.Manual
-  return not mesh.empty and all(kind == manual for kind in mesh.axis_types)
 
 
 @functools.cache

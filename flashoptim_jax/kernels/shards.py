@@ -1,0 +1,306 @@
+"""Kernels on sharded leaves: each shard is updated where it lies.
+
+XLA partitions plain jnp by itself, but can't look into a kernel. So a kernel is
+called
+
+* directly, where arrays are whole: on one device, and where all mesh axes are
+  manual (inside ``jax.shard_map``), since there a shard is an array;
+* inside a ``jax.shard_map``, where a leaf's sharding is known while tracing: its
+  mesh axes are explicit, or it came through ``with_shardings``;
+* through ``custom_partitioning``, where it isn't (auto axes): XLA says how the
+  leaf is sharded once it knows.
+
+A leaf whose shards cut groups is gathered along the axis of its groups first.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental.custom_partitioning import (
+  ArrayMapping,
+  CompoundFactor,
+  SdyShardingRule,
+  custom_partitioning,
+)
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from flashoptim_jax import codec, specs
+from flashoptim_jax.kernels import Leaf, UpdatedLeaf
+from flashoptim_jax.rules import Scalars
+
+# Updates leaves that lie whole on one device.
+Update = Callable[[Sequence[Leaf], Scalars], list[UpdatedLeaf]]
+
+
+class _Arrays(NamedTuple):
+  """A leaf's arrays, or what belongs to each of them: a pytree."""
+
+  grad: Any
+  param: Any
+  correction: Any
+  moments: tuple[tuple[Any, Any], ...]
+
+
+def update(
+    update_whole: Update,
+    leaves: Sequence[Leaf],
+    scalars: Scalars,
+    shardings: Mapping[str, NamedSharding],
+    group_size: int,
+) -> list[UpdatedLeaf]:
+  """Updates leaves, sharded in any way, with a function for whole ones.
+
+  Args:
+    update_whole: The function; it is given leaves of the shards' shapes.
+    leaves: The leaves.
+    scalars: Numbers and arrays of shape ().
+    shardings: Shardings of parameters by path, as far as they are known.
+    group_size: Elements of a group of the moments.
+  """
+  if is_whole():
+    return update_whole(leaves, scalars)
+  unknown: list[int] = []
+  by_mesh: dict[Any, dict[int, NamedSharding]] = {}
+  for i, leaf in enumerate(leaves):
+    sharding = _known_sharding(leaf, shardings)
+    if sharding is None:
+      unknown.append(i)
+    else:
+      by_mesh.setdefault(sharding.mesh, {})[i] = sharding
+  updated: dict[int, UpdatedLeaf] = {}
+  arguments = scalars, group_size
+  if unknown:
+    results = _update_auto(update_whole, [leaves[i] for i in unknown], *arguments)
+    updated.update(zip(unknown, results, strict=True))
+  for known in by_mesh.values():
+    results = _update_known(
+        update_whole, [leaves[i] for i in known], *arguments, list(known.values())
+    )
+    updated.update(zip(known, results, strict=True))
+  return [updated[i] for i in range(len(leaves))]
+
+
+def xla_can_partition(leaf: Leaf, group_size: int) -> bool:
+  """Whether XLA partitions the plain jnp update of a leaf.
+
+  With explicit axes it refuses to guess how the parts of a cut group lie.
+  """
+  sharding = jax.typeof(leaf.param).sharding
+  return not (
+      _is_explicit(sharding) and _cuts_groups(leaf, sharding, group_size)
+  )
+
+
+def place_like(leaf: Leaf, updated: UpdatedLeaf) -> UpdatedLeaf:
+  """Has XLA shard a leaf's new arrays as the old ones.
+
+  It would choose another sharding for the scales of cut groups, whereupon the
+  next step could not reuse their memory, and would have to be compiled again.
+  """
+  traced = isinstance(leaf.param, jax.core.Tracer)
+  if not traced or is_whole() or _is_explicit(jax.typeof(leaf.param).sharding):
+    return updated
+  old = UpdatedLeaf(*_arrays(leaf)[1:])
+  return jax.tree.map(lambda a, b: shard_alike(a, b)[1], old, updated)
+
+
+def is_whole() -> bool:
+  """Whether arrays are certain to lie whole on one device."""
+  if jax.device_count() == 1:
+    return True
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and all(t == AxisType.Manual for t in mesh.axis_types)
+
+
+def _known_sharding(
+    leaf: Leaf, shardings: Mapping[str, NamedSharding]
+) -> NamedSharding | None:
+  """How a leaf is sharded, if that is known while tracing.
+
+  Raises:
+    ValueError: If the sharding in ``shardings`` does not fit the leaf.
+  """
+  sharding = jax.typeof(leaf.param).sharding
+  if _is_explicit(sharding):
+    return sharding
+  sharding = shardings.get(leaf.path)
+  if sharding is not None and len(sharding.spec) > leaf.param.ndim:
+    raise ValueError(
+        f"The sharding of {leaf.path!r} has the spec {sharding.spec}; expected"
+        f" at most {leaf.param.ndim} entries, for shape {leaf.param.shape}."
+    )
+  return sharding
+
+
+def _update_known(
+    update_whole: Update,
+    leaves: Sequence[Leaf],
+    scalars: Scalars,
+    group_size: int,
+    shardings: Sequence[NamedSharding],
+) -> list[UpdatedLeaf]:
+  mesh = shardings[0].mesh
+  explicit = _is_explicit(shardings[0])
+  move = jax.sharding.reshard if explicit else lax.with_sharding_constraint
+  original = [
+      _of_arrays(leaf, sharding, group_size)
+      for leaf, sharding in zip(leaves, shardings, strict=True)
+  ]
+  uncut = [
+      _of_arrays(leaf, _uncut(leaf, sharding, group_size), group_size)
+      for leaf, sharding in zip(leaves, shardings, strict=True)
+  ]
+  arrays = [
+      jax.tree.map(move, _arrays(leaf), there) if there != here else _arrays(leaf)
+      for leaf, here, there in zip(leaves, original, uncut, strict=True)
+  ]
+  in_specs = jax.tree.map(lambda sharding: sharding.spec, uncut)
+  updated = jax.shard_map(
+      lambda arrays, scalars: update_whole(_replace(leaves, arrays), scalars),
+      mesh=mesh,
+      in_specs=(in_specs, PartitionSpec()),
+      out_specs=[_outputs(each) for each in in_specs],
+      axis_names={
+          name
+          for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+          if kind != AxisType.Manual
+      },
+      check_vma=False,
+  )(arrays, dict(scalars))
+  return [
+      jax.tree.map(move, leaf, _outputs(here)) if there != here else leaf
+      for leaf, here, there in zip(updated, original, uncut, strict=True)
+  ]
+
+
+def _update_auto(
+    update_whole: Update,
+    leaves: Sequence[Leaf],
+    scalars: Scalars,
+    group_size: int,
+) -> list[UpdatedLeaf]:
+  @custom_partitioning
+  def call(arrays, scalars):
+    return update_whole(_replace(leaves, arrays), scalars)
+
+  def partition(mesh, arguments, results):
+    del results
+    arrays, scalars = arguments
+    placed = [
+        _of_arrays(
+            leaf, _uncut(leaf, own.param.sharding, group_size), group_size
+        )
+        for leaf, own in zip(leaves, arrays, strict=True)
+    ]
+    outputs = [_outputs(each) for each in placed]
+    replicated = jax.tree.map(lambda scalar: scalar.sharding, scalars)
+    return mesh, call.fun, outputs, (placed, replicated)
+
+  rule = _sharding_rule(leaves, len(scalars), group_size)
+  call.def_partition(partition, sharding_rule=rule)
+  # It has no batching rule of its own.
+  return jax.custom_batching.sequential_vmap(call)(
+      [_arrays(leaf) for leaf in leaves], dict(scalars)
+  )
+
+
+def _sharding_rule(
+    leaves: Sequence[Leaf], scalars: int, group_size: int
+) -> SdyShardingRule:
+  """Says that a leaf's arrays are sharded alike, and groups stay whole."""
+  mappings: list[_Arrays] = []
+  sizes: dict[str, Any] = {}
+  whole: list[str] = []
+  for i, leaf in enumerate(leaves):
+    factors: list[Any] = [f"l{i}d{axis}" for axis in range(leaf.param.ndim)]
+    scale = list(factors)
+    axis = _cuttable_axis(leaf, group_size)
+    if axis is not None:
+      groups, rest = divmod(leaf.param.shape[axis], group_size)
+      if groups > 1 and not rest:
+        whole.append(f"l{i}e")
+        sizes[whole[-1]] = group_size
+        factors[axis] = CompoundFactor(factors[axis], whole[-1])
+      else:
+        scale[axis] = f"l{i}s"
+        whole += [factors[axis], scale[axis]]
+    mappings.append(_like(leaf, ArrayMapping(*factors), ArrayMapping(*scale)))
+  flatten = functools.partial(
+      jax.tree.leaves, is_leaf=lambda node: isinstance(node, ArrayMapping)
+  )
+  return SdyShardingRule(
+      (*flatten(mappings), *[ArrayMapping()] * scalars),
+      tuple(flatten([_outputs(each) for each in mappings])),
+      need_replication_factors=tuple(whole),
+      **sizes,
+  )
+
+
+def _is_explicit(sharding: NamedSharding) -> bool:
+  return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def _arrays(leaf: Leaf) -> _Arrays:
+  return _Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
+
+
+def _replace(leaves: Sequence[Leaf], arrays: Sequence[_Arrays]) -> list[Leaf]:
+  """The leaves with other arrays."""
+  return [
+      leaf._replace(**own._asdict())
+      for leaf, own in zip(leaves, arrays, strict=True)
+  ]
+
+
+def _outputs(arrays: _Arrays) -> UpdatedLeaf:
+  """What belongs to the arrays that an update writes."""
+  return UpdatedLeaf(*arrays[1:])
+
+
+def _like(leaf: Leaf, own: Any, scale: Any) -> _Arrays:
+  """One thing for each array of the leaf's shape, another for each scale."""
+  return _Arrays(
+      own,
+      own,
+      None if leaf.correction is None else own,
+      tuple(
+          (own, None if stored is None else scale) for _, stored in leaf.moments
+      ),
+  )
+
+
+def _of_arrays(leaf: Leaf, sharding: NamedSharding, group_size: int) -> _Arrays:
+  """Shardings of a leaf's arrays, given its parameter's."""
+  shape = codec.scale_shape(leaf.param.shape, group_size)
+  spec = specs.divisible(sharding.mesh, sharding.spec, shape)
+  return _like(leaf, sharding, sharding.update(spec=spec))
+
+
+def _cuttable_axis(leaf: Leaf, group_size: int) -> int | None:
+  """The axis of a leaf's groups; None if it has no groups."""
+  if all(scale is None for _, scale in leaf.moments):
+    return None
+  return codec.group_axis(leaf.param.shape, group_size)
+
+
+def _cuts_groups(leaf: Leaf, sharding: NamedSharding, group_size: int) -> bool:
+  if _cuttable_axis(leaf, group_size) is None:
+    return False
+  shape = leaf.param.shape
+  shard = sharding.shard_shape(shape)
+  return specs.cut_groups(shape, shard, group_size) is not None
+
+
+def _uncut(
+    leaf: Leaf, sharding: NamedSharding, group_size: int
+) -> NamedSharding:
+  """The sharding, with the axis of the groups whole if it cuts them."""
+  if not _cuts_groups(leaf, sharding, group_size):
+    return sharding
+  axis = _cuttable_axis(leaf, group_size)
+  entries = [None if i == axis else entry for i, entry in enumerate(sharding.spec)]
+  return sharding.update(spec=PartitionSpec(*entries))
