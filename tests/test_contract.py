@@ -20,9 +20,6 @@ from optax._src import base
 import flashoptim_jax as fo
 from flashoptim_jax.state import FlashState, flash_states
 
-COLLECTIVE = re.compile(
-    r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-)
 # Split along an axis that has no groups, along the groups' axis, and both.
 SHARDED_SHAPES = {
     "rows": ((8, 256), jnp.bfloat16),
@@ -675,86 +672,6 @@ def test_donated_buffers_are_all_reused(name, storage, through):
     lowered = jitted.lower(cases.grads_like(params), state, params)
     compiled = lowered.compile()
   assert compiled.memory_analysis().alias_size_in_bytes == nbytes
-
-
-# Sharded.
-
-
-def shard(tree, mesh, specs):
-  return {
-      key: jax.device_put(leaf, NamedSharding(mesh, specs[key]))
-      for key, leaf in tree.items()
-  }
-
-
-@functools.cache
-def unsharded(name, storage):
-  function = cases.jitted_step
-  params = cases.tree(SHARDED_SHAPES)
-  return cases.train(cases.make(name, storage), params, function=function)
-
-
-@some_cases
-def test_explicit_sharding(name, storage):
-  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
-  tx = cases.make(name, storage)
-  whole = cases.tree(SHARDED_SHAPES)
-  with jax.set_mesh(mesh):
-    params = shard(whole, mesh, SPECS)
-    state = tx.init(params)
-    initial = cases.types((params, state))
-    for field in ("mu", "mu_scale", "nu", "nu_scale", "correction"):
-      for key, leaf in dict(getattr(state, field) or {}).items():
-        if isinstance(leaf, jax.Array):
-          assert jax.typeof(leaf).sharding == initial[0][key].sharding
-    assert cases.types(jax.jit(tx.init)(params)) == initial[1]
-    for i in range(3):
-      grads = shard(cases.grads_like(whole, 1 + i), mesh, SPECS)
-      params, state = cases.jitted_step(tx, grads, state, params)
-      assert cases.types((params, state)) == initial
-    updates, new_state = jax.eval_shape(tx.update, grads, state, params)
-    assert cases.types(updates) == cases.types(grads)
-    assert cases.types(new_state) == initial[1]
-    compiled = cases.jitted_step.lower(tx, grads, state, params).compile()
-  assert not COLLECTIVE.search(compiled.as_text())
-  actual = jax.device_get((params, state))
-  cases.assert_equal(actual, unsharded(name, storage), steps=3)
-
-
-@some_cases
-def test_auto_sharding_has_no_collectives(name, storage):
-  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-  tx = cases.make(name, storage)
-  whole = cases.tree(SHARDED_SHAPES)
-  specs = (SPECS, map_specs(tx, tx.init(whole)))
-  shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-  jitted = jax.jit(
-      functools.partial(fo.step, tx),
-      in_shardings=(shardings[0], shardings[1], shardings[0]),
-      out_shardings=shardings,
-  )
-  params = jax.device_put(whole, shardings[0])
-  state = jax.device_put(tx.init(whole), shardings[1])
-  for i in range(3):
-    grads = shard(cases.grads_like(whole, 1 + i), mesh, SPECS)
-    params, state = jitted(grads, state, params)
-  compiled = jitted.lower(grads, state, params).compile()
-  assert not COLLECTIVE.search(compiled.as_text())
-  actual = jax.device_get((params, state))
-  cases.assert_equal(actual, unsharded(name, storage), steps=3)
-
-
-@every_case
-def test_state_of_sharded_params_is_sharded(name, storage):
-  """Without a word from the user."""
-  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-  params = shard(cases.tree(SHARDED_SHAPES), mesh, SPECS)
-  state = cases.make(name, storage).init(params)
-  for field in ("mu", "mu_scale", "nu", "nu_scale", "correction"):
-    for key, leaf in dict(getattr(state, field) or {}).items():
-      if isinstance(leaf, jax.Array):
-        desired = NamedSharding(mesh, SPECS[key])
-        assert leaf.sharding.is_equivalent_to(desired, leaf.ndim)
 
 
 @some_cases
