@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import codec, paths
+from flashoptim_jax import codec, host_memory, paths
 from flashoptim_jax import state as state_lib
 from flashoptim_jax.state import FlashState
 
@@ -104,7 +104,7 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
   Raises:
     ValueError: If there is no flash state, or it does not match ``params``.
   """
-  corrections = _by_path(opt_state, "correction")
+  corrections = host_memory.to_device(_by_path(opt_state, "correction"))
   unknown = corrections.keys() - state_lib.by_path(params).keys()
   if unknown:
     raise ValueError(
@@ -146,14 +146,14 @@ def moments(opt_state: optax.OptState) -> dict[str, Any]:
   trees: dict[str, Any] = {}
   for state in state_lib.flash_states(opt_state):
     for name, kind in state.format.moments:
-      values = getattr(state, name)
+      values = host_memory.to_device(getattr(state, name))
       if state.format.storage.moment_bits == 8:
         values = jax.tree.map(
             lambda codes, scale, kind=kind, storage=state.format.storage: (
                 codec.decode(codes, scale, kind, storage)
             ),
             values,
-            getattr(state, f"{name}_scale"),
+            host_memory.to_device(getattr(state, f"{name}_scale")),
         )
       trees[name] = _join(trees[name], values) if name in trees else values
   return trees

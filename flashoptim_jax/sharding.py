@@ -45,9 +45,10 @@ def state_shardings(
     params: The parameters: arrays or ``jax.ShapeDtypeStruct``s.
     param_shardings: Their shardings (``jax.sharding.Sharding``), in a tree that
       ``params``' structure extends: one sharding may stand for a whole subtree.
-    memory_kind: Where to keep the arrays that belong to a parameter, such as
-      ``"pinned_host"``; by default with the parameter. ``update`` and ``step``
-      bring a leaf that is kept on the host to the device and send it back.
+    memory_kind: Where flash optimizers keep the arrays that belong to a
+      parameter, such as ``"pinned_host"``; by default with the parameter.
+      ``update`` and ``step`` bring a leaf that is kept on the host to the device
+      and send it back, a few leaves at a time.
 
   Returns:
     A tree of the state's structure, of shardings.
@@ -80,19 +81,21 @@ def state_shardings(
       local = param.sharding.shard_shape(param.shape)
       if why := specs.cut_groups(param.shape, local, group_size):
         cut[paths.name(param_path)] = why
-    sharding = _fitted(param.sharding, leaf.shape)
-    if memory_kind is not None:
-      sharding = sharding.with_memory_kind(memory_kind)
-    return sharding
+    return _fitted(param.sharding, leaf.shape)
 
   def place_node(path, node):
     if not state_lib.is_flash_state(node):
       return place(path, node)
     compressed = node.format.storage.moment_bits == 8
     size = node.format.storage.group_size if compressed else None
-    return jax.tree.map_with_path(
+    placed = jax.tree.map_with_path(
         lambda inner, leaf: place((*path, *inner), leaf, size), node
     )
+    if memory_kind is None:
+      return placed
+    return jax.tree.map(
+        lambda sharding: sharding.with_memory_kind(memory_kind), placed
+    )._replace(count=placed.count)
 
   result = jax.tree.map_with_path(
       place_node, state, is_leaf=state_lib.is_flash_state

@@ -331,17 +331,40 @@ def test_state_shardings_of_unusual_leaves():
   assert few.mu["mu"].spec == P(None)
 
 
-def test_memory_kind():
-  tx = optax.chain(optax.clip(1.0), cases.make("adamw"))
-  shardings = shardings_on(make_mesh("4x2"))
-  placed = fo.state_shardings(
-      tx, cases.tree(SHAPES), shardings, memory_kind="pinned_host"
-  )
-  (state,) = flash_states(placed)
-  assert state.count.memory_kind != "pinned_host"
-  assert {leaf.memory_kind for leaf in jax.tree.leaves(state[1:])} == {
-      "pinned_host"
-  }
+@pytest.mark.parametrize("name", ["adamw", "momentum"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_state_in_host_memory(kind, name):
+  tx = optax.chain(optax.trace(0.5), cases.make(name))
+  shardings = shardings_on(make_mesh("4x2", KINDS[kind]))
+  params = jax.device_put(cases.tree(SHAPES), shardings)
+  resident = fo.state_shardings(tx, params, shardings)
+  hosted = fo.state_shardings(tx, params, shardings, memory_kind="pinned_host")
+  kinds = jax.tree.map(lambda sharding: sharding.memory_kind, hosted)
+  (flash,) = flash_states(kinds)
+  assert set(jax.tree.leaves(flash[1:])) == {"pinned_host"}
+  assert "pinned_host" not in {flash.count, *jax.tree.leaves(kinds[0])}
+
+  results = []
+  for placed in (resident, hosted):
+    state = jax.device_put(tx.init(params), placed)
+    grads = jax.device_put(cases.grads_like(params), shardings)
+    donated = jax.tree.map(jnp.copy, params)
+    step = jax.jit(functools.partial(fo.step, tx), donate_argnums=(1, 2))
+    compiled = step.lower(grads, state, donated).compile()
+    assert not COLLECTIVE.search(compiled.as_text())
+    new_params, state = compiled(grads, state, donated)
+    new_params, state = compiled(grads, state, new_params)
+    jax.tree.map(
+        lambda leaf, sharding: leaf.sharding.memory_kind == sharding.memory_kind
+        or pytest.fail(f"{leaf.sharding} in place of {sharding}"),
+        state,
+        placed,
+    )
+    exported = fo.to_fp32(new_params, state), fo.moments(state)
+    results.append((new_params, state, exported))
+  (*first, exported), (*second, exported_second) = jax.device_get(results)
+  cases.assert_equal(second, first, 2)
+  cases.assert_same_types(exported_second, exported)
 
 
 def test_bad_shardings_are_refused():

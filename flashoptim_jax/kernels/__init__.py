@@ -5,8 +5,10 @@ module with such a function, and say in :func:`update_leaves` when it is used.
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from operator import not_
 from typing import NamedTuple
 
 import jax
@@ -88,6 +90,36 @@ def update_leaves(
   Raises:
     ValueError: If the implementation asked for cannot update a leaf.
   """
+  from flashoptim_jax.kernels import hosted
+
+  update = functools.partial(
+      _update_resident,
+      rule,
+      storage,
+      scalars=scalars,
+      implementation=implementation,
+      new_params=new_params,
+      shardings=shardings,
+  )
+  on_host = [hosted.is_hosted(leaf) for leaf in leaves]
+  resident = iter(update(list(itertools.compress(leaves, map(not_, on_host)))))
+  streamed = iter(
+      hosted.update(update, list(itertools.compress(leaves, on_host)))
+  )
+  return [next(streamed if host else resident) for host in on_host]
+
+
+def _update_resident(
+    rule: Rule,
+    storage: Storage,
+    leaves: Sequence[Leaf],
+    scalars: Scalars,
+    *,
+    implementation: str | None,
+    new_params: bool,
+    shardings: Mapping[str, NamedSharding],
+) -> list[UpdatedLeaf]:
+  """The same, for leaves whose state is on the device."""
   from flashoptim_jax.kernels import shards, triton, xla
 
   def with_triton(leaves, scalars):
