@@ -59,7 +59,10 @@ def state_shardings(
 
   Warns:
     UserWarning: Once, naming the parameters whose shards cut a group of their
-      moments. Their update is as exact as any other's, but has to communicate.
+      moments. Their update is as exact as any other's, but has to communicate;
+      under ``jax.jit`` with auto axes, give these shardings as
+      ``out_shardings`` or through :func:`with_shardings`, or else XLA chooses
+      how their scales are sharded.
   """
   shardings = _broadcast(param_shardings, params)
   known = {
@@ -118,10 +121,9 @@ def with_shardings(
 ) -> optax.GradientTransformationExtraArgs:
   """Tells a transformation how its parameters are sharded.
 
-  Under ``jax.jit`` with auto axes, shardings are not known while tracing. The
-  kernels learn them from XLA then; compiling ahead of time for TPUs, where it
-  has no way to say, they need to be told. XLA's own update and explicit and
-  manual axes need no telling.
+  Under ``jax.jit`` with auto axes, shardings are not known while tracing, and
+  kernels learn them from XLA later. Compiling ahead of time for TPUs, XLA has no
+  way to say, and a kernel needs this. Explicit and manual axes never do.
 
   Args:
     tx: The transformation.

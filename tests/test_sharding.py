@@ -90,10 +90,11 @@ def alone(name, storage="root", shapes="SHAPES", steps=STEPS):
   return cases.train(tx, params, steps, cases.jitted_step)
 
 
-def train_sharded(step, tx, shapes, shardings, steps=STEPS):
+def train_sharded(step, tx, shapes, shardings, steps=STEPS, out=False):
   """Trains; returns parameters, state, and the compiled step's text.
 
-  Checks that arrays stay where they are and that every buffer is reused.
+  Checks that arrays stay where they are and that every buffer is reused. With
+  ``out``, the step is told where to put its results.
   """
   whole = cases.tree(shapes)
   placed = fo.state_shardings(tx, whole, shardings)
@@ -107,7 +108,11 @@ def train_sharded(step, tx, shapes, shardings, steps=STEPS):
   ]
   # The compiled step refuses arrays that are not sharded as those it was
   # compiled for, so what it returns must be sharded as what it was given.
-  jitted = jax.jit(step, donate_argnums=(1, 2))
+  jitted = jax.jit(
+      step,
+      donate_argnums=(1, 2),
+      out_shardings=(shardings, placed) if out else None,
+  )
   compiled = jitted.lower(grads[0], state, params).compile()
   assert compiled.memory_analysis().alias_size_in_bytes == nbytes
   for each in grads:
@@ -167,15 +172,18 @@ def test_every_storage(name, storage, kind):
   cases.assert_equal(actual, alone(name, storage, steps=1), 1)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", [*KINDS, "given"])
 @pytest.mark.parametrize("name", ["adamw", "lion"])
 def test_shards_that_cut_groups(name, kind):
-  mesh = make_mesh("4x2", KINDS[kind])
+  mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
   tx = cases.make(name)
+  shardings = shardings_on(mesh, CUT_SPECS)
+  if kind == "given":
+    tx = fo.with_shardings(tx, cases.tree(CUT_SHAPES), shardings)
   step = functools.partial(fo.step, tx)
   with pytest.warns(UserWarning, match="cut groups") as caught:
     actual, _ = train_sharded(
-        step, tx, CUT_SHAPES, shardings_on(mesh, CUT_SPECS)
+        step, tx, CUT_SHAPES, shardings, out=kind == "auto"
     )
   (warning,) = caught
   for key in CUT_SHAPES:
@@ -216,7 +224,12 @@ def test_kernels_see_shards(kernel, kind, shapes):
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)
     actual, text = train_sharded(
-        functools.partial(fo.step, tx), tx, shapes_, shardings, 3
+        functools.partial(fo.step, tx),
+        tx,
+        shapes_,
+        shardings,
+        steps=3,
+        out=kind == "auto" and shapes == "CUT_SHAPES",
     )
   assert bool(COLLECTIVE.search(text)) == (shapes == "CUT_SHAPES")
   seen = {path: shape for call in kernel.shapes for path, shape in call.items()}

@@ -135,7 +135,7 @@ def _update_resident(
   for i, leaf in enumerate(leaves):
     if _uses_triton(leaf, storage, implementation):
       members[with_triton].append(i)
-    elif shards.xla_can_partition(leaf, storage.group_size):
+    elif shards.xla_can_partition(leaf, shardings, storage.group_size):
       (updated[i],) = with_xla([leaf], scalars)
     else:
       members[with_xla].append(i)
@@ -146,9 +146,7 @@ def _update_resident(
           update, chosen, scalars, shardings, storage.group_size
       )
       updated.update(zip(indices, results, strict=True))
-  return [
-      shards.place_like(leaf, updated[i]) for i, leaf in enumerate(leaves)
-  ]
+  return [updated[i] for i in range(len(leaves))]
 
 
 def _uses_triton(

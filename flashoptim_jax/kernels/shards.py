@@ -25,7 +25,6 @@ from jax.experimental.custom_partitioning import (
   SdyShardingRule,
   custom_partitioning,
 )
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flashoptim_jax import codec, specs
@@ -84,28 +83,16 @@ def update(
   return [updated[i] for i in range(len(leaves))]
 
 
-def xla_can_partition(leaf: Leaf, group_size: int) -> bool:
-  """Whether XLA partitions the plain jnp update of a leaf.
+def xla_can_partition(
+    leaf: Leaf, shardings: Mapping[str, NamedSharding], group_size: int
+) -> bool:
+  """Whether to leave the partitioning of a leaf's plain jnp update to XLA.
 
-  With explicit axes it refuses to guess how the parts of a cut group lie.
+  Where groups are cut, it refuses to guess how their parts lie with explicit
+  axes, and with others returns scales that are sharded in another way.
   """
-  sharding = jax.typeof(leaf.param).sharding
-  return not (
-      _is_explicit(sharding) and _cuts_groups(leaf, sharding, group_size)
-  )
-
-
-def place_like(leaf: Leaf, updated: UpdatedLeaf) -> UpdatedLeaf:
-  """Has XLA shard a leaf's new arrays as the old ones.
-
-  It would choose another sharding for the scales of cut groups, whereupon the
-  next step could not reuse their memory, and would have to be compiled again.
-  """
-  traced = isinstance(leaf.param, jax.core.Tracer)
-  if not traced or is_whole() or _is_explicit(jax.typeof(leaf.param).sharding):
-    return updated
-  old = UpdatedLeaf(*_arrays(leaf)[1:])
-  return jax.tree.map(lambda a, b: shard_alike(a, b)[1], old, updated)
+  sharding = _known_sharding(leaf, shardings)
+  return sharding is None or not _cuts_groups(leaf, sharding, group_size)
 
 
 def is_whole() -> bool:

@@ -1,0 +1,140 @@
+"""An optimizer step with its state in host memory, beside the resident one.
+
+    python benchmarks/host_offload.py --output benchmarks/results
+
+Parameters and gradients of a Llama-shaped model of 1.2 B parameters in bfloat16;
+``adamw`` with its state on the device and in pinned host memory, and, for what
+the bytes are worth, float32 moments in pinned host memory. Says how long a step
+takes, what XLA plans to hold on the device besides arguments, and the allocator's
+peak beyond parameters and gradients.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+import flashoptim_jax as fo
+
+STEPS = 5
+
+
+def shapes():
+  """Llama-3.2-1B: 16 layers of width 2,048, embedding tied to the head."""
+  result = {"embed": (128256, 2048), "norm": (2048,)}
+  for i in range(16):
+    result |= {
+        f"layer{i}/wq": (2048, 2048),
+        f"layer{i}/wk": (2048, 512),
+        f"layer{i}/wv": (2048, 512),
+        f"layer{i}/wo": (2048, 2048),
+        f"layer{i}/gate": (2048, 8192),
+        f"layer{i}/up": (2048, 8192),
+        f"layer{i}/down": (8192, 2048),
+        f"layer{i}/attention_norm": (2048,),
+        f"layer{i}/mlp_norm": (2048,),
+    }
+  return result
+
+
+def make(seed, scale):
+  """Normal arrays in bfloat16."""
+  keys = jax.random.split(jax.random.key(seed), len(shapes()))
+  return {
+      name: scale * jax.random.normal(key, shape, jnp.bfloat16)
+      for key, (name, shape) in zip(keys, shapes().items(), strict=True)
+  }
+
+
+def measure(storage, memory_kind):
+  """Memory and time of one variant, and its parameters' checksum."""
+  device = jax.devices()[0]
+  tx = fo.adamw(1e-3, storage=storage)
+  params, grads = make(0, 0.02), make(1, 0.01)
+  # The whole device state at once, before it is moved, would count as a peak.
+  resident = fo.state_shardings(tx, params, SingleDeviceSharding(device))
+  placed = fo.state_shardings(
+      tx, params, SingleDeviceSharding(device), memory_kind=memory_kind
+  )
+  state = jax.tree.map(
+      lambda leaf, here, there: jax.device_put(
+          jnp.zeros(leaf.shape, leaf.dtype, device=here), there
+      ),
+      jax.eval_shape(tx.init, params),
+      resident,
+      placed,
+  )
+  nbytes = {
+      name: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+      for name, tree in (("params", params), ("state", state))
+  }
+  step = jax.jit(
+      lambda grads, state, params: fo.step(tx, grads, state, params),
+      donate_argnums=(1, 2),
+      out_shardings=(None, placed),
+  )
+  compiled = step.lower(grads, state, params).compile()
+  analysis = compiled.memory_analysis()
+  before = (device.memory_stats() or {}).get("bytes_in_use", 0)
+  times = []
+  for _ in range(STEPS):
+    start = time.perf_counter()
+    params, state = jax.block_until_ready(compiled(grads, state, params))
+    times.append(time.perf_counter() - start)
+  stats = device.memory_stats() or {}
+  kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.mu)}
+  return {
+      "storage": repr(storage),
+      "memory_kind": memory_kind or "device",
+      "state_is_in": sorted(kinds),
+      "milliseconds": 1e3 * sorted(times)[STEPS // 2],
+      "params_bytes": nbytes["params"],
+      "state_bytes": nbytes["state"],
+      "argument_bytes": analysis.argument_size_in_bytes,
+      "host_argument_bytes": analysis.host_argument_size_in_bytes,
+      "temporary_bytes": analysis.temp_size_in_bytes,
+      "aliased_bytes": analysis.alias_size_in_bytes,
+      "host_aliased_bytes": analysis.host_alias_size_in_bytes,
+      "in_use_before_bytes": before,
+      "peak_bytes": stats.get("peak_bytes_in_use", 0),
+      "checksum": float(
+          sum(jnp.sum(jnp.abs(p.astype(jnp.float32))) for p in params.values())
+      ),
+  }
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--output", type=pathlib.Path, required=True)
+  arguments = parser.parse_args()
+  # Offloaded first: the allocator's peak is that of the whole process so far.
+  variants = {
+      "host, 24/8": (fo.Storage(), "pinned_host"),
+      "device, 24/8": (fo.Storage(), None),
+      "host, float32 moments": (fo.Storage(moment_bits=32), "pinned_host"),
+  }
+  result = {
+      "date": datetime.date.today().isoformat(),
+      "device": jax.devices()[0].device_kind,
+      "jax": jax.__version__,
+      "flashoptim_jax": fo.__version__,
+      "variants": {},
+  }
+  for name, variant in variants.items():
+    found = result["variants"][name] = measure(*variant)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "host_offload.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{name}: {found['milliseconds']:.1f} ms, in GiB:", flush=True)
+    for key, value in found.items():
+      if key.endswith("_bytes"):
+        print(f"  {key.removesuffix('_bytes'):16}{value / 2**30:8.3f}", flush=True)
+
+
+if __name__ == "__main__":
+  main()
