@@ -10,6 +10,7 @@ from flashoptim_jax.numerics import (
 )
 from flashoptim_jax.optimizers import adam, adamw, lion, sgd
 from flashoptim_jax.precision import cast_params, from_fp32, moments, to_fp32
+from flashoptim_jax.release import released_call, value_and_release
 from flashoptim_jax.state import FlashState, Format
 from flashoptim_jax.storage import Storage
 
@@ -32,9 +33,11 @@ __all__ = [
     "lion",
     "memory_report",
     "moments",
+    "released_call",
     "sgd",
     "step",
     "to_fp32",
+    "value_and_release",
 ]
 
 
