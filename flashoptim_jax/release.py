@@ -393,7 +393,7 @@ class _Release:
     ]
     new_params, new_state = leafwise.update(
         waiting,
-        grads,
+        _barrier(grads),
         [params[leaf] for leaf in waiting],
         [[state[i] for i in leafwise.owned[leaf]] for leaf in waiting],
         self._shared,
