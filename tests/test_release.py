@@ -28,27 +28,52 @@ def wide(params):
   return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
-@jax.custom_vjp
-def rounded(params):
-  """Parameters whose gradients have their dtype's precision.
-
-  XLA may skip the rounding of a bf16 gradient that it adds to another one.
-  """
-  return params
-
-
-rounded.defvjp(
-    lambda params: (params, None),
-    lambda _, grads: (jax.lax.optimization_barrier(grads),),
-)
-
-
 def plain_call(fn, part, *args, index=None):
-  """What ``released_call`` computes, and when, for ``jax.grad``."""
+  """What ``released_call`` computes, and when, for ``jax.grad``.
+
+  Two programs' gradients are the same to the last bit only if they compute them
+  in the same way: again from the arguments, each rounded to its dtype.
+  """
   for i in index if isinstance(index, tuple) else (index,):
     if i is not None:
       part = jax.tree.map(lambda p, i=i: p[i], part)
-  return jax.checkpoint(fn)(rounded(part), *args)
+  floats, others = partitioned(args)
+  return recomputed(fn, part, floats, others)
+
+
+def partitioned(args):
+  """Arguments that can be differentiated, and the rest, with None in between."""
+
+  def keep(wanted):
+    return jax.tree.map(
+        lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) == wanted else None, args
+    )
+
+  return keep(True), keep(False)
+
+
+def merged(floats, others):
+  return jax.tree.map(
+      lambda x, y: y if x is None else x, floats, others, is_leaf=lambda x: x is None
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recomputed(fn, part, floats, others):
+  return fn(part, *merged(floats, others))
+
+
+def recomputed_backward(fn, residuals, cotangents):
+  part, floats, others = residuals
+  floats, cotangents = jax.lax.optimization_barrier((floats, cotangents))
+  _, vjp = jax.vjp(lambda w, x: fn(w, *merged(x, others)), part, floats)
+  grads, floats = vjp(cotangents)
+  return jax.lax.optimization_barrier(grads), floats, None
+
+
+recomputed.defvjp(
+    lambda fn, *operands: (recomputed(fn, *operands), operands), recomputed_backward
+)
 
 
 def embed(weight, tokens):
