@@ -280,3 +280,416 @@ def test_equals_the_ordinary_step(name):
 @some_cases
 def test_every_optimizer(name, storage):
   assert_equals_ordinary(tied, make(name, storage), tied_params())
+
+
+SMALL = {"stack": (LAYERS, DIM, DIM), "norm": (LAYERS, DIM), "top": (DIM, DIM)}
+
+
+def small(call, live, tokens):
+  """Cheap to compile: a stack of two leaves, and a leaf on top."""
+
+  def layer(w, x):
+    return jnp.tanh(x @ wide(w["stack"])) * wide(w["norm"])
+
+  stack = {name: live[name] for name in ("stack", "norm")}
+  x = over_layers(call, stack, jax.nn.one_hot(tokens, DIM), layer)
+  return call(lambda w, x: jnp.mean((x @ wide(w)) ** 2), live["top"], x)
+
+
+def small_params():
+  return {
+      name: normal(*shape) + (name == "norm") for name, shape in SMALL.items()
+  }
+
+
+def sgd(*before):
+  """A chain whose optimizer compiles fast."""
+  return optax.chain(*before, fo.sgd(2.0**-3, weight_decay=0.1))
+
+
+def matrices(params):
+  """The usual mask, which takes stacked vectors for matrices."""
+  return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+CHAINS = {
+    "clip": sgd(optax.clip(1e-3)),
+    "scale": sgd(optax.scale(0.5), optax.scale_by_schedule(lambda n: 1 / (1 + n))),
+    "add decayed": sgd(optax.add_decayed_weights(0.1, matrices)),
+    "trace": sgd(optax.trace(0.9)),
+    "masked": sgd(optax.masked(optax.clip(1e-3), matrices)),
+    "schedule": fo.sgd(optax.linear_schedule(0.5, 0.1, 4)),
+    "mask": fo.sgd(0.5, weight_decay=0.5, mask=matrices),
+    "mask tree": fo.sgd(0.5, weight_decay=0.5, mask=dict.fromkeys(SMALL, False)),
+    "injected": optax.inject_hyperparams(fo.sgd, hyperparam_dtype=jnp.float32)(0.5),
+    "partition": optax.partition(
+        {"a": sgd(optax.clip(1e-3)), "b": fo.lion(1e-2)},
+        {"stack": "a", "norm": "b", "top": "b"},
+    ),
+    "frozen": optax.partition(
+        {"a": fo.sgd(0.5), "b": optax.set_to_zero()},
+        lambda params: {name: "ba"[name == "stack"] for name in params},
+    ),
+    "optax": optax.sgd(0.5, 0.9),
+}
+WHOLE_LEAF_CHAINS = {
+    "block rms": sgd(optax.clip_by_block_rms(1e-4)),
+    "adaptive": sgd(optax.adaptive_grad_clip(1e-3)),
+    "noise": sgd(optax.add_noise(1e-3, 0.5, 0)),
+}
+
+
+def assert_small_equals_ordinary(tx, model=small):
+  params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), small_params())
+  state = tx.init(params)
+  step = jax.jit(released(model, tx))
+  ours = ordinary = params, state
+  for i in range(3):
+    _, *ours = step(*ours, batch(i))
+    _, grads = value_and_grad(model)(ordinary[0], batch(i))
+    ordinary = fo.step(tx, grads, *reversed(ordinary))
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(
+          np.float32(a), np.float32(b), rtol=2**-8, atol=1e-6
+      ),
+      tuple(ours),
+      ordinary,
+  )
+  return ours
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_of_leafwise_transformations(name):
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    assert_small_equals_ordinary(CHAINS[name])
+
+
+@pytest.mark.parametrize("name", WHOLE_LEAF_CHAINS)
+def test_what_takes_a_stack_as_a_whole_is_held(name):
+  with pytest.warns(UserWarning, match="'stack' as a whole"):
+    assert_small_equals_ordinary(WHOLE_LEAF_CHAINS[name])
+
+
+def trace(model, tx=None, params=None, **kwargs):
+  """Traces a step, which raises what it raises."""
+  tx = fo.adamw(1e-2) if tx is None else tx
+  params = small_params() if params is None else params
+  state = jax.eval_shape(tx.init, params)
+  return jax.eval_shape(released(model, tx, **kwargs), params, state, batch(0))
+
+
+@pytest.mark.parametrize(
+    ("tx", "message"),
+    [
+        (sgd(optax.clip_by_global_norm(1.0)), "'stack'.*clip_by_global_norm.*optax.clip"),
+        (sgd(optax.normalize_by_update_norm()), "all gradients at once"),
+        (optax.MultiSteps(fo.adamw(1e-3), 2), "MultiSteps.*larger batches"),
+        (
+            optax.MultiSteps(fo.adamw(1e-3), 2).gradient_transformation(),
+            "MultiSteps.*larger batches",
+        ),
+        (optax.apply_if_finite(fo.adamw(1e-3), 2), "apply_if_finite.*Clip each"),
+        (sgd(optax.apply_if_finite(optax.clip(1.0), 2)), "apply_if_finite"),
+    ],
+)
+def test_what_needs_all_gradients_is_refused(tx, message):
+  with pytest.raises(ValueError, match=message):
+    trace(small, tx)
+
+
+def test_lookahead_is_refused():
+  tx = optax.lookahead(optax.sgd(0.1), 2, 0.5)
+  params = optax.LookaheadParams.init_synced(small_params())
+  with pytest.raises(ValueError, match="two sets of parameters"):
+    trace(small, tx, params)
+
+
+def used_directly(call, live, tokens):
+  return jnp.mean(jnp.ones(DIM) @ live["top"])
+
+
+def multiplied(call, live, tokens):
+  return jnp.mean(live["top"] * 2)
+
+
+def checkpointed(call, live, tokens):
+  x = jnp.ones((1, DIM))
+  return jax.checkpoint(lambda x: call(lambda w, x: (x @ w).mean(), live["top"], x))(x)
+
+
+def mapped(call, live, tokens):
+  f = functools.partial(call, lambda w, x: (x @ w).mean(), live["top"])
+  return jax.vmap(f)(jnp.ones((2, DIM))).mean()
+
+
+def differentiated(call, live, tokens):
+  f = functools.partial(call, lambda w, x: (x @ w).mean(), live["top"])
+  return jax.grad(f)(jnp.ones(DIM)).mean()
+
+
+def within(call, live, tokens):
+  def outer(w, x):
+    return call(lambda w, x: (x @ w).mean(), live["stack"], x @ w, index=0)
+
+  return call(outer, live["top"], jnp.ones(DIM))
+
+
+def foreign(call, live, tokens):
+  return call(lambda w: w.mean(), jnp.ones(3))
+
+
+def far(call, live, tokens):
+  return call(lambda w: w.mean(), live["stack"], index=LAYERS)
+
+
+def fractional(call, live, tokens):
+  return call(lambda w: w.mean(), live["stack"], index=1.0)
+
+
+def too_deep(call, live, tokens):
+  return call(lambda w: w.mean(), live["norm"], index=(0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (used_directly, "'top' was used directly.*released_call"),
+        (multiplied, "'top' was used directly.*released_call"),
+        (checkpointed, "inside jax.checkpoint.*leave the jax.checkpoint out"),
+        (mapped, "inside jax.vmap"),
+        (differentiated, "inside jax.grad"),
+        (within, "inside the function of another one"),
+        (foreign, "part of the `live` tree.*found a"),
+        (far, f"Index {LAYERS}.*'stack'"),
+        (fractional, "dtype float32; expected an integer"),
+        (too_deep, "'norm' has shape"),
+    ],
+)
+def test_misuse(model, message):
+  with pytest.raises(ValueError, match=message):
+    trace(model)
+
+
+def test_leaf_that_is_never_used():
+  params = small_params() | {"spare": jnp.ones(DIM)}
+  tx = fo.adamw(1e-2)
+  params, state = fo.from_fp32(tx, params)
+  with pytest.warns(UserWarning, match="'spare' is not used"):
+    _, new, new_state = jax.jit(released(small, tx))(params, state, batch(0))
+  assert_same(new["spare"], params["spare"])
+  assert_same(new_state.nu["spare"], state.nu["spare"])
+  assert int(new_state.count) == 1
+
+
+def switched(call, live, tokens):
+  """A call that may not happen, and one whose result does not matter."""
+  x = over_layers(
+      call, live["stack"], jax.nn.one_hot(tokens, DIM), lambda w, x: jnp.tanh(x @ wide(w))
+  )
+  x = jax.lax.cond(
+      tokens[0, 0] < 0,
+      lambda x: call(lambda w, x: x * wide(w)[0], live["norm"], x),
+      lambda x: x,
+      x,
+  )
+  call(lambda w: wide(w).sum(), live["top"])
+  return jnp.mean(x**2)
+
+
+def test_calls_that_do_not_happen():
+  with pytest.warns(UserWarning, match="'norm' depends on its arguments"):
+    ours = assert_small_equals_ordinary(fo.sgd(0.5, weight_decay=0.5), switched)
+  assert (ours[0]["top"] != small_params()["top"].astype(jnp.bfloat16)).any()
+
+
+def data_dependent(call, live, tokens):
+  def body(x, i):
+    return call(lambda w, x: jnp.tanh(x @ wide(w)), live["stack"], x, index=i), None
+
+  x, _ = jax.lax.scan(body, jax.nn.one_hot(tokens, DIM), tokens[0] % LAYERS)
+  x = call(lambda w, x: x * wide(w)[0], live["norm"], x)
+  return jnp.mean(call(lambda w, x: x @ wide(w), live["top"], x) ** 2)
+
+
+def test_slices_known_only_at_run_time():
+  with pytest.warns(UserWarning, match="'stack' depends on its arguments"):
+    assert_small_equals_ordinary(fo.sgd(0.5), data_dependent)
+
+
+def test_arguments_and_results():
+  """Integer, key, static and absent inputs; several outputs; aux; a policy."""
+  policy = jax.checkpoint_policies.dots_saveable
+
+  def layer(w, x, extra, train, name):
+    assert train is True and name == "layer" and extra["none"] is None
+    dropped = jax.random.bernoulli(extra["key"], 0.5, x.shape)
+    y = jax.checkpoint(lambda x, w: jnp.tanh(x @ w), policy=policy)(x, wide(w))
+    return {"x": jnp.where(dropped, y, x), "count": dropped.sum(), "key": extra["key"]}
+
+  def model(call, live, tokens):
+    x, extra = jax.nn.one_hot(tokens, DIM), {"key": jax.random.key(0), "none": None}
+
+    def body(x, i):
+      extra["key"] = jax.random.fold_in(jax.random.key(0), i)
+      out = call(layer, live["stack"], x, extra, True, "layer", index=i)
+      return out["x"], out["count"]
+
+    x, counts = jax.lax.scan(body, x, jnp.arange(LAYERS))
+    x = call(lambda w, x: x * wide(w)[0], live["norm"], x)
+    x = call(lambda w, x, scale: scale * (x @ wide(w)), live["top"], x, np.float32(2))
+    return jnp.mean(x**2), {"counts": counts}
+
+  tx = fo.sgd(0.5)
+  params, state = fo.from_fp32(tx, small_params())
+  step = jax.jit(released(model, tx, has_aux=True))
+  (value, aux), new, _ = step(params, state, batch(0))
+  assert value.shape == () and aux["counts"].shape == (LAYERS,)
+  assert all((new[name] != params[name]).any() for name in SMALL)
+  step(new, state, batch(1))
+  assert step._cache_size() == 1
+
+
+def test_one_leaf_twice_in_a_call():
+  def model(call, live, tokens):
+    part = {"a": live["top"], "b": live["top"]}
+    x = jax.nn.one_hot(tokens, DIM)
+    return jnp.mean(call(lambda w, x: x @ wide(w["a"]) @ wide(w["b"]).T, part, x) ** 2)
+
+  def plain(call, live, tokens):
+    w = live["top"]
+    return model(call, {"top": w}, tokens)
+
+  tx = fo.sgd(0.5)
+  params, state = fo.from_fp32(tx, {"top": normal(DIM, DIM)})
+  _, ours, _ = jax.jit(released(model, tx))(params, state, batch(0))
+  _, grads = value_and_grad(plain)(params, batch(0))
+  expected, _ = fo.step(tx, grads, state, params)
+  np.testing.assert_allclose(
+      np.float32(ours["top"]), np.float32(expected["top"]), rtol=2**-7
+  )
+
+
+def test_runs_without_jit():
+  tx = fo.sgd(0.5)
+  params, state = fo.from_fp32(tx, small_params())
+  value, new, _ = released(small, tx)(params, state, batch(0))
+  expected, compiled, _ = jax.jit(released(small, tx))(params, state, batch(0))
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2**-7),
+      new,
+      compiled,
+  )
+
+
+def test_float16_loss_scaling():
+  """Scaled in the loss, unscaled leaf by leaf."""
+  scale = 2.0**10
+
+  def scaled(call, live, tokens):
+    return scale * small(call, live, tokens)
+
+  tx = fo.sgd(0.5, 0.9)
+  unscaled = optax.chain(optax.scale(1 / scale), tx)
+  params, state = fo.from_fp32(tx, small_params(), jnp.float16)
+  value, ours, _ = jax.jit(released(scaled, unscaled))(
+      params, unscaled.init(params), batch(0)
+  )
+  expected, reference, _ = jax.jit(released(small, tx))(params, state, batch(0))
+  np.testing.assert_allclose(value / scale, expected, rtol=1e-5)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2**-9),
+      ours,
+      reference,
+  )
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_sharded(kind):
+  """FSDP × TP: equal to one device's ordinary step, and no leaf is gathered."""
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType[kind],) * 2)
+  specs = {"stack": P(None, "data", "model"), "norm": P(), "top": P("data", "model")}
+  tx = fo.adamw(1e-2)
+  params, state = ordinary = fo.from_fp32(tx, small_params())
+
+  def model(call, live, tokens):
+    def layer(w, x):
+      if kind == "Explicit":  # Products of two sharded axes are ambiguous.
+        w = jax.tree.map(lambda p: jax.sharding.reshard(p, P()), w)
+      return jnp.tanh(x @ wide(w["stack"])) * wide(w["norm"])
+
+    def top(w, x):
+      if kind == "Explicit":
+        w = jax.sharding.reshard(w, P())
+      return jnp.mean((x @ wide(w)) ** 2)
+
+    stack = {name: live[name] for name in ("stack", "norm")}
+    x = over_layers(call, stack, jax.nn.one_hot(tokens, DIM), layer)
+    return call(top, live["top"], x)
+
+  shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+  sharded = jax.device_put(params, shardings)
+  with jax.set_mesh(mesh):
+    ours = sharded, jax.jit(tx.init)(sharded)
+    step = jax.jit(released(model, tx))
+    for i in range(3):
+      tokens = jax.device_put(batch(i)[:, :8].repeat(2, 0), NamedSharding(mesh, P("data")))
+      _, *ours = step(*ours, tokens)
+  for i in range(3):
+    params, state = ordinary
+    _, grads = value_and_grad(small)(params, batch(i)[:, :8].repeat(2, 0))
+    ordinary = fo.step(tx, grads, state, params)
+  for name, sharding in shardings.items():
+    assert ours[0][name].sharding.is_equivalent_to(sharding, ours[0][name].ndim), name
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(
+          np.float32(a), np.float32(b), rtol=2**-7, atol=1e-5
+      ),
+      fo.to_fp32(*ours),
+      fo.to_fp32(*ordinary),
+  )
+
+
+def test_memory_of_24_layers():
+  """Temporaries shrink by the gradients; everything is updated in place."""
+  layers, dim = 24, 128
+  tx = fo.sgd(1e-3, 0.9)
+  struct = jax.ShapeDtypeStruct
+  params = {
+      "embed": struct((64, dim), jnp.bfloat16),
+      "layers": struct((layers, dim, 4 * dim), jnp.bfloat16),
+  }
+  state = jax.eval_shape(tx.init, params)
+
+  def layer(w, x):
+    w = wide(w)
+    return x + jax.nn.gelu(x @ w) @ w.T
+
+  def model(call, live, tokens):
+    def body(x, i):
+      return call(layer, live["layers"], x, index=i), None
+
+    x = call(embed, live["embed"], tokens)
+    return jnp.mean(jax.lax.scan(body, x, jnp.arange(layers))[0] ** 2)
+
+  def loss(params, tokens):
+    def body(x, w):
+      return jax.checkpoint(layer)(w, x), None
+
+    x = embed(params["embed"], tokens)
+    return jnp.mean(jax.lax.scan(body, x, params["layers"])[0] ** 2)
+
+  def ordinary(params, state, tokens):
+    value, grads = jax.value_and_grad(loss)(params, tokens)
+    return value, *fo.step(tx, grads, state, params)
+
+  temporaries = []
+  for step in (ordinary, released(model, tx)):
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch(0))
+    memory = compiled.compile().memory_analysis()
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+    assert memory.alias_size_in_bytes == kept
+    temporaries.append(memory.temp_size_in_bytes)
+  gradients = sum(2 * p.size for p in jax.tree.leaves(params))
+  assert temporaries[0] - temporaries[1] >= 0.9 * gradients
