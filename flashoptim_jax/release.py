@@ -40,7 +40,7 @@ def value_and_release(
   A leaf is updated inside the backward pass if each of its slices takes part in
   exactly one :func:`released_call`. The gradient of any other leaf is summed up,
   in the leaf's dtype, and the leaf updated at the end: one that several calls use
-  (tied weights), that a call inside a ``jax.lax.cond`` uses, or whose slices the
+  (tied weights), whose slices are chosen by the data, or whose slices the
   transformation does not treat alike (a norm taken over a whole stacked leaf).
   Leaves that no call uses stay as they are, with a warning.
 
@@ -229,17 +229,18 @@ class _Recorder:
           "released_call was reached inside the function of another one. Pass"
           " the parameters of both to the outer call."
       )
+    flat, args_tree = jax.tree.flatten(args)
+    is_array = list(map(_is_array, flat))
+    arrays = [x for x, flag in zip(flat, is_array, strict=True) if flag]
     unique = list(dict.fromkeys(leaves))
-    values = []
-    for leaf in unique:
-      value = self._params[leaf]
-      for i in index:
-        value = lax.dynamic_index_in_dim(value, i, keepdims=False)
-      values.append(value)
-    marked = dict(zip(unique, uses.mark(values, unique, index), strict=True))
+    values = [_slice(self._params[leaf], index) for leaf in unique]
+    marked = uses.mark([*values, *arrays], unique, index)
+    by_leaf = dict(zip(unique, marked[: len(unique)], strict=True))
+    flat = _merged(is_array, marked[len(unique) :], flat)
     self._inside = True
     try:
-      return fn(treedef.unflatten(marked[leaf] for leaf in leaves), *args)
+      params = treedef.unflatten(by_leaf[leaf] for leaf in leaves)
+      return fn(params, *args_tree.unflatten(flat))
     finally:
       self._inside = False
 
@@ -285,7 +286,7 @@ class _Release:
     if used.counts is None:
       warnings.warn(
           f"How often the loss function uses which slices of {name!r} depends on"
-          " its arguments, or on a jax.lax.cond; its whole gradient is held.",
+          " its arguments; its whole gradient is held.",
           stacklevel=4,
       )
     if not used.once_each(shape):
@@ -303,7 +304,7 @@ class _Release:
   def call(self, fn, leaves, treedef, args, index):
     """Calls the function, and updates the parameters in its backward pass."""
     flat, args_tree = jax.tree.flatten(args)
-    is_array = [isinstance(x, (jax.Array, np.ndarray, np.generic)) for x in flat]
+    is_array = list(map(_is_array, flat))
     arrays = [x for x, flag in zip(flat, is_array, strict=True) if flag]
     differentiable = [jnp.issubdtype(x.dtype, jnp.inexact) for x in arrays]
 
@@ -363,19 +364,19 @@ class _Release:
       if total is None:
         now.append(i)
       else:
-        total[index] = total[index] + grad
+        _write(total, _slice(total[...], index) + grad, index)
     new_params, new_state = self._leafwise.update(
         [leaves[i] for i in now],
         [grads[i] for i in now],
         [params[i] for i in now],
-        [[ref[index] for ref in refs.state[i]] for i in now],
+        [[_slice(ref[...], index) for ref in refs.state[i]] for i in now],
         shared,
         axes=len(index),
     )
     for i, param, arrays in zip(now, new_params, new_state, strict=True):
-      refs.params[i][index] = param
+      _write(refs.params[i], param, index)
       for ref, array in zip(refs.state[i], arrays, strict=True):
-        ref[index] = array
+        _write(ref, array, index)
       self._updated.add(leaves[i])
 
   def finish(self) -> tuple[Any, Any]:
@@ -425,7 +426,33 @@ class _Refs:
 
   def read(self, index: tuple[Any, ...]) -> list[Any]:
     """The parameters, or slices of them."""
-    return [ref[index] for ref in self.params]
+    return [_slice(ref[...], index) for ref in self.params]
+
+
+# Whole references are read and written, and sliced as arrays: a reference to an
+# array with explicit sharding takes no integer index. XLA sees the same program.
+def _slice(array: jax.Array, index: tuple[Any, ...]) -> jax.Array:
+  for i in index:
+    array = lax.dynamic_index_in_dim(
+        array, i, keepdims=False, allow_negative_indices=False
+    )
+  return array
+
+
+def _write(ref: Any, value: jax.Array, index: tuple[Any, ...]) -> None:
+  if index:
+    start = (*index, *[np.int32(0)] * value.ndim)
+    value = lax.dynamic_update_slice(
+        ref[...],
+        lax.expand_dims(value, range(len(index))),
+        start,
+        allow_negative_indices=False,
+    )
+  ref[...] = value
+
+
+def _is_array(x: Any) -> bool:
+  return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
 def _merged(flags: Sequence[bool], chosen: Sequence[Any], rest: Sequence[Any]):

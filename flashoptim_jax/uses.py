@@ -49,7 +49,13 @@ ad.primitive_jvps[use_p] = _refuse(
 def mark(
     values: Sequence[Any], leaves: Sequence[int], index: Sequence[Any]
 ) -> list[Any]:
-  """The values of some leaves, or of slices of them, noted as used."""
+  """The values given, with a note that leaves, or slices of them, are used.
+
+  Args:
+    values: Everything that takes part in the call.
+    leaves: The leaves.
+    index: Which slices of them.
+  """
   return use_p.bind(*index, *values, leaves=tuple(leaves), axes=len(index))
 
 
@@ -84,7 +90,7 @@ def count(closed: core.ClosedJaxpr) -> dict[int, Uses]:
   """
   counter = _Counter()
   with jax.ensure_compile_time_eval():
-    counter.run(closed.jaxpr, closed.consts, [None] * len(closed.in_avals), True)
+    counter.run(closed.jaxpr, closed.consts, [None] * len(closed.in_avals))
   return counter.uses
 
 
@@ -95,8 +101,8 @@ class _Counter:
     self.uses: dict[int, Uses] = {}
     self._relevant: dict[int, list[tuple[core.JaxprEqn, bool]]] = {}
 
-  def run(self, jaxpr, consts, args, certain: bool) -> list[Any]:
-    """Values of a program's results; ``certain`` if it is sure to run."""
+  def run(self, jaxpr, consts, args) -> list[Any]:
+    """Values of a program's results."""
     env = dict(zip(jaxpr.constvars, map(_small_integers, consts), strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
@@ -107,7 +113,7 @@ class _Counter:
 
     for eqn, has_uses in self._relevant_equations(jaxpr):
       values = [read(var) for var in eqn.invars]
-      results = self._equation(eqn, has_uses, values, certain)
+      results = self._equation(eqn, has_uses, values)
       env.update(zip(eqn.outvars, results, strict=True))
     return [read(var) for var in jaxpr.outvars]
 
@@ -124,25 +130,21 @@ class _Counter:
       self._relevant[id(jaxpr)] = found
     return found
 
-  def _equation(self, eqn, has_uses: bool, values, certain: bool) -> Sequence[Any]:
+  def _equation(self, eqn, has_uses: bool, values) -> Sequence[Any]:
     name = eqn.primitive.name
     unknown = [None] * len(eqn.outvars)
     if eqn.primitive is use_p:
-      self._use(eqn, values, certain)
+      self._use(eqn, values)
       return unknown
     if name in _CALLS:
       closed = leafwise.called(eqn)
-      return self.run(closed.jaxpr, closed.consts, values, certain)
+      return self.run(closed.jaxpr, closed.consts, values)
     if not has_uses:
       if any(value is None for value in values) or _subprograms(eqn):
         return unknown
       return leafwise.bind(eqn, values)
     if name == "scan":
-      return self._scan(eqn, values, certain)
-    if name == "cond":
-      for branch in eqn.params["branches"]:
-        self.run(branch.jaxpr, branch.consts, values[1:], False)
-      return unknown
+      return self._scan(eqn, values)
     if name in ("checkpoint", "remat", "remat2"):
       raise ValueError(
           "released_call was reached inside jax.checkpoint. It recomputes its"
@@ -154,14 +156,13 @@ class _Counter:
         " Put that inside the function that it calls."
     )
 
-  def _use(self, eqn, values, certain: bool) -> None:
+  def _use(self, eqn, values) -> None:
     axes = eqn.params["axes"]
     index = values[:axes]
     # Of a slice there is no telling the stack's shape; counts grow as needed.
     for leaf in eqn.params["leaves"]:
       before = self.uses.get(leaf, Uses(axes, np.zeros((0,) * axes, int)))
-      known = certain and all(value is not None for value in index)
-      if before.counts is None or not known:
+      if before.counts is None or any(value is None for value in index):
         self.uses[leaf] = Uses(axes, None)
       elif before.axes != axes:  # Slices of several kinds overlap.
         self.uses[leaf] = Uses(axes, np.full((1,) * axes, 2))
@@ -175,7 +176,7 @@ class _Counter:
         counts[where] += 1
         self.uses[leaf] = Uses(axes, counts)
 
-  def _scan(self, eqn, values, certain: bool) -> list[Any]:
+  def _scan(self, eqn, values) -> list[Any]:
     params = eqn.params
     closed, length = params["jaxpr"], params["length"]
     num_consts, num_carry = _scan_sizes(params)
@@ -184,9 +185,8 @@ class _Counter:
     order = reversed(range(length)) if params["reverse"] else range(length)
     for t in order:
       turn = [x if x is None else x[t] for x in xs]
-      results = self.run(
-          closed.jaxpr, closed.consts, [*consts, *carry, *turn], certain
-      )
+      operands = [*consts, *carry, *turn]
+      results = self.run(closed.jaxpr, closed.consts, operands)
       carry = results[:num_carry]
     return [*carry, *[None] * (len(eqn.outvars) - len(carry))]
 
