@@ -20,18 +20,18 @@ from flashoptim_jax.kernels import deferred
 from flashoptim_jax.transform import DEFERRED
 
 # Primitives that compute each element from the elements at the same place.
-_ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp"
-    " convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2"
-    " expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max"
-    " min mul ne neg nextafter not or population_count pow reduce_precision rem"
-    " round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical"
-    " sign sin sinh sqrt square sub tan tanh xor".split()
-)
-CALLS = frozenset(
-    "jit pjit closed_call core_call custom_jvp_call custom_vjp_call"
-    " custom_vjp_call_jaxpr".split()
-)
+_ELEMENTWISE = frozenset([
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan",
+    "atan2", "atanh", "cbrt", "ceil", "clamp", "convert_element_type", "copy",
+    "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2",
+    "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "lgamma", "log",
+    "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
+    "or", "population_count", "pow", "reduce_precision", "rem", "round", "rsqrt",
+    "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical",
+    "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "xor",
+])
+CALLS = ("jit", "pjit", "closed_call", "core_call")
+_CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 _INSTEAD = (
     "Take the ordinary step (jax.grad and flashoptim_jax.step), or use"
     " transformations that treat each leaf by itself, such as optax.clip,"
@@ -70,7 +70,7 @@ def inline(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
     for eqn in jaxpr.eqns:
       values = map(read, eqn.invars)
-      if eqn.primitive.name in CALLS:
+      if eqn.primitive.name in (*CALLS, *_CUSTOM_CALLS):
         results = evaluate(called(eqn), *values)
       else:
         results = bind(eqn, values)
@@ -197,9 +197,9 @@ class Leafwise:
       name = eqn.primitive.name
       if (
           not leaves
-          and eqn.outvars[0].aval.shape
+          and _shape(eqn.outvars[0])
           and (name == "broadcast_in_dim" or name in _ELEMENTWISE)
-          and all(v in uniform or not v.aval.shape for v in _variables(eqn))
+          and all(v in uniform or not _shape(v) for v in _variables(eqn))
       ):
         uniform.update(eqn.outvars)
     return uniform
@@ -219,17 +219,17 @@ class Leafwise:
       leaf: Which leaf.
       axes: How many leading axes make up the stack.
     """
-    stack = self._params[leaf].aval.shape[:axes]
+    stack = _shape(self._params[leaf])[:axes]
     state = [self._state[i] for i in self.owned[leaf]]
     sliced = {
         var
         for var in (self._grads[leaf], self._params[leaf], *state)
-        if len(var.aval.shape) >= axes and var.aval.shape[:axes] == stack
+        if _shape(var)[:axes] == stack
     }
 
     def fits(var) -> bool:
       if isinstance(var, core.Literal) or not self._leaves.get(var, 0):
-        return not var.aval.shape or var in self._uniform
+        return not _shape(var) or var in self._uniform
       return var in sliced
 
     for eqn, leaves in self._equations:
@@ -361,8 +361,13 @@ class Leafwise:
     if isinstance(var, core.Literal):
       return var.val
     if var in self._uniform:
-      return jnp.broadcast_to(env[var], var.aval.shape[axes:])
+      return jnp.broadcast_to(env[var], _shape(var)[axes:])
     return env[var]
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+  """A variable's shape, empty for what is no array."""
+  return getattr(var.aval, "shape", ())
 
 
 def _variables(eqn: core.JaxprEqn) -> list[Any]:

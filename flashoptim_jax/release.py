@@ -133,7 +133,7 @@ def released_call(
     ValueError: For a part that does not consist of leaves of ``live``, and for
       indices that don't fit.
   """
-  leaves, treedef = jax.tree.flatten(part)
+  leaves, treedef = _flatten(part)
   if not leaves:
     return fn(part, *args)
   for leaf in leaves:
@@ -208,10 +208,11 @@ class LiveLeaf(np.lib.mixins.NDArrayOperatorsMixin):
 
 def _live(step: Any, params: Any) -> Any:
   """A tree of the parameters' structure with ``LiveLeaf`` objects in it."""
-  named, treedef = jax.tree.flatten_with_path(params)
+  leaves, treedef = _flatten(params)
+  names = [paths.name(path) for path, _ in jax.tree.leaves_with_path(params)]
   return treedef.unflatten(
-      LiveLeaf(step, i, paths.name(path), leaf)
-      for i, (path, leaf) in enumerate(named)
+      LiveLeaf(step, i, name, leaf)
+      for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
   )
 
 
@@ -229,7 +230,7 @@ class _Recorder:
           "released_call was reached inside the function of another one. Pass"
           " the parameters of both to the outer call."
       )
-    flat, args_tree = jax.tree.flatten(args)
+    flat, args_tree = _flatten(args)
     is_array = list(map(_is_array, flat))
     arrays = [x for x, flag in zip(flat, is_array, strict=True) if flag]
     unique = list(dict.fromkeys(leaves))
@@ -259,8 +260,8 @@ class _Release:
       opt_state: Any,
       found: dict[int, uses.Uses],
   ):
-    param_leaves, self._params_tree = jax.tree.flatten(params)
-    state_leaves, self._state_tree = jax.tree.flatten(opt_state)
+    param_leaves, self._params_tree = _flatten(params)
+    state_leaves, self._state_tree = _flatten(opt_state)
     self.trigger: Any = None
     self._leafwise = leafwise
     self._shared = leafwise.shared(state_leaves)
@@ -303,7 +304,7 @@ class _Release:
 
   def call(self, fn, leaves, treedef, args, index):
     """Calls the function, and updates the parameters in its backward pass."""
-    flat, args_tree = jax.tree.flatten(args)
+    flat, args_tree = _flatten(args)
     is_array = list(map(_is_array, flat))
     arrays = [x for x, flag in zip(flat, is_array, strict=True) if flag]
     differentiable = [jnp.issubdtype(x.dtype, jnp.inexact) for x in arrays]
@@ -346,9 +347,8 @@ class _Release:
       )
       # What is used is the gradient as rounded to its dtype.
       grads, inputs = vjp(cotangents)
-      self._receive(
-          unique, _barrier(grads), values, refs, dict(zip(needed, shared, strict=True)), index
-      )
+      shared = dict(zip(needed, shared, strict=True))
+      self._receive(unique, _barrier(grads), values, refs, shared, index)
       absent = [None] * len(arrays)
       return None, None, None, None, _merged(differentiable, inputs, absent)
 
@@ -358,9 +358,7 @@ class _Release:
   def _receive(self, leaves, grads, params, refs, shared, index) -> None:
     """Updates leaves, or adds up the gradients of those that must wait."""
     now = []
-    for i, (leaf, grad, total) in enumerate(
-        zip(leaves, grads, refs.sums, strict=True)
-    ):
+    for i, (grad, total) in enumerate(zip(grads, refs.sums, strict=True)):
       if total is None:
         now.append(i)
       else:
@@ -455,6 +453,10 @@ def _is_array(x: Any) -> bool:
   return isinstance(x, (jax.Array, np.ndarray, np.generic))
 
 
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+  return jax.tree.flatten(tree)
+
+
 def _merged(flags: Sequence[bool], chosen: Sequence[Any], rest: Sequence[Any]):
   """``rest``, with ``chosen`` in the places that are flagged."""
   values = iter(chosen)
@@ -463,7 +465,7 @@ def _merged(flags: Sequence[bool], chosen: Sequence[Any], rest: Sequence[Any]):
 
 def _barrier(tree: Any) -> Any:
   """``jax.lax.optimization_barrier``, past which float0 cotangents go."""
-  leaves, treedef = jax.tree.flatten(tree)
+  leaves, treedef = _flatten(tree)
   real = [leaf.dtype != jax.dtypes.float0 for leaf in leaves]
   arrays = [leaf for leaf, flag in zip(leaves, real, strict=True) if flag]
   arrays = lax.optimization_barrier(arrays)

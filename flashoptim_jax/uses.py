@@ -15,7 +15,6 @@ from jax.interpreters import ad, batching
 
 from flashoptim_jax import leafwise
 
-_CALLS = ("jit", "pjit", "closed_call", "core_call")
 _MOST_INTEGERS = 1 << 16  # Larger arrays are no lists of indices.
 _RECURSIVE = (core.ClosedJaxpr, core.Jaxpr)
 
@@ -136,7 +135,7 @@ class _Counter:
     if eqn.primitive is use_p:
       self._use(eqn, values)
       return unknown
-    if name in _CALLS:
+    if name in leafwise.CALLS:
       closed = leafwise.called(eqn)
       return self.run(closed.jaxpr, closed.consts, values)
     if not has_uses:

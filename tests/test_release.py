@@ -392,7 +392,10 @@ def trace(model, tx=None, params=None, **kwargs):
 @pytest.mark.parametrize(
     ("tx", "message"),
     [
-        (sgd(optax.clip_by_global_norm(1.0)), "'stack'.*clip_by_global_norm.*optax.clip"),
+        (
+            sgd(optax.clip_by_global_norm(1.0)),
+            "'stack'.*clip_by_global_norm.*optax.clip",
+        ),
         (sgd(optax.normalize_by_update_norm()), "all gradients at once"),
         (optax.MultiSteps(fo.adamw(1e-3), 2), "MultiSteps.*larger batches"),
         (

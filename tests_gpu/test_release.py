@@ -10,12 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import OPTIMIZERS, STORAGES
-from test_release import (
-    MODELS,
-    batch,
-    released,
-    value_and_grad,
-)
+from test_release import MODELS, batch, released, value_and_grad
 
 import flashoptim_jax as fo
 from flashoptim_jax.kernels import triton as launches
@@ -70,7 +65,7 @@ def assert_equals_ordinary(tx, model, params):
   assert differing <= SHARE_OF_CODES * codes
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("experts", "ungrouped")])
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"experts", "ungrouped"}))
 def test_models(name):
   model, params = MODELS[name]
   with jax.default_matmul_precision("highest"):

@@ -73,7 +73,7 @@ def update_leaves(
         launch=launch,
         leaf=_Leaf(leaf.path, leaf.decay, treedef),
     )
-    outputs = jax.tree.structure((0, leaf.correction, leaf.moments))
+    outputs: Any = jax.tree.structure((0, leaf.correction, leaf.moments))
     updated.append(UpdatedLeaf(*outputs.unflatten(results)))
   return updated
 
@@ -87,7 +87,7 @@ def operands(eqn: core.JaxprEqn) -> tuple[list[Any], list[Any]]:
 def sliceable(eqn: core.JaxprEqn, axes: int) -> bool:
   """Whether the update of a stack is that of its slices along leading axes."""
   storage: Storage = eqn.params["launch"].storage
-  shape = eqn.invars[0].aval.shape
+  shape: tuple[int, ...] = getattr(eqn.invars[0].aval, "shape", ())
   if storage.moment_bits != 8 or not eqn.params["launch"].rule.moments:
     return True
   whole = codec.group_axis(shape, storage.group_size)
@@ -119,7 +119,10 @@ def run(
       static: _Leaf = eqns[i].params["leaf"]
       count = static.treedef.num_leaves
       arrays = static.treedef.unflatten(values[i][:count])
-      leaves.append(Leaf(static.path, *arrays, static.decay))
+      grad, param, correction, moments = arrays
+      leaves.append(
+          Leaf(static.path, grad, param, correction, moments, static.decay)
+      )
       scalars = values[i][count:]
     updated = kernels.update_leaves(
         launch.rule,
