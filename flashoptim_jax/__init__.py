@@ -10,6 +10,7 @@ from flashoptim_jax.numerics import (
 )
 from flashoptim_jax.optimizers import adam, adamw, lion, sgd
 from flashoptim_jax.precision import cast_params, from_fp32, moments, to_fp32
+from flashoptim_jax.release import released_call, value_and_release
 from flashoptim_jax.sharding import state_shardings, with_shardings
 from flashoptim_jax.state import FlashState, Format
 from flashoptim_jax.storage import Storage
@@ -33,10 +34,12 @@ __all__ = [
     "lion",
     "memory_report",
     "moments",
+    "released_call",
     "sgd",
     "state_shardings",
     "step",
     "to_fp32",
+    "value_and_release",
     "with_shardings",
 ]
 

@@ -76,6 +76,7 @@ def test_public_names():
       *("adamw", "adam", "sgd", "lion", "Storage", "step", "flax"),
       *("from_fp32", "to_fp32", "cast_params", "moments"),
       *("memory_report", "check_numerics"),
+      *("released_call", "value_and_release"),
   }
   assert names <= set(fo.__all__)
   for name in fo.__all__:
