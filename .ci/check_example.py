@@ -55,6 +55,11 @@ def main():
     check=True,
     stderr=subprocess.DEVNULL,
   )
+  subprocess.run(
+    command(folder / "released", *SIZE, "--steps", "30", "--gradient-release"),
+    check=True,
+    stderr=subprocess.DEVNULL,
+  )
   assert (both / "losses.png").stat().st_size > 10_000
   print("The example runs, stops, and resumes to the same losses.")
 

@@ -605,6 +605,32 @@ def test_float16_loss_scaling():
   assert_close(ours, reference)
 
 
+def test_nnx_stack():
+  """The example of docs/gradient-release.md."""
+  nnx = pytest.importorskip("flax.nnx")
+
+  class Block(nnx.Module):
+    def __init__(self, rngs):
+      self.linear = nnx.Linear(DIM, DIM, rngs=rngs)
+
+    def __call__(self, x):
+      return x + nnx.tanh(self.linear(x))
+
+  keys = nnx.Rngs(0).fork(split=LAYERS)
+  graph, params = nnx.split(nnx.vmap(Block, in_axes=0)(keys), nnx.Param)
+
+  def model(call, live, tokens):
+    x = jax.nn.one_hot(tokens, DIM)
+    x = over_layers(call, live, x, lambda w, x: nnx.merge(graph, wide(w))(x))
+    return jnp.mean((x - 1) ** 2)
+
+  tx = fo.sgd(0.5)
+  params, state = fo.from_fp32(tx, nnx.to_pure_dict(params))
+  _, ours, _ = jax.jit(released(model, tx))(params, state, batch(0))
+  _, grads = value_and_grad(model)(params, batch(0))
+  assert_close(ours, fo.step(tx, grads, state, params)[0])
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_sharded(kind):
   """FSDP × TP: as one device's ordinary step, and no stack is gathered whole."""
