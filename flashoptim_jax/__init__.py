@@ -1,6 +1,7 @@
 """Optax optimizers with 8-bit moments and 24-bit master weights."""
 
 from flashoptim_jax.apply import step
+from flashoptim_jax.conversion import convert, from_optax, to_optax
 from flashoptim_jax.memory import MemoryReport, memory_report
 from flashoptim_jax.numerics import (
   NumericsError,
@@ -28,8 +29,10 @@ __all__ = [
     "adamw",
     "cast_params",
     "check_numerics",
+    "convert",
     "flax",
     "from_fp32",
+    "from_optax",
     "lion",
     "memory_report",
     "moments",
@@ -37,6 +40,7 @@ __all__ = [
     "state_shardings",
     "step",
     "to_fp32",
+    "to_optax",
     "with_shardings",
 ]
 

@@ -63,16 +63,35 @@ def from_fp32(
     ValueError: If ``tx`` contains no flash optimizer, or for a bad dtype.
   """
   params = cast_params(params_fp32, dtype, keep)
-  opt_state = tx.init(params)
+  return split_masters(params_fp32, params, tx.init(params))
+
+
+def split_masters(
+    masters: optax.Params, params: optax.Params, opt_state: optax.OptState
+) -> tuple[optax.Params, optax.OptState]:
+  """Puts master weights into parameters and the corrections of a state.
+
+  Args:
+    masters: The master weights, of the structure of ``params``.
+    params: Parameters, of which those with a correction are replaced.
+    opt_state: A state with flash states in it; its corrections are replaced and
+      may be ``jax.ShapeDtypeStruct``s.
+
+  Returns:
+    The parameters and the state.
+
+  Raises:
+    ValueError: If there is no flash state.
+  """
   state_lib.flash_states(opt_state)
-  masters = state_lib.by_path(params_fp32)
+  wide = state_lib.by_path(masters)
   rounded = state_lib.by_path(params)
 
   def correct(state: FlashState) -> FlashState:
     def split(path, correction):
       del correction
       leaf = paths.name(path)
-      master = jnp.asarray(masters[leaf]).astype(jnp.float32)
+      master = jnp.asarray(wide[leaf]).astype(jnp.float32)
       bits = state.format.storage.master_bits
       # Not a cast's rounding: a tie must go where the correction can reach.
       rounded[leaf], rest = codec.split(master, rounded[leaf].dtype, bits)
@@ -82,10 +101,8 @@ def from_fp32(
     return state._replace(correction=correction)
 
   opt_state = state_lib.map_flash_states(correct, opt_state)
-  leaves = [
-      rounded[paths.name(path)] for path, _ in jax.tree.leaves_with_path(params)
-  ]
-  return jax.tree.unflatten(jax.tree.structure(params), leaves), opt_state
+  treedef: Any = jax.tree.structure(params)
+  return treedef.unflatten(rounded.values()), opt_state
 
 
 def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
