@@ -11,6 +11,7 @@ from flashoptim_jax.numerics import (
 )
 from flashoptim_jax.optimizers import adam, adamw, lion, sgd
 from flashoptim_jax.precision import cast_params, from_fp32, moments, to_fp32
+from flashoptim_jax.safetensors import export_safetensors, import_safetensors
 from flashoptim_jax.sharding import state_shardings, with_shardings
 from flashoptim_jax.state import FlashState, Format
 from flashoptim_jax.storage import Storage
@@ -29,10 +30,13 @@ __all__ = [
     "adamw",
     "cast_params",
     "check_numerics",
+    "checkpoint",
     "convert",
+    "export_safetensors",
     "flax",
     "from_fp32",
     "from_optax",
+    "import_safetensors",
     "lion",
     "memory_report",
     "moments",
@@ -46,8 +50,9 @@ __all__ = [
 
 
 def __getattr__(name: str):
-  if name == "flax":  # Imported on first use: Flax is an optional dependency.
+  # Imported on first use: Flax and Orbax are optional dependencies.
+  if name in ("checkpoint", "flax"):
     import importlib
 
-    return importlib.import_module("flashoptim_jax.flax")
+    return importlib.import_module(f"flashoptim_jax.{name}")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -121,23 +121,13 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
   Raises:
     ValueError: If there is no flash state, or it does not match ``params``.
   """
-  corrections = host_memory.to_device(_by_path(opt_state, "correction"))
-  unknown = corrections.keys() - state_lib.by_path(params).keys()
-  if unknown:
-    raise ValueError(
-        f"opt_state has a correction for {min(unknown)!r}, which params lacks."
-    )
+  known = host_memory.to_device(corrections(params, opt_state))
 
   def merge(path, param):
     param = jnp.asarray(param)
-    correction = corrections.get(paths.name(path))
-    if correction is not None and correction.shape != param.shape:
-      raise ValueError(
-          f"Parameter {paths.name(path)!r} has shape {param.shape}, its"
-          f" correction {correction.shape}; expected the same."
-      )
     if not jnp.issubdtype(param.dtype, jnp.floating):
       return param
+    correction = known.get(paths.name(path))
     # A state brought back from a checkpoint may hold NumPy arrays.
     correction = None if correction is None else jnp.asarray(correction)
     return codec.merge(param, correction)
@@ -185,11 +175,28 @@ def _join(a: Any, b: Any) -> Any:
   return jax.tree.map(_join, a, b, is_leaf=lambda node: node is not a)
 
 
-def _by_path(opt_state: Any, field: str) -> dict[str, jax.Array]:
-  """One field of all flash states, by leaf path."""
+def corrections(
+    params: optax.Params, opt_state: optax.OptState
+) -> dict[str, jax.Array]:
+  """The corrections that all flash states hold, by their parameter's path.
+
+  Raises:
+    ValueError: If there is no flash state, or it does not match ``params``.
+  """
   found: dict[str, jax.Array] = {}
   for state in state_lib.flash_states(opt_state):
-    found.update(state_lib.by_path(getattr(state, field)))
+    found.update(state_lib.by_path(state.correction))
+  known = state_lib.by_path(params)
+  for path, correction in sorted(found.items()):
+    if path not in known:
+      raise ValueError(
+          f"opt_state has a correction for {path!r}, which params lacks."
+      )
+    if correction.shape != jnp.shape(known[path]):
+      raise ValueError(
+          f"Parameter {path!r} has shape {jnp.shape(known[path])}, its"
+          f" correction {correction.shape}; expected the same."
+      )
   return found
 
 
