@@ -11,6 +11,7 @@ from flashoptim_jax.numerics import (
 )
 from flashoptim_jax.optimizers import adam, adamw, lion, sgd
 from flashoptim_jax.precision import cast_params, from_fp32, moments, to_fp32
+from flashoptim_jax.pytorch import from_pytorch, load_pytorch
 from flashoptim_jax.safetensors import export_safetensors, import_safetensors
 from flashoptim_jax.sharding import state_shardings, with_shardings
 from flashoptim_jax.state import FlashState, Format
@@ -36,8 +37,10 @@ __all__ = [
     "flax",
     "from_fp32",
     "from_optax",
+    "from_pytorch",
     "import_safetensors",
     "lion",
+    "load_pytorch",
     "memory_report",
     "moments",
     "sgd",

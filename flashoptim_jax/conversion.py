@@ -407,11 +407,11 @@ def _take(
   return layout._replace(
       count=count,
       correction=jax.tree.map_with_path(correct, layout.correction),
-      **_encode(found, layout.format),
+      **encode(found, layout.format),
   )
 
 
-def _encode(moments: dict[str, Any], form: Format) -> dict[str, Any]:
+def encode(moments: dict[str, Any], form: Format) -> dict[str, Any]:
   """The fields of a flash state that hold moments."""
   fields: dict[str, Any] = {}
   treedef: Any
@@ -455,7 +455,7 @@ def _stored(state: FlashState, layout: FlashState) -> FlashState:
   if dataclasses.replace(new, master_bits=old.master_bits) == old:
     fields = {name: getattr(state, name) for name in _MOMENT_ARRAYS}
   else:
-    fields = _encode(precision.moments(state), layout.format)
+    fields = encode(precision.moments(state), layout.format)
   if new.master_bits == old.master_bits:
     fields["correction"] = optax.MaskedNode()
   return layout._replace(count=state.count, **fields)

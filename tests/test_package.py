@@ -80,6 +80,7 @@ def test_public_names():
       *("from_fp32", "to_fp32", "cast_params", "moments"),
       *("to_optax", "from_optax", "convert"),
       *("checkpoint", "export_safetensors", "import_safetensors"),
+      *("from_pytorch", "load_pytorch"),
       *("memory_report", "check_numerics"),
   }
   assert names <= set(fo.__all__)
