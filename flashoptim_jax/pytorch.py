@@ -61,8 +61,7 @@ def load_pytorch(path: str | os.PathLike) -> Any:
   """
   import torch
 
-  loaded = torch.load(path, map_location="cpu", weights_only=True)
-  return jax.tree.map(_to_numpy, loaded)
+  return _to_numpy(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def from_pytorch(
@@ -195,7 +194,12 @@ def _names(model_state, groups, names) -> list[str]:
 
 
 def _to_numpy(value: Any) -> Any:
-  """A PyTorch tensor as a NumPy array; anything else as it is."""
+  """PyTorch tensors, in containers or alone, as NumPy arrays."""
+  # Not jax.tree.map, which sorts a dictionary's keys: their order has a meaning.
+  if isinstance(value, Mapping):
+    return {key: _to_numpy(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return type(value)(map(_to_numpy, value))
   if type(value).__module__.split(".")[0] != "torch" or not hasattr(value, "dtype"):
     return value
   import torch

@@ -189,13 +189,15 @@ def test_files(tmp_path):
   model, optimizer, _, _ = make("adamw", 32)
 
   def tensor(x):
+    if isinstance(x, dict):
+      return {key: tensor(value) for key, value in x.items()}
     if not isinstance(x, np.ndarray | np.generic):
       return x
     if x.dtype == ml_dtypes.bfloat16:
       return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.asarray(x))
 
-  tensors = jax.tree.map(tensor, (model, optimizer))
+  tensors = tensor(model), tensor(optimizer)
   torch.save(tensors, tmp_path / "checkpoint.pt")
   loaded = fo.load_pytorch(tmp_path / "checkpoint.pt")
   for source in (loaded, tensors):
