@@ -92,7 +92,7 @@ class Handler(ocp.StandardCheckpointHandler):
     try:
       return super().restore(directory, args=ocp.args.StandardRestore(target))
     except Exception as error:
-      raise _damaged(directory, error) from error
+      raise damaged(directory, error) from error
 
 
 @ocp.args.register_with_handler(Handler, for_save=True)
@@ -225,7 +225,7 @@ def _read_description(handler: Any, directory: Any) -> Description:
     version = content.pop("format_version")
     digest = content.pop("sha256")
   except Exception as error:
-    raise _damaged(directory, error) from error
+    raise damaged(directory, error) from error
   if version != FORMAT_VERSION:
     raise ValueError(
         f"The checkpoint in {directory} has format version {version!r}; this"
@@ -233,7 +233,7 @@ def _read_description(handler: Any, directory: Any) -> Description:
         " flashoptim-optax to read it."
     )
   if digest != _digest(content):
-    raise _damaged(directory, "its description does not match its checksum")
+    raise damaged(directory, "its description does not match its checksum")
   return Description(
       content["states"],
       {
@@ -252,7 +252,8 @@ def _arrays_of(tree: Any) -> dict[str, _ARRAY]:
   }
 
 
-def _damaged(directory: Any, reason: Any) -> ValueError:
+def damaged(directory: Any, reason: Any) -> ValueError:
+  """The error for a checkpoint that can't be read."""
   return ValueError(
       f"The checkpoint in {directory} is damaged or incomplete, and nothing of"
       f" it was loaded: {reason}"
