@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from flashoptim_jax import codec, paths, precision
+from flashoptim_jax import codec, host_memory, paths, precision
 
 _DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
@@ -170,8 +170,9 @@ class _Tensor:
 
   def blocks(self) -> Iterator[np.ndarray]:
     """The values in C order, a block at a time."""
-    for start, sizes in _blocks(self.param.shape, _BLOCK):
-      yield np.asarray(_master(self.param, self.correction, start, sizes))
+    param, correction = host_memory.to_device((self.param, self.correction))
+    for start, sizes in _blocks(param.shape, _BLOCK):
+      yield np.asarray(_master(param, correction, start, sizes))
 
 
 @functools.partial(jax.jit, static_argnames="sizes")
