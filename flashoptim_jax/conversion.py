@@ -427,6 +427,7 @@ def encode(moments: dict[str, Any], form: Format) -> dict[str, Any]:
   return fields
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "storage"))
 def _encode_leaf(
     x: jax.Array, kind: codec.Kind, storage: Storage
 ) -> tuple[jax.Array, jax.Array]:
