@@ -94,7 +94,7 @@ class Run(NamedTuple):
   load: Callable[[Any, Any], Any]
 
 
-def _start(tx: Any, mesh: Any, seed: int) -> tuple[Any, Any]:
+def start_on(tx: Any, mesh: Any, seed: int) -> tuple[Any, Any]:
   """Parameters and state, on the mesh."""
   params, opt_state = fo.from_fp32(tx, draw(seed), keep="scale")
   shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
@@ -106,7 +106,7 @@ def _start(tx: Any, mesh: Any, seed: int) -> tuple[Any, Any]:
 
 def bare(tx: Any, mesh: Any) -> Run:
   def start(seed):
-    params, opt_state = _start(tx, mesh, seed)
+    params, opt_state = start_on(tx, mesh, seed)
     step = jax.device_put(jnp.int32(0), NamedSharding(mesh, P()))
     return {"params": params, "opt_state": opt_state, "step": step}
 
@@ -122,7 +122,7 @@ def bare(tx: Any, mesh: Any) -> Run:
 
 def linen(tx: Any, mesh: Any) -> Run:
   def start(seed):
-    params, opt_state = _start(tx, mesh, seed)
+    params, opt_state = start_on(tx, mesh, seed)
     return fo.flax.TrainState(
       step=jax.device_put(jnp.int32(0), NamedSharding(mesh, P())),
       apply_fn=loss_of,
@@ -149,7 +149,7 @@ class Model(nnx.Module):
 
 def nnx_run(tx: Any, mesh: Any) -> Run:
   def start(seed):
-    params, opt_state = _start(tx, mesh, seed)
+    params, opt_state = start_on(tx, mesh, seed)
     model = Model(params)
     optimizer = fo.flax.Optimizer(model, tx, wrt=nnx.Param)
     load((model, optimizer), {
