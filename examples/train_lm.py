@@ -6,6 +6,7 @@ with a table, a picture and a JSON file in the output folder.
 
   python examples/train_lm.py
   python examples/train_lm.py --dim 512 --layers 8 --heads 8 --steps 2000
+  python examples/train_lm.py --gradient-release
   python examples/train_lm.py --resume      # after Ctrl-C
 """
 
@@ -64,6 +65,9 @@ class Settings:
     learning_rate: The peak; None for the optimizer's usual one.
     seed: Decides the initial weights and the order of the data.
     baseline: Whether to train the fp32 baseline as well.
+    gradient_release: Whether the flash run updates each layer in its backward
+      pass. Both runs then clip each element of the gradient, for the global norm
+      needs all gradients at once.
   """
 
   dim: int = 128
@@ -77,6 +81,7 @@ class Settings:
   learning_rate: float | None = None
   seed: int = 0
   baseline: bool = True
+  gradient_release: bool = False
 
 
 @dataclasses.dataclass
@@ -86,6 +91,7 @@ class Run:
   Attributes:
     name: The optimizer's name.
     state: Parameters and optimizer state.
+    release: The model's size if gradients are released, else None.
     train_losses: Loss of every step so far.
     valid_losses: Pairs of step and loss.
     step_seconds: Mean time of a step in each turn but the first, which compiles.
@@ -93,6 +99,7 @@ class Run:
 
   name: str
   state: train_state.TrainState
+  release: model.Config | None = None
   train_losses: list[float] = dataclasses.field(default_factory=list)
   valid_losses: list[tuple[int, float]] = dataclasses.field(default_factory=list)
   step_seconds: list[float] = dataclasses.field(default_factory=list)
@@ -148,9 +155,9 @@ def make_optimizer(
   if flash:
     options = {**options, "storage": parse_storage(settings.storage)}
   factory = getattr(fo if flash else optax, settings.optimizer)
-  return optax.chain(
-    optax.clip_by_global_norm(1.0), factory(schedule, **options)
-  )
+  released = settings.gradient_release
+  clip = optax.clip(1.0) if released else optax.clip_by_global_norm(1.0)
+  return optax.chain(clip, factory(schedule, **options))
 
 
 def make_runs(settings: Settings) -> list[Run]:
@@ -178,7 +185,8 @@ def make_runs(settings: Settings) -> list[Run]:
     tx=tx,
     opt_state=opt_state,
   )
-  runs = [Run(f"fo.{settings.optimizer}", flash)]
+  release = transformer.config if settings.gradient_release else None
+  runs = [Run(f"fo.{settings.optimizer}", flash, release)]
   if settings.baseline:
     fp32 = train_state.TrainState.create(
       apply_fn=transformer.apply,
@@ -201,9 +209,19 @@ def loss_of(apply_fn: Callable, params: Any, tokens: jax.Array) -> jax.Array:
 valid_loss = jax.jit(loss_of, static_argnums=0)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def train_step(state: train_state.TrainState, tokens: jax.Array):
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+def train_step(
+  state: train_state.TrainState,
+  tokens: jax.Array,
+  release: model.Config | None = None,
+):
   """One step: the new state and the loss before it."""
+  if release is not None:
+    loss_fn = functools.partial(model.released_loss, release)
+    step = fo.value_and_release(loss_fn, state.tx)
+    loss, params, opt_state = step(state.params, state.opt_state, tokens)
+    new = {"params": params, "opt_state": opt_state}
+    return state.replace(step=state.step + 1, **new), loss
   loss, grads = jax.value_and_grad(
     lambda params: loss_of(state.apply_fn, params, tokens)
   )(state.params)
@@ -258,7 +276,7 @@ def train(settings: Settings, runs: list[Run], interrupted: list[int]) -> None:
         tokens = data.train_batch(
           corpus.train, settings.batch, settings.seq, settings.seed, step
         )
-        run.state, loss = train_step(run.state, tokens)
+        run.state, loss = train_step(run.state, tokens, run.release)
         losses.append(loss)
         # Waiting here costs little and makes Ctrl-C prompt.
         loss.block_until_ready()
@@ -340,6 +358,11 @@ def parse_arguments() -> tuple[Settings, pathlib.Path, bool]:
     dest="baseline",
     action="store_false",
     help="train with the flash optimizer alone",
+  )
+  parser.add_argument(
+    "--gradient-release",
+    action="store_true",
+    help="update each layer in the backward pass, and never hold the gradients",
   )
   parser.add_argument(
     "--output",

@@ -12,6 +12,7 @@ from flashoptim_jax.numerics import (
 from flashoptim_jax.optimizers import adam, adamw, lion, sgd
 from flashoptim_jax.precision import cast_params, from_fp32, moments, to_fp32
 from flashoptim_jax.pytorch import from_pytorch, load_pytorch
+from flashoptim_jax.release import released_call, value_and_release
 from flashoptim_jax.safetensors import export_safetensors, import_safetensors
 from flashoptim_jax.sharding import state_shardings, with_shardings
 from flashoptim_jax.state import FlashState, Format
@@ -43,11 +44,13 @@ __all__ = [
     "load_pytorch",
     "memory_report",
     "moments",
+    "released_call",
     "sgd",
     "state_shardings",
     "step",
     "to_fp32",
     "to_optax",
+    "value_and_release",
     "with_shardings",
 ]
 

@@ -10,12 +10,16 @@ from optax._src import base
 
 from flashoptim_jax import codec, counterpart, kernels, paths
 from flashoptim_jax import state as state_lib
+from flashoptim_jax.kernels import deferred
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.state import FlashState, Format
 
 # The extra argument by which `flashoptim_jax.step` asks for new parameters in
 # place of updates.
 NEW_PARAMS = "flashoptim_new_params"
+# The extra argument by which gradient release asks for updates that are carried
+# out later, see `flashoptim_jax.kernels.deferred`.
+DEFERRED = "flashoptim_deferred"
 
 # The extra argument by which `flashoptim_jax.with_shardings` says how parameters
 # are sharded: a dict from path to sharding.
@@ -74,13 +78,16 @@ def flash_transformation(
     new_params = bool(extra_args.get(NEW_PARAMS, False))
     leaves = _leaves(updates, state, params, form)
     flags = _decay_flags(mask, params) if decay else [False] * len(leaves)
-    updated = kernels.update_leaves(
+    leaves = [
+        leaf._replace(decay=flag)
+        for leaf, flag in zip(leaves, flags, strict=True)
+    ]
+    deferred_update = extra_args.get(DEFERRED, False)
+    update = deferred.update_leaves if deferred_update else kernels.update_leaves
+    updated = update(
         rule,
         form.storage,
-        [
-            leaf._replace(decay=flag)
-            for leaf, flag in zip(leaves, flags, strict=True)
-        ],
+        leaves,
         scalars(state.count),
         implementation=implementation,
         new_params=new_params,

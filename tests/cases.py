@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
-from flashoptim_jax.state import flash_states, map_flash_states
+from flashoptim_jax.state import by_path, flash_states, map_flash_states
 
 
 class Optimizer(NamedTuple):
@@ -255,9 +255,9 @@ def assert_equal(actual, desired, steps: int):
       assert_within_units(x, y, steps, jnp.float32, None)
   assert_same_types(params, other_params)
   assert_masters_close(
-      fo.to_fp32(params, state),
-      fo.to_fp32(other_params, other_state),
-      params,
+      by_path(fo.to_fp32(params, state)),
+      by_path(fo.to_fp32(other_params, other_state)),
+      by_path(params),
       flash[0].format.storage.master_bits,
       steps,
   )

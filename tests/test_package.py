@@ -82,6 +82,7 @@ def test_public_names():
       *("checkpoint", "export_safetensors", "import_safetensors"),
       *("from_pytorch", "load_pytorch"),
       *("memory_report", "check_numerics"),
+      *("released_call", "value_and_release"),
   }
   assert names <= set(fo.__all__)
   for name in fo.__all__:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+import flashoptim_jax as fo
 from lm import data
 
 
@@ -123,3 +124,29 @@ def next_token_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     logits.astype(jnp.float32), targets
   )
   return losses.mean()
+
+
+def released_loss(config: Config, live: Any, tokens: jax.Array) -> jax.Array:
+  """The loss of ``Transformer``, for ``flashoptim_jax.value_and_release``.
+
+  Args:
+    config: The model's.
+    live: Stands for the variables of ``Transformer(config)``.
+    tokens: Windows of tokens, int32 (batch, seq + 1).
+  """
+  c, params = config, live["params"]
+
+  def call(module: nn.Module, part: Any, x: jax.Array, **kwargs: Any):
+    return fo.released_call(
+      lambda params, x: module.apply({"params": params}, x), part, x, **kwargs
+    )
+
+  def block(x: jax.Array, i: jax.Array):
+    return call(Block(c), params["blocks"], x, index=i), None
+
+  embed = nn.Embed(c.vocabulary, c.dim, dtype=c.dtype)
+  x = call(embed, params["embed"], tokens[:, :-1])
+  x, _ = jax.lax.scan(block, x, jnp.arange(c.layers), unroll=c.unroll)
+  x = call(nn.RMSNorm(dtype=c.dtype), params["final_norm"], x)
+  head = nn.Dense(c.vocabulary, use_bias=False, dtype=c.dtype)
+  return next_token_loss(call(head, params["head"], x), tokens[:, 1:])

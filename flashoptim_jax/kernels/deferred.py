@@ -1,0 +1,150 @@
+"""One leaf's update as a JAX primitive, to be carried out later.
+
+Tracing a chain of transformations with such updates in it shows what the update
+of each leaf depends on, whichever kernel carries it out, and leaves it open when,
+and on how much of a leaf, that happens. The primitive has no lowering.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flashoptim_jax import codec, kernels
+from flashoptim_jax.kernels import Leaf, UpdatedLeaf
+from flashoptim_jax.rules import Rule, Scalars
+from flashoptim_jax.storage import Storage
+
+update_p = core.Primitive("flash_update")
+update_p.multiple_results = True
+
+
+class _Launch(NamedTuple):
+  """What updates that :func:`run` takes together have in common."""
+
+  rule: Rule
+  storage: Storage
+  implementation: str | None
+  new_params: bool
+  numbers: tuple[tuple[str, float], ...]
+  names: tuple[str, ...]
+
+
+class _Leaf(NamedTuple):
+  """What is static about a leaf."""
+
+  path: str
+  decay: bool
+  treedef: Any
+  sharding: NamedSharding | None
+
+
+@update_p.def_abstract_eval
+def _types(*avals, launch: _Launch, leaf: _Leaf):
+  arrays = leaf.treedef.unflatten(avals[: leaf.treedef.num_leaves])
+  grad, param, correction, moments = arrays
+  result = param if launch.new_params else param.update(dtype=grad.dtype)
+  return jax.tree.leaves((result, correction, moments))
+
+
+def update_leaves(
+    rule: Rule,
+    storage: Storage,
+    leaves: Sequence[Leaf],
+    scalars: Scalars,
+    *,
+    implementation: str | None,
+    new_params: bool,
+    shardings: Mapping[str, NamedSharding],
+) -> list[UpdatedLeaf]:
+  """Stands for :func:`flashoptim_jax.kernels.update_leaves`."""
+  traced = {n: v for n, v in scalars.items() if isinstance(v, jax.Array)}
+  numbers = tuple((n, v) for n, v in scalars.items() if n not in traced)
+  launch = _Launch(
+      rule, storage, implementation, new_params, numbers, tuple(traced)
+  )
+  updated = []
+  for leaf in leaves:
+    arrays, treedef = jax.tree.flatten(
+        (leaf.grad, leaf.param, leaf.correction, leaf.moments)
+    )
+    results = update_p.bind(
+        *arrays,
+        *traced.values(),
+        launch=launch,
+        leaf=_Leaf(leaf.path, leaf.decay, treedef, shardings.get(leaf.path)),
+    )
+    outputs: Any = jax.tree.structure((0, leaf.correction, leaf.moments))
+    updated.append(UpdatedLeaf(*outputs.unflatten(results)))
+  return updated
+
+
+def operands(eqn: core.JaxprEqn) -> tuple[list[Any], list[Any]]:
+  """The leaf's own operands, and the scalars, of a bound update."""
+  count = eqn.params["leaf"].treedef.num_leaves
+  return eqn.invars[:count], eqn.invars[count:]
+
+
+def sliceable(eqn: core.JaxprEqn, axes: int) -> bool:
+  """Whether the update of a stack is that of its slices along leading axes."""
+  storage: Storage = eqn.params["launch"].storage
+  shape = _shape(eqn)
+  if storage.moment_bits != 8 or not eqn.params["launch"].rule.moments:
+    return True
+  whole = codec.group_axis(shape, storage.group_size)
+  slices = codec.group_axis(shape[axes:], storage.group_size)
+  return slices is not None and whole == slices + axes
+
+
+def _shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
+  """Of the whole leaf."""
+  return getattr(eqn.invars[0].aval, "shape", ())
+
+
+def run(
+    eqns: Sequence[core.JaxprEqn], values: Sequence[Sequence[Any]]
+) -> list[list[Any]]:
+  """Carries out bound updates, as many together as can be.
+
+  Args:
+    eqns: The updates.
+    values: Their operands' values: whole leaves, or slices of them.
+
+  Returns:
+    Their results' values.
+  """
+  groups: dict[Any, list[int]] = {}
+  for i, eqn in enumerate(eqns):
+    # Scalars are told apart by the variables that they come from.
+    key = (eqn.params["launch"], *map(id, operands(eqn)[1]))
+    groups.setdefault(key, []).append(i)
+  results: list[list[Any]] = [[] for _ in eqns]
+  for (launch, *_), members in groups.items():
+    leaves: list[Leaf] = []
+    shardings: dict[str, NamedSharding] = {}
+    for i in members:
+      static: _Leaf = eqns[i].params["leaf"]
+      count = static.treedef.num_leaves
+      arrays = static.treedef.unflatten(values[i][:count])
+      grad, param, correction, moments = arrays
+      leaves.append(
+          Leaf(static.path, grad, param, correction, moments, static.decay)
+      )
+      if static.sharding is not None:  # Slices lack the stack's axes.
+        spec = static.sharding.spec[len(_shape(eqns[i])) - param.ndim :]
+        shardings[static.path] = static.sharding.update(spec=PartitionSpec(*spec))
+      scalars = values[i][count:]
+    updated = kernels.update_leaves(
+        launch.rule,
+        launch.storage,
+        leaves,
+        dict(launch.numbers) | dict(zip(launch.names, scalars, strict=True)),
+        implementation=launch.implementation,
+        new_params=launch.new_params,
+        shardings=shardings,
+    )
+    for i, leaf in zip(members, updated, strict=True):
+      results[i] = jax.tree.leaves(tuple(leaf))
+  return results
