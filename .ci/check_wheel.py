@@ -17,7 +17,7 @@ print(time.perf_counter() - begun)
 
 def main():
   """Raises an AssertionError where something does not hold."""
-  for name in ("flax", "orbax", "triton", "jax_triton", "libtpu"):
+  for name in ("flax", "orbax", "safetensors", "triton", "jax_triton", "libtpu"):
     assert importlib.util.find_spec(name) is None, f"{name} is installed"
 
   import flashoptim_jax as fo

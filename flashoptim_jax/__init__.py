@@ -1,6 +1,7 @@
 """Optax optimizers with 8-bit moments and 24-bit master weights."""
 
 from flashoptim_jax.apply import step
+from flashoptim_jax.conversion import convert, from_optax, to_optax
 from flashoptim_jax.memory import MemoryReport, memory_report
 from flashoptim_jax.numerics import (
   NumericsError,
@@ -10,7 +11,9 @@ from flashoptim_jax.numerics import (
 )
 from flashoptim_jax.optimizers import adam, adamw, lion, sgd
 from flashoptim_jax.precision import cast_params, from_fp32, moments, to_fp32
+from flashoptim_jax.pytorch import from_pytorch, load_pytorch
 from flashoptim_jax.release import released_call, value_and_release
+from flashoptim_jax.safetensors import export_safetensors, import_safetensors
 from flashoptim_jax.sharding import state_shardings, with_shardings
 from flashoptim_jax.state import FlashState, Format
 from flashoptim_jax.storage import Storage
@@ -29,9 +32,16 @@ __all__ = [
     "adamw",
     "cast_params",
     "check_numerics",
+    "checkpoint",
+    "convert",
+    "export_safetensors",
     "flax",
     "from_fp32",
+    "from_optax",
+    "from_pytorch",
+    "import_safetensors",
     "lion",
+    "load_pytorch",
     "memory_report",
     "moments",
     "released_call",
@@ -39,14 +49,16 @@ __all__ = [
     "state_shardings",
     "step",
     "to_fp32",
+    "to_optax",
     "value_and_release",
     "with_shardings",
 ]
 
 
 def __getattr__(name: str):
-  if name == "flax":  # Imported on first use: Flax is an optional dependency.
+  # Imported on first use: Flax and Orbax are optional dependencies.
+  if name in ("checkpoint", "flax"):
     import importlib
 
-    return importlib.import_module("flashoptim_jax.flax")
+    return importlib.import_module(f"flashoptim_jax.{name}")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

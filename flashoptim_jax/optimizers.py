@@ -103,6 +103,16 @@ def adamw(
       lambda count: _adam_scalars(count, b1, b2, eps, eps_root),
       learning_rate,
       weight_decay,
+      plain=lambda: optax.adamw(
+          learning_rate,
+          b1,
+          b2,
+          eps,
+          eps_root,
+          weight_decay=weight_decay,
+          mask=mask,
+          nesterov=nesterov,
+      ),
       default_weight_decay=1e-4,
       mask=mask,
       decouple_lr=decouple_lr,
@@ -149,6 +159,9 @@ def adam(
       rules.NADAM if nesterov else rules.ADAM,
       lambda count: _adam_scalars(count, b1, b2, eps, eps_root),
       learning_rate,
+      plain=lambda: optax.adam(
+          learning_rate, b1, b2, eps, eps_root, nesterov=nesterov
+      ),
       storage=storage,
       implementation=implementation,
   )
@@ -224,11 +237,25 @@ def sgd(
         "one_minus_dampening": 1 - delta,
     }
 
+  def optax_sgd():
+    if not callable(weight_decay) and not (
+        _is_number(weight_decay) and weight_decay != 0
+    ):
+      return optax.sgd(learning_rate, momentum, nesterov)
+    return optax.chain(
+        optax.identity()
+        if momentum is None
+        else optax.trace(momentum, nesterov),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
   return _transformation(
       rule,
       (lambda count: {}) if momentum is None else momentum_scalars,
       learning_rate,
       weight_decay,
+      plain=optax_sgd,
       mask=mask,
       decouple_lr=decouple_lr,
       storage=storage,
@@ -299,6 +326,9 @@ def lion(
       scalars,
       learning_rate,
       weight_decay,
+      plain=lambda: optax.lion(
+          learning_rate, b1, b2, weight_decay=weight_decay, mask=mask
+      ),
       default_weight_decay=1e-3,
       mask=mask,
       decouple_lr=decouple_lr,
@@ -313,6 +343,7 @@ def _transformation(
     learning_rate: ScalarOrSchedule,
     weight_decay: ScalarOrSchedule = 0.0,
     *,
+    plain: Callable[[], optax.GradientTransformation],
     default_weight_decay: float = 0.0,
     mask: Mask = None,
     decouple_lr: bool = False,
@@ -350,6 +381,7 @@ def _transformation(
           rule.name, tuple((m.name, m.kind) for m in rule.moments), storage
       ),
       scalars,
+      plain=plain,
       mask=mask,
       decay=not (_is_number(weight_decay) and weight_decay == 0),
       implementation=implementation,

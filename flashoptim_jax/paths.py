@@ -1,9 +1,11 @@
 """Names of leaves, and errors that name them."""
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def name(path: jax.tree_util.KeyPath) -> str:
@@ -46,3 +48,37 @@ def leaves_like(
     raise ValueError(
         f"The tree of {what} does not match that of {expected}: {difference}."
     ) from error
+
+
+def arrays(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+  """Shape and dtype of every array of a tree, by its path."""
+  return {
+      name(path): (tuple(jnp.shape(leaf)), jnp.result_type(leaf).name)
+      for path, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+
+def first_difference(
+    found: Mapping[str, tuple[tuple[int, ...], str]],
+    expected: Mapping[str, tuple[tuple[int, ...], str]],
+) -> tuple[str, str] | None:
+  """The first path at which two results of :func:`arrays` differ, and how."""
+  for path in [*expected, *found]:
+    if found.get(path) != expected.get(path):
+      seen, wanted = (
+          "nothing" if spec is None else f"an array {spec[0]} of {spec[1]}"
+          for spec in (found.get(path), expected.get(path))
+      )
+      return path, f"found {seen}, expected {wanted}"
+  return None
+
+
+def require_like(tree: Any, reference: Any, what: str, expected: str) -> None:
+  """Raises a ValueError unless two trees agree in paths, shapes and dtypes."""
+  difference = first_difference(arrays(tree), arrays(reference))
+  if difference is not None:
+    raise ValueError(
+        f"{what} does not match {expected}: at {difference[0]!r},"
+        f" {difference[1]}."
+    )
+  leaves_like(tree, reference, what, expected)

@@ -63,16 +63,35 @@ def from_fp32(
     ValueError: If ``tx`` contains no flash optimizer, or for a bad dtype.
   """
   params = cast_params(params_fp32, dtype, keep)
-  opt_state = tx.init(params)
+  return split_masters(params_fp32, params, tx.init(params))
+
+
+def split_masters(
+    masters: optax.Params, params: optax.Params, opt_state: optax.OptState
+) -> tuple[optax.Params, optax.OptState]:
+  """Puts master weights into parameters and the corrections of a state.
+
+  Args:
+    masters: The master weights, of the structure of ``params``.
+    params: Parameters, of which those with a correction are replaced.
+    opt_state: A state with flash states in it; its corrections are replaced and
+      may be ``jax.ShapeDtypeStruct``s.
+
+  Returns:
+    The parameters and the state.
+
+  Raises:
+    ValueError: If there is no flash state.
+  """
   state_lib.flash_states(opt_state)
-  masters = state_lib.by_path(params_fp32)
+  wide = state_lib.by_path(masters)
   rounded = state_lib.by_path(params)
 
   def correct(state: FlashState) -> FlashState:
     def split(path, correction):
       del correction
       leaf = paths.name(path)
-      master = jnp.asarray(masters[leaf]).astype(jnp.float32)
+      master = jnp.asarray(wide[leaf]).astype(jnp.float32)
       bits = state.format.storage.master_bits
       # Not a cast's rounding: a tie must go where the correction can reach.
       rounded[leaf], rest = codec.split(master, rounded[leaf].dtype, bits)
@@ -82,10 +101,8 @@ def from_fp32(
     return state._replace(correction=correction)
 
   opt_state = state_lib.map_flash_states(correct, opt_state)
-  leaves = [
-      rounded[paths.name(path)] for path, _ in jax.tree.leaves_with_path(params)
-  ]
-  return jax.tree.unflatten(jax.tree.structure(params), leaves), opt_state
+  treedef: Any = jax.tree.structure(params)
+  return treedef.unflatten(rounded.values()), opt_state
 
 
 def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
@@ -104,23 +121,13 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
   Raises:
     ValueError: If there is no flash state, or it does not match ``params``.
   """
-  corrections = host_memory.to_device(_by_path(opt_state, "correction"))
-  unknown = corrections.keys() - state_lib.by_path(params).keys()
-  if unknown:
-    raise ValueError(
-        f"opt_state has a correction for {min(unknown)!r}, which params lacks."
-    )
+  known = host_memory.to_device(corrections(params, opt_state))
 
   def merge(path, param):
     param = jnp.asarray(param)
-    correction = corrections.get(paths.name(path))
-    if correction is not None and correction.shape != param.shape:
-      raise ValueError(
-          f"Parameter {paths.name(path)!r} has shape {param.shape}, its"
-          f" correction {correction.shape}; expected the same."
-      )
     if not jnp.issubdtype(param.dtype, jnp.floating):
       return param
+    correction = known.get(paths.name(path))
     # A state brought back from a checkpoint may hold NumPy arrays.
     correction = None if correction is None else jnp.asarray(correction)
     return codec.merge(param, correction)
@@ -168,11 +175,28 @@ def _join(a: Any, b: Any) -> Any:
   return jax.tree.map(_join, a, b, is_leaf=lambda node: node is not a)
 
 
-def _by_path(opt_state: Any, field: str) -> dict[str, jax.Array]:
-  """One field of all flash states, by leaf path."""
+def corrections(
+    params: optax.Params, opt_state: optax.OptState
+) -> dict[str, jax.Array]:
+  """The corrections that all flash states hold, by their parameter's path.
+
+  Raises:
+    ValueError: If there is no flash state, or it does not match ``params``.
+  """
   found: dict[str, jax.Array] = {}
   for state in state_lib.flash_states(opt_state):
-    found.update(state_lib.by_path(getattr(state, field)))
+    found.update(state_lib.by_path(state.correction))
+  known = state_lib.by_path(params)
+  for path, correction in sorted(found.items()):
+    if path not in known:
+      raise ValueError(
+          f"opt_state has a correction for {path!r}, which params lacks."
+      )
+    if correction.shape != jnp.shape(known[path]):
+      raise ValueError(
+          f"Parameter {path!r} has shape {jnp.shape(known[path])}, its"
+          f" correction {correction.shape}; expected the same."
+      )
   return found
 
 

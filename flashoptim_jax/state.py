@@ -31,6 +31,9 @@ class Format:
   moments: tuple[tuple[str, codec.Kind], ...]
   storage: Storage
 
+  def __str__(self) -> str:
+    return f"flashoptim_jax.{self.optimizer} with {self.storage}"
+
 
 class FlashState(NamedTuple):
   """State of a flash optimizer.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax._src import base
 
-from flashoptim_jax import codec, kernels, paths
+from flashoptim_jax import codec, counterpart, kernels, paths
 from flashoptim_jax import state as state_lib
 from flashoptim_jax.kernels import deferred
 from flashoptim_jax.rules import Rule, Scalars
@@ -47,6 +47,7 @@ def flash_transformation(
     form: Format,
     scalars: Callable[[jax.Array], Scalars],
     *,
+    plain: Callable[[], optax.GradientTransformation],
     mask: Any = None,
     decay: bool,
     implementation: str | None,
@@ -58,6 +59,7 @@ def flash_transformation(
     form: What the state holds.
     scalars: Gives the rule's hyperparameters, ``learning_rate`` and
       ``weight_decay`` for a count of updates done so far.
+    plain: Makes the transformation of Optax's that this one stands for.
     mask: Where weight decay applies: a prefix of the params with bool leaves, a
       function of the params that returns one, or None for everywhere.
     decay: Whether there is weight decay at all.
@@ -66,6 +68,8 @@ def flash_transformation(
   kernels.check_implementation(implementation)
 
   def init_fn(params):
+    if counterpart.wanted():
+      return counterpart.Counterpart(plain().init(params))
     return state_lib.init(params, form)
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -109,8 +113,8 @@ def _leaves(
     )
   if state.format != form:
     raise ValueError(
-        f"The optimizer state was made by {_describe(state.format)}; this"
-        f" transformation is {_describe(form)}."
+        f"The optimizer state was made by {state.format}; this transformation is"
+        f" {form}."
     )
   state_lib.check_params(params)
   storage = form.storage
@@ -162,10 +166,6 @@ def _leaves(
         kernels.Leaf(path, grad, param, correction, tuple(pairs), False)
     )
   return leaves
-
-
-def _describe(form: Format) -> str:
-  return f"flashoptim_jax.{form.optimizer} with {form.storage}"
 
 
 def _expect(what: str, path: str, found: Any, shape, dtype) -> Any:

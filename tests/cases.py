@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
-from flashoptim_jax.state import by_path, flash_states
+from flashoptim_jax.state import by_path, flash_states, map_flash_states
 
 
 class Optimizer(NamedTuple):
@@ -152,6 +152,44 @@ def train(tx, params, steps: int = 3, function=step, state=None, seed: int = 1):
   for i in range(steps):
     params, state = function(tx, grads_like(params, seed + i), state, params)
   return params, state
+
+
+def random_state(tx, params, seed: int = 2, count: int = 3):
+  """A state of ``tx`` that training might have led to, made without training."""
+  rng = np.random.default_rng(seed)
+
+  def codes(leaf):
+    info = np.iinfo(leaf.dtype)
+    low = -info.max if info.min else 0
+    values = rng.integers(low, info.max, leaf.shape, leaf.dtype, endpoint=True)
+    # Every group has an element at its scale.
+    axis = fo.codec.group_axis(leaf.shape, 32)
+    where = tuple(
+        slice(None, None, 32) if i == axis else slice(None)
+        for i in range(leaf.ndim)
+    )
+    values[where] = info.max
+    return jnp.asarray(values)
+
+  def positive(leaf):
+    return jnp.asarray(rng.lognormal(size=leaf.shape), leaf.dtype)
+
+  def correction(leaf):
+    info = np.iinfo(leaf.dtype)
+    values = rng.integers(info.min, info.max, leaf.shape, leaf.dtype)
+    return jnp.asarray(values)
+
+  def fill(state):
+    moment = codes if state.format.storage.moment_bits == 8 else positive
+    fill_in = {"correction": correction}
+    for name in ("mu", "nu"):
+      fill_in |= {name: moment, f"{name}_scale": positive}
+    return state._replace(count=jnp.int32(count), **{
+        name: jax.tree.map(function, getattr(state, name))
+        for name, function in fill_in.items()
+    })
+
+  return map_flash_states(fill, tx.init(params))
 
 
 def types(values):

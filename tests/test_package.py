@@ -20,7 +20,10 @@ import flashoptim_jax as fo
 ROOT = pathlib.Path(__file__).parent.parent
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 EMPTY = inspect.Parameter.empty
-OPTIONAL = ("flax", "orbax", "triton", "jax_triton", "matplotlib", "libtpu")
+OPTIONAL = (
+    "flax", "orbax", "safetensors", "torch", "triton", "jax_triton", "matplotlib",
+    "libtpu",
+)
 
 
 def python(code: str) -> str:
@@ -75,6 +78,9 @@ def test_public_names():
   names = {
       *("adamw", "adam", "sgd", "lion", "Storage", "step", "flax"),
       *("from_fp32", "to_fp32", "cast_params", "moments"),
+      *("to_optax", "from_optax", "convert"),
+      *("checkpoint", "export_safetensors", "import_safetensors"),
+      *("from_pytorch", "load_pytorch"),
       *("memory_report", "check_numerics"),
       *("released_call", "value_and_release"),
   }

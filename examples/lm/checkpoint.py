@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+import flashoptim_jax as fo
+
 
 def save(folder: pathlib.Path, step: int, arrays: Any, notes: Any) -> None:
   """Saves a checkpoint, then deletes the older ones.
@@ -22,7 +24,7 @@ def save(folder: pathlib.Path, step: int, arrays: Any, notes: Any) -> None:
   with _manager(folder) as manager:
     if manager.latest_step() != step:
       items = ocp.args.Composite(
-        arrays=ocp.args.StandardSave(arrays), notes=ocp.args.JsonSave(notes)
+        arrays=fo.checkpoint.Save(arrays), notes=ocp.args.JsonSave(notes)
       )
       manager.save(step, args=items)
       manager.wait_until_finished()
@@ -47,9 +49,10 @@ def restore_arrays(folder: pathlib.Path, like: Any) -> Any:
 
   Raises:
     FileNotFoundError: If there is no checkpoint.
+    ValueError: If it holds other arrays, or another storage.
   """
   target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-  return _restore(folder, arrays=ocp.args.StandardRestore(target))["arrays"]
+  return _restore(folder, arrays=fo.checkpoint.Restore(target))["arrays"]
 
 
 def _restore(folder: pathlib.Path, **items: Any) -> Any:
