@@ -85,48 +85,53 @@ def update_leaves(
   Raises:
     ValueError: If the implementation asked for cannot update a leaf.
   """
-  from flashoptim_jax.kernels import triton, xla
+  from flashoptim_jax.kernels import mosaic_tpu, triton, xla
 
-  fused = [_uses_triton(leaf, storage, implementation) for leaf in leaves]
-  chosen = [leaf for leaf, use in zip(leaves, fused, strict=True) if use]
+  chosen = [_choose(leaf, storage, implementation) for leaf in leaves]
+  pairs = list(zip(leaves, chosen, strict=True))
+  launched = [leaf for leaf, name in pairs if name == "triton"]
   results = iter(
-      triton.update(rule, storage, chosen, scalars, new_params) if chosen else ()
+      triton.update(rule, storage, launched, scalars, new_params)
+      if launched
+      else ()
   )
+  one_by_one = {"xla": xla.update, "mosaic_tpu": mosaic_tpu.update}
   return [
       next(results)
-      if use
-      else xla.update(rule, storage, leaf, scalars, new_params)
-      for leaf, use in zip(leaves, fused, strict=True)
+      if name == "triton"
+      else one_by_one[name](rule, storage, leaf, scalars, new_params)
+      for leaf, name in pairs
   ]
 
 
-def _uses_triton(
-    leaf: Leaf, storage: Storage, implementation: str | None
-) -> bool:
-  """Whether the Triton kernel updates a leaf; else XLA does."""
-  from flashoptim_jax.kernels import triton
+def _choose(leaf: Leaf, storage: Storage, implementation: str | None) -> str:
+  """The implementation that updates a leaf."""
+  from flashoptim_jax.kernels import mosaic_tpu, triton
 
+  fused = {"triton": triton, "mosaic_tpu": mosaic_tpu}
   if implementation == "xla":
-    return False
-  if implementation == "mosaic_tpu":
-    raise ValueError(
-        f"Leaf {leaf.path!r} can't be updated by implementation='mosaic_tpu':"
-        " this version has no TPU kernel."
-    )
-  reason = triton.unavailable()
-  if implementation is None:
+    return "xla"
+  if implementation is not None:
+    backend = fused[implementation]
+    reason = backend.unavailable() or backend.unsupported(leaf, storage)
     if reason is not None:
-      if jax.default_backend() == "gpu":
-        _log_once(reason)
-      return False
-    return _is_local() and triton.unsupported(leaf, storage) is None
-  reason = reason or triton.unsupported(leaf, storage)
+      raise ValueError(
+          f"Leaf {leaf.path!r} can't be updated by"
+          f" implementation={implementation!r}: {reason}."
+      )
+    return implementation
+  name = {"gpu": "triton", "tpu": "mosaic_tpu"}.get(jax.default_backend())
+  if name is None:
+    return "xla"
+  reason = fused[name].unavailable()
   if reason is not None:
-    raise ValueError(
-        f"Leaf {leaf.path!r} can't be updated by implementation='triton':"
-        f" {reason}."
-    )
-  return True
+    _log_once(name, reason)
+    return "xla"
+  if not _is_local() or fused[name].unsupported(leaf, storage) is not None:
+    return "xla"
+  if name == "mosaic_tpu" and not mosaic_tpu.pays(leaf):
+    return "xla"
+  return name
 
 
 def _is_local() -> bool:
@@ -142,7 +147,7 @@ def _is_local() -> bool:
 
 
 @functools.cache
-def _log_once(reason: str) -> None:
+def _log_once(name: str, reason: str) -> None:
   logging.getLogger("flashoptim_jax").info(
-      "The Triton kernel is not used (%s); XLA updates the parameters.", reason
+      "The kernel %r is not used (%s); XLA updates the parameters.", name, reason
   )
