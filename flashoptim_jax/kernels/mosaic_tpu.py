@@ -33,6 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from flashoptim_jax import codec
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf
+from flashoptim_jax.kernels.mosaic_math import LARGEST, evaluate, inverse_root
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.storage import Storage
 
@@ -75,6 +76,7 @@ class _Plan(NamedTuple):
     decay: Whether weight decay applies.
     new_params: Whether parameters or updates are written.
     hyperparameters: Names of the scalars, in the order in which they are passed.
+    zeros: Names of the scalars that are known to be 0.
     leading: Leading axes that the grid runs over.
     rows: Rows of the leaf.
     columns: Columns of the leaf.
@@ -88,6 +90,7 @@ class _Plan(NamedTuple):
   decay: bool
   new_params: bool
   hyperparameters: tuple[str, ...]
+  zeros: tuple[str, ...]
   leading: tuple[int, ...]
   rows: int
   columns: int
@@ -118,16 +121,6 @@ class _Plan(NamedTuple):
   def ragged(self) -> bool:
     """Whether the last group is a partial one."""
     return self.columns % GROUP_SIZE != 0
-
-
-class _Divisor:
-  """A scalar to divide by, which multiplies by its reciprocal."""
-
-  def __init__(self, value):
-    self._reciprocal = 1.0 / value
-
-  def __rtruediv__(self, other):
-    return other * self._reciprocal
 
 
 def _as_float(bits: jax.Array) -> jax.Array:
@@ -212,9 +205,7 @@ class _Unit:
     self.h = dict(
         zip(plan.hyperparameters, (scalars[i] for i in range(len(plan.hyperparameters))))
     )
-    for name in ("mu_correction", "mu_correction_next", "nu_correction"):
-      if name in self.h:
-        self.h[name] = _Divisor(self.h[name])
+    self.h |= dict.fromkeys(plan.zeros, 0.0)
     self.inputs = inputs
     self.results = results
     self.scratch = scratch
@@ -279,9 +270,7 @@ class _Unit:
     kept = self.scratch[f"{moment.name}_scale"]
     for half in range(2):
       turned = stage[pl.ds(half, words, stride=2), :].T
-      for tile in range(pl.cdiv(lanes, _GROUPS)):
-        rows = slice(tile * _GROUPS, (tile + 1) * _GROUPS)
-        kept[half, tile, :, 0:words] = turned[rows]
+      kept[half, :, :, 0:words] = turned.reshape(-1, _GROUPS, words)
 
   def write_scales(self, moment) -> None:
     """The inverse of ``read_scales``."""
@@ -291,8 +280,7 @@ class _Unit:
     lanes = scales.shape[-1]
     kept = self.scratch[f"{moment.name}_scale"]
     for half in range(2):
-      tiles = [kept[half, tile] for tile in range(_LANES // _GROUPS)]
-      turned = jnp.concatenate(tiles, axis=0).T
+      turned = kept[half].reshape(_LANES, _LANES).T
       stage[pl.ds(half, words, stride=2), :] = turned[0:words]
     scales[...] = _unwords(stage[pl.ds(0, 2 * words), 0:lanes], scales.dtype)
 
@@ -355,7 +343,7 @@ class _Unit:
     inside = self._inside(step, unit, group) if plan.ragged and compressed else None
     for k in range(_ROWS):
       grad = self.floats("grad", k, rows)
-      old, new = [], []
+      old, new, roots = [], [], []
       for moment in plan.rule.moments:
         if compressed:
           word, itemsize = self.word(moment.name, k, rows)
@@ -374,8 +362,11 @@ class _Unit:
         if not compressed:
           self.scratch[moment.name][k, rows, :] = _as_bits(new[-1])
           continue
-        self._keep(moment, k, group, new[-1], inside)
-      master = self._master(k, rows, grad, old, new)
+        magnitude, root, code_root = self._roots(moment, new[-1])
+        if root is not None:
+          roots.append((new[-1], root))
+        self._keep(moment, k, group, magnitude, code_root, inside)
+      master = self._master(k, rows, grad, old, new, roots)
       for name, bits in self._split(k, rows, master).items():
         written[name].append(bits)
     for name, numbers in written.items():
@@ -390,24 +381,27 @@ class _Unit:
     column += (unit * plan.tiles + tile) * _LANES + step * plan.block_columns
     return column < plan.columns
 
-  def _keep(self, moment, k, group, value, inside) -> None:
+  def _roots(self, moment, value):
+    """A moment's magnitude, its square root, and what its codes are made of."""
+    is_root = self.plan.storage.companding == "root"
+    if moment.kind == "first":
+      magnitude = jnp.abs(value)
+      scaled = value * inverse_root(magnitude) if is_root else value
+      return magnitude, None, scaled
+    inverse = lax.rsqrt(value)
+    root = value * jnp.minimum(inverse, LARGEST)
+    return value, root, lax.rsqrt(inverse) if is_root else root
+
+  def _keep(self, moment, k, group, magnitude, code_root, inside) -> None:
     """Keeps a moment's maxima, and what its codes will be made of."""
-    magnitude = jnp.abs(value) if moment.kind == "first" else value
-    inside_only = magnitude if inside is None else jnp.where(inside, magnitude, 0.0)
-    parts = [inside_only[i : i + 8] for i in range(0, GROUP_SIZE, 8)]
+    if inside is not None:
+      magnitude = jnp.where(inside, magnitude, 0.0)
+    parts = [magnitude[i : i + 8] for i in range(0, GROUP_SIZE, 8)]
     start = pl.multiple_of((k * _GROUPS + group) * 8, 8)
     largest = functools.reduce(jnp.maximum, parts)
     self.scratch[f"{moment.name}_max"][pl.ds(start, 8), :] = largest
-    if self.plan.storage.companding == "root":
-      # Signed, and NaN where the moment is zero: NaNs become the code zero.
-      if moment.kind == "first":
-        value = value * lax.rsqrt(magnitude)
-      else:
-        value = lax.rsqrt(lax.rsqrt(value))
-    elif moment.kind == "second":
-      value = jnp.sqrt(value)
     start = pl.multiple_of(k * _LANES + group * GROUP_SIZE, GROUP_SIZE)
-    self.scratch[f"{moment.name}_root"][pl.ds(start, GROUP_SIZE), :] = value
+    self.scratch[f"{moment.name}_root"][pl.ds(start, GROUP_SIZE), :] = code_root
 
   def encode(self, moment, group) -> None:
     """Writes a group's codes."""
@@ -427,9 +421,18 @@ class _Unit:
     rows = pl.ds(pl.multiple_of(group * GROUP_SIZE, GROUP_SIZE), GROUP_SIZE)
     self.scratch[moment.name][0, rows, :] = _pack(numbers, 1)
 
-  def _master(self, k, rows, grad, old, new) -> jax.Array:
+  def _master(self, k, rows, grad, old, new, roots) -> jax.Array:
     plan, h = self.plan, self.h
-    direction = plan.rule.direction(grad, old, new, h)
+    if self._is_coarse:
+      scalars = {name: value for name, value in h.items() if name not in plan.zeros}
+      zeros = dict.fromkeys(plan.zeros, 0.0)
+      direction = evaluate(
+          lambda *args: plan.rule.direction(*args[:-1], args[-1] | zeros),
+          (grad, old, new, scalars),
+          roots,
+      )
+    else:
+      direction = plan.rule.direction(grad, old, new, h)
     correction = None
     if "correction" in self.fields:
       word, itemsize = self.word("correction", k, rows)
@@ -439,6 +442,12 @@ class _Unit:
     if plan.decay:
       direction = direction + h["weight_decay"] * master
     return master + -h["learning_rate"] * direction
+
+  @property
+  def _is_coarse(self) -> bool:
+    """Whether master weights have at most 24 bits."""
+    is_wide = "correction" in self.fields and self.plan.storage.master_bits == 32
+    return self.fields["param"].itemsize == 2 and not is_wide
 
   def _split(self, k, rows, master) -> dict[str, jax.Array]:
     """What is written for a row; ``_put`` knows in which of the bits it lies."""
@@ -556,7 +565,7 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
   def each_group(f):
     # One after the other in interpret mode, which compiles slowly.
     lax.fori_loop(
-        0, _GROUPS, lambda group, _: f(group), None, unroll=not plan.interpret
+        0, _GROUPS, lambda group, _: f(group), None, unroll=False
     )
 
   def unit(u, carry):
@@ -657,10 +666,13 @@ def update(
     new_params: bool,
 ) -> UpdatedLeaf:
   """Updates one leaf; see :func:`flashoptim_jax.kernels.update_leaves`."""
-  hyper = tuple(scalars)
+  zeros = tuple(
+      name for name, value in scalars.items() if isinstance(value, float) and not value
+  )
+  hyper = tuple(name for name in scalars if name not in zeros)
   packed = jnp.stack([jnp.asarray(scalars[n], jnp.float32) for n in hyper])[None]
   arrays = _fields(rule, leaf)
-  call = functools.partial(_call, rule, storage, leaf.decay, new_params, hyper)
+  call = functools.partial(_call, rule, storage, leaf.decay, new_params, hyper, zeros)
   new = lax.platform_dependent(
       packed,
       arrays,
@@ -680,6 +692,7 @@ def _call(
     decay: bool,
     new_params: bool,
     hyper: tuple[str, ...],
+    zeros: tuple[str, ...],
     interpret: bool,
     packed: jax.Array,
     arrays: dict[str, jax.Array],
@@ -690,7 +703,7 @@ def _call(
   *leading, rows, columns = shape
   block_rows, block_columns = _block(rows, columns)
   plan = _Plan(
-      rule, storage, decay, new_params, hyper, tuple(leading), rows, columns,
+      rule, storage, decay, new_params, hyper, zeros, tuple(leading), rows, columns,
       block_rows, block_columns, interpret,
   )
   written = [n for n in names if n != "grad" and (n != "param" or new_params)]
