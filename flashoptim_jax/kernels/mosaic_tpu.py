@@ -49,6 +49,9 @@ _HIGH_HALF = -0x10000
 _NAN = 0x7FC00000
 # Added to a number below 2^22 it leaves its nearest integer in the low bits.
 _ROUND = 1.5 * 2.0**23
+_EVERY_SIGN = 0x80808080 - 2**32
+_CHUNK = int(__import__("os").environ.get("CHUNK","8"))
+_UNROLL = bool(int(__import__("os").environ.get("UNROLL","1")))
 
 
 class _Field(NamedTuple):
@@ -217,9 +220,20 @@ class _Unit:
   def _turn(self, words):
     return words.T if self.plan.storage.moment_bits == 8 else words
 
+  def _next(self, field: _Field):
+    return self.scratch[f"{field.name}_next"]
+
+  def _written(self, name: str) -> str:
+    codes = f"{name}_codes"
+    return codes if codes in self.scratch else name
+
+  def take_next(self, field: _Field) -> None:
+    """Makes the unit that ``read`` brought in the current one."""
+    self.scratch[field.name][...] = self._next(field)[...]
+
   def read(self, field: _Field, unit) -> None:
     """Brings a unit of an array into scratch memory, as transposed words."""
-    plan, ref, out = self.plan, self.inputs[field.name], self.scratch[field.name]
+    plan, ref, out = self.plan, self.inputs[field.name], self._next(field)
     per_tile = plan.words * field.itemsize
     tiles = [
         _words(ref[:, self._columns(unit, tile)]) for tile in range(plan.tiles)
@@ -227,7 +241,7 @@ class _Unit:
     if field.itemsize == 1:
       out[0] = self._turn(_stack(tiles))
       return
-    stage = self.scratch["stage"]
+    stage = self.scratch[f"{field.name}_stage"]
     for tile, words in enumerate(tiles):
       stage[pl.ds(tile * per_tile, per_tile), :] = words
     for i in range(field.itemsize):
@@ -235,7 +249,8 @@ class _Unit:
 
   def write(self, field: _Field, unit) -> None:
     """The inverse of ``read``."""
-    plan, ref, words = self.plan, self.results[field.name], self.scratch[field.name]
+    plan, ref = self.plan, self.results[field.name]
+    words = self.scratch[self._written(field.name)]
     per_tile = plan.words * field.itemsize
     if field.itemsize == 1:
       turned = self._turn(words[0])
@@ -243,7 +258,7 @@ class _Unit:
         part = turned[tile * per_tile : (tile + 1) * per_tile]
         ref[:, self._columns(unit, tile)] = _unwords(part, field.dtype)
       return
-    stage = self.scratch["stage"]
+    stage = self.scratch[f"{field.name}_written"]
     for i in range(field.itemsize):
       stage[pl.ds(i, _LANES, stride=field.itemsize), :] = self._turn(words[i])
     for tile in range(plan.tiles):
@@ -330,17 +345,26 @@ class _Unit:
 
   def factor(self, moment, k: int, group) -> jax.Array:
     row = self.scratch[f"{moment.name}_factor"][pl.ds(k * _GROUPS + group, 1), :]
-    return jnp.broadcast_to(row, (GROUP_SIZE, _LANES))
+    return jnp.broadcast_to(row, (_CHUNK, _LANES))
 
   # The elements of one group.
 
   def update(self, step, unit, group) -> None:
     """Updates everything but the codes of 32 rows of a unit."""
+    largest: dict[tuple[str, int], jax.Array] = {}
+    for chunk in range(GROUP_SIZE // _CHUNK):
+      row = pl.multiple_of(group * GROUP_SIZE + chunk * _CHUNK, _CHUNK)
+      self._update_rows(step, unit, group, row, largest)
+    for (name, k), parts in largest.items():
+      start = pl.multiple_of((k * _GROUPS + group) * 8, 8)
+      self.scratch[f"{name}_max"][pl.ds(start, 8), :] = parts
+
+  def _update_rows(self, step, unit, group, row, largest) -> None:
     plan, h = self.plan, self.h
-    rows = pl.ds(pl.multiple_of(group * GROUP_SIZE, GROUP_SIZE), GROUP_SIZE)
+    rows = pl.ds(row, _CHUNK)
     compressed = plan.storage.moment_bits == 8
     written: dict[str, list[jax.Array]] = {name: [] for name in self.outputs}
-    inside = self._inside(step, unit, group) if plan.ragged and compressed else None
+    inside = self._inside(step, unit, row) if plan.ragged and compressed else None
     for k in range(_ROWS):
       grad = self.floats("grad", k, rows)
       old, new, roots = [], [], []
@@ -365,18 +389,25 @@ class _Unit:
         magnitude, root, code_root = self._roots(moment, new[-1])
         if root is not None:
           roots.append((new[-1], root))
-        self._keep(moment, k, group, magnitude, code_root, inside)
+        if inside is not None:
+          magnitude = jnp.where(inside, magnitude, 0.0)
+        parts = [magnitude[i : i + 8] for i in range(0, _CHUNK, 8)]
+        if (moment.name, k) in largest:
+          parts.append(largest[moment.name, k])
+        largest[moment.name, k] = functools.reduce(jnp.maximum, parts)
+        start = pl.multiple_of(k * _LANES + row, 8)
+        self.scratch[f"{moment.name}_root"][pl.ds(start, _CHUNK), :] = code_root
       master = self._master(k, rows, grad, old, new, roots)
       for name, bits in self._split(k, rows, master).items():
         written[name].append(bits)
     for name, numbers in written.items():
       self._put(name, rows, numbers)
 
-  def _inside(self, step, unit, group) -> jax.Array:
-    """Whether elements of a group lie inside the leaf."""
+  def _inside(self, step, unit, row) -> jax.Array:
+    """Whether elements lie inside the leaf."""
     plan = self.plan
-    shape = (GROUP_SIZE, _LANES)
-    column = lax.broadcasted_iota(jnp.int32, shape, 0) + group * GROUP_SIZE
+    shape = (_CHUNK, _LANES)
+    column = lax.broadcasted_iota(jnp.int32, shape, 0) + row
     tile = lax.broadcasted_iota(jnp.int32, shape, 1) // plan.words
     column += (unit * plan.tiles + tile) * _LANES + step * plan.block_columns
     return column < plan.columns
@@ -392,24 +423,18 @@ class _Unit:
     root = value * jnp.minimum(inverse, LARGEST)
     return value, root, lax.rsqrt(inverse) if is_root else root
 
-  def _keep(self, moment, k, group, magnitude, code_root, inside) -> None:
-    """Keeps a moment's maxima, and what its codes will be made of."""
-    if inside is not None:
-      magnitude = jnp.where(inside, magnitude, 0.0)
-    parts = [magnitude[i : i + 8] for i in range(0, GROUP_SIZE, 8)]
-    start = pl.multiple_of((k * _GROUPS + group) * 8, 8)
-    largest = functools.reduce(jnp.maximum, parts)
-    self.scratch[f"{moment.name}_max"][pl.ds(start, 8), :] = largest
-    start = pl.multiple_of(k * _LANES + group * GROUP_SIZE, GROUP_SIZE)
-    self.scratch[f"{moment.name}_root"][pl.ds(start, GROUP_SIZE), :] = code_root
-
   def encode(self, moment, group) -> None:
     """Writes a group's codes."""
+    for chunk in range(GROUP_SIZE // _CHUNK):
+      row = pl.multiple_of(group * GROUP_SIZE + chunk * _CHUNK, _CHUNK)
+      self._encode_rows(moment, group, row)
+
+  def _encode_rows(self, moment, group, row) -> None:
     levels = codec.LEVELS[moment.kind]
     numbers = []
     for k in range(_ROWS):
-      start = pl.multiple_of(k * _LANES + group * GROUP_SIZE, GROUP_SIZE)
-      root = self.scratch[f"{moment.name}_root"][pl.ds(start, GROUP_SIZE), :]
+      start = pl.multiple_of(k * _LANES + row, 8)
+      root = self.scratch[f"{moment.name}_root"][pl.ds(start, _CHUNK), :]
       level = root * self.factor(moment, k, group)
       if self.plan.storage.companding == "paper":
         if moment.kind == "first":
@@ -418,8 +443,7 @@ class _Unit:
           level = jnp.minimum(levels * level, levels)
       # A NaN's low bits are zero.
       numbers.append(_as_bits(level + _ROUND))
-    rows = pl.ds(pl.multiple_of(group * GROUP_SIZE, GROUP_SIZE), GROUP_SIZE)
-    self.scratch[moment.name][0, rows, :] = _pack(numbers, 1)
+    self.scratch[f"{moment.name}_codes"][0, pl.ds(row, _CHUNK), :] = _pack(numbers, 1)
 
   def _master(self, k, rows, grad, old, new, roots) -> jax.Array:
     plan, h = self.plan, self.h
@@ -457,8 +481,9 @@ class _Unit:
     if self.plan.new_params:
       written = {"param": rounded}
       if corrected:
+        # At 24 bits it is the second byte, but for the sign, which `_put` flips.
         is_24 = self.plan.storage.master_bits == 24
-        written["correction"] = bits + 0x80 if is_24 else bits
+        written["correction"] = rounded if is_24 else bits
       return written
     if self.fields["param"].itemsize == 2:
       rounded &= _HIGH_HALF
@@ -503,8 +528,10 @@ class _Unit:
       at = 0 if itemsize == 4 else 16
     per_word = _ROWS // itemsize
     for i in range(itemsize):
-      part = numbers[i * per_word : (i + 1) * per_word]
-      self.scratch[name][i, rows, :] = _pack(part, itemsize, at)
+      word = _pack(numbers[i * per_word : (i + 1) * per_word], itemsize, at)
+      if at == 8:
+        word = word ^ _EVERY_SIGN
+      self.scratch[name][i, rows, :] = word
 
 
 def _stack(tiles: list[jax.Array]) -> jax.Array:
@@ -565,27 +592,40 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
   def each_group(f):
     # One after the other in interpret mode, which compiles slowly.
     lax.fori_loop(
-        0, _GROUPS, lambda group, _: f(group), None, unroll=False
+        0, _GROUPS, lambda group, _: f(group), None, unroll=_UNROLL
     )
-
-  def unit(u, carry):
-    for field in fields.values():
-      block.read(field, u)
-    for moment in moments:
-      block.old_scales(moment, step, u)
-    each_group(lambda group: block.update(step, u, group))
-    for moment in moments:
-      block.new_scales(moment, step, u)
-    for moment in moments:
-      each_group(functools.partial(block.encode, moment))
-    for field in outputs.values():
-      block.write(field, u)
-    return carry
 
   unit_columns = plan.tiles * _LANES
   left = plan.columns - step * plan.block_columns
   units = jnp.minimum(plan.block_columns // unit_columns, pl.cdiv(left, unit_columns))
+  codes = [outputs[moment.name] for moment in moments]
+  others = [field for field in outputs.values() if field not in codes]
+
+  # The transpose unit works on the unit before and the one after, the vector unit
+  # on this one.
+  def unit(u, carry):
+    for field in fields.values():
+      block.take_next(field)
+    for field in codes:
+      block.write(field, jnp.maximum(u - 1, 0))
+    for field in fields.values():
+      block.read(field, jnp.minimum(u + 1, units - 1))
+    for moment in moments:
+      block.old_scales(moment, step, u)
+    each_group(lambda group: block.update(step, u, group))
+    for field in others:
+      block.write(field, u)
+    for moment in moments:
+      block.new_scales(moment, step, u)
+    for moment in moments:
+      each_group(functools.partial(block.encode, moment))
+    return carry
+
+  for field in fields.values():
+    block.read(field, 0)
   lax.fori_loop(0, units, unit, None)
+  for field in codes:
+    block.write(field, units - 1)
 
   if moments:
     @pl.when((step % per == per - 1) | (step == plan.steps - 1))
@@ -599,9 +639,14 @@ def _scratch(plan: _Plan, dtypes, written) -> dict[str, Any]:
   names = [n for n in dtypes if not n.endswith("_scale")]
   shapes: dict[str, Any] = {}
   for name in names:
-    shapes[name] = ((jnp.dtype(dtypes[name]).itemsize, _LANES, _LANES), jnp.int32)
+    size = jnp.dtype(dtypes[name]).itemsize
+    shapes[name] = shapes[f"{name}_next"] = ((size, _LANES, _LANES), jnp.int32)
+    if size > 1:
+      shapes[f"{name}_stage"] = ((size * _LANES, _LANES), jnp.int32)
+      shapes[f"{name}_written"] = shapes[f"{name}_stage"]
   if "update" in written:
     shapes["update"] = shapes["grad"]
+    shapes["update_written"] = shapes["grad_stage"]
   shapes["stage"] = ((4 * _LANES, _LANES), jnp.int32)
   if plan.storage.moment_bits == 8:
     for moment in plan.rule.moments:
@@ -609,6 +654,7 @@ def _scratch(plan: _Plan, dtypes, written) -> dict[str, Any]:
           f"{moment.name}_scale": ((2, _LANES // _GROUPS, _GROUPS, _LANES), jnp.int32),
           f"{moment.name}_factor": ((_ROWS * _GROUPS, _LANES), jnp.float32),
           f"{moment.name}_max": ((8 * _ROWS * _GROUPS, _LANES), jnp.float32),
+          f"{moment.name}_codes": ((1, _LANES, _LANES), jnp.int32),
           f"{moment.name}_root": ((_ROWS * _LANES, _LANES), jnp.float32),
       }
   return shapes
