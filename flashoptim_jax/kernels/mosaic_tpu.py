@@ -33,7 +33,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from flashoptim_jax import codec
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf
-from flashoptim_jax.kernels.mosaic_math import LARGEST, evaluate, inverse_root
+from flashoptim_jax.kernels.mosaic_math import (
+    evaluate,
+    inverse_root,
+    roots_of_square,
+)
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.storage import Storage
 
@@ -50,8 +54,7 @@ _NAN = 0x7FC00000
 # Added to a number below 2^22 it leaves its nearest integer in the low bits.
 _ROUND = 1.5 * 2.0**23
 _EVERY_SIGN = 0x80808080 - 2**32
-_CHUNK = int(__import__("os").environ.get("CHUNK","8"))
-_UNROLL = bool(int(__import__("os").environ.get("UNROLL","1")))
+_CHUNK = 32
 
 
 class _Field(NamedTuple):
@@ -85,6 +88,7 @@ class _Plan(NamedTuple):
     columns: Columns of the leaf.
     block_rows: Rows of a block, a multiple of 32.
     block_columns: Columns of a block, a multiple of 128.
+    has_fast_roots: Whether the TPU has accurate square roots.
     interpret: Whether to run in interpret mode.
   """
 
@@ -99,6 +103,7 @@ class _Plan(NamedTuple):
   columns: int
   block_rows: int
   block_columns: int
+  has_fast_roots: bool
   interpret: bool
 
   @property
@@ -159,21 +164,13 @@ def _take_high(word: jax.Array, k: int, itemsize: int) -> jax.Array:
 
 def _pack(numbers: Sequence[jax.Array], itemsize: int, at: int = 0) -> jax.Array:
   """A word of numbers that each lie from bit ``at`` on, amid other bits."""
-  bits = 8 * itemsize
-  word = None
-  for k, number in enumerate(numbers):
-    to = bits * k
-    if to > at:
-      number = number << (to - at)
-    elif to < at:
-      number = _logical_shift(number, at - to)
-    low_is_clear = to > at and at == 0
-    high_is_clear = at + bits == 32 and to < at
-    if not (low_is_clear and to + bits == 32) and not (high_is_clear and to == 0):
-      mask = (2**bits - 1) << to
-      number = number & (mask - 2**32 if mask >= 2**31 else mask)
-    word = number if word is None else word | number
-  return word
+  if itemsize == 4:
+    return numbers[0]
+  numbers = [_logical_shift(number, at) for number in numbers]
+  packed = pltpu.pack_elementwise(
+      numbers, packed_dtype=jnp.int8 if itemsize == 1 else jnp.int16
+  )
+  return lax.bitcast_convert_type(packed, jnp.int32)
 
 
 def _round_bfloat16(bits: jax.Array) -> jax.Array:
@@ -419,9 +416,8 @@ class _Unit:
       magnitude = jnp.abs(value)
       scaled = value * inverse_root(magnitude) if is_root else value
       return magnitude, None, scaled
-    inverse = lax.rsqrt(value)
-    root = value * jnp.minimum(inverse, LARGEST)
-    return value, root, lax.rsqrt(inverse) if is_root else root
+    root, fourth_root = roots_of_square(value, self.plan.has_fast_roots)
+    return value, root, fourth_root if is_root else root
 
   def encode(self, moment, group) -> None:
     """Writes a group's codes."""
@@ -454,6 +450,7 @@ class _Unit:
           lambda *args: plan.rule.direction(*args[:-1], args[-1] | zeros),
           (grad, old, new, scalars),
           roots,
+          functools.partial(pl.reciprocal, approx=not plan.interpret),
       )
     else:
       direction = plan.rule.direction(grad, old, new, h)
@@ -592,7 +589,7 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
   def each_group(f):
     # One after the other in interpret mode, which compiles slowly.
     lax.fori_loop(
-        0, _GROUPS, lambda group, _: f(group), None, unroll=_UNROLL
+        0, _GROUPS, lambda group, _: f(group), None, unroll=not plan.interpret
     )
 
   unit_columns = plan.tiles * _LANES
@@ -750,7 +747,7 @@ def _call(
   block_rows, block_columns = _block(rows, columns)
   plan = _Plan(
       rule, storage, decay, new_params, hyper, zeros, tuple(leading), rows, columns,
-      block_rows, block_columns, interpret,
+      block_rows, block_columns, _generation() >= 6, interpret,
   )
   written = [n for n in names if n != "grad" and (n != "param" or new_params)]
   if not new_params:
@@ -797,6 +794,14 @@ def _call(
       n: a.reshape(arrays[source.get(n, n)].shape)
       for n, a in zip(written, results, strict=True)
   }
+
+
+def _generation() -> int:
+  """The generation of TPU that the kernel is traced for; the oldest if unknown."""
+  try:
+    return pltpu.get_tpu_info().generation
+  except ValueError:
+    return 4
 
 
 def _block(rows: int, columns: int) -> tuple[int, int]:
