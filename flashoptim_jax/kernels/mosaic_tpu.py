@@ -162,14 +162,16 @@ def _take_high(word: jax.Array, k: int, itemsize: int) -> jax.Array:
   return word & _HIGH_HALF if k % 2 else word << 16
 
 
-def _pack(numbers: Sequence[jax.Array], itemsize: int, at: int = 0) -> jax.Array:
-  """A word of numbers that each lie from bit ``at`` on, amid other bits."""
+def _pack(numbers: Sequence[jax.Array], itemsize: int, interpret: bool) -> jax.Array:
+  """A word of numbers that each lie in the lowest bits, below others."""
   if itemsize == 4:
     return numbers[0]
-  numbers = [_logical_shift(number, at) for number in numbers]
-  packed = pltpu.pack_elementwise(
-      numbers, packed_dtype=jnp.int8 if itemsize == 1 else jnp.int16
-  )
+  if interpret:  # It has no rule for pack_elementwise.
+    bits = 8 * itemsize
+    parts = [(number & (2**bits - 1)) << bits * k for k, number in enumerate(numbers)]
+    return functools.reduce(jnp.bitwise_or, parts)
+  dtype = jnp.int8 if itemsize == 1 else jnp.int16
+  packed = pltpu.pack_elementwise(numbers, packed_dtype=dtype)
   return lax.bitcast_convert_type(packed, jnp.int32)
 
 
@@ -316,7 +318,7 @@ class _Unit:
         s = _as_float(_take_high(word, odd, 2))
         factor = codec.decode_factor(s, moment.kind, plan.storage)
         rows = pl.ds((2 * half + odd) * _GROUPS, _GROUPS)
-        self.scratch[f"{moment.name}_factor"][rows, :] = factor
+        self.scratch[f"{moment.name}_decoder"][rows, :] = factor
 
   def new_scales(self, moment, step, unit) -> None:
     """Makes scales of the groups' maxima, and factors by which to encode."""
@@ -327,7 +329,7 @@ class _Unit:
     s = codec.unrounded_scale(functools.reduce(jnp.maximum, parts), moment.kind)
     bits = jnp.where(s != s, _NAN, _round_bfloat16(_as_bits(s))) & _HIGH_HALF
     factor = codec.encode_factor(_as_float(bits), moment.kind, plan.storage)
-    self.scratch[f"{moment.name}_factor"][...] = factor
+    self.scratch[f"{moment.name}_encoder"][...] = factor
     kept = self.scratch[f"{moment.name}_scale"]
     for half in range(2):
       rows = [
@@ -340,8 +342,8 @@ class _Unit:
         index = self._tile(step, unit, tile)
         kept[half, index, :, 0 : plan.words] = word[:, lanes]
 
-  def factor(self, moment, k: int, group) -> jax.Array:
-    row = self.scratch[f"{moment.name}_factor"][pl.ds(k * _GROUPS + group, 1), :]
+  def factor(self, moment, use: str, k: int, group) -> jax.Array:
+    row = self.scratch[f"{moment.name}_{use}"][pl.ds(k * _GROUPS + group, 1), :]
     return jnp.broadcast_to(row, (_CHUNK, _LANES))
 
   # The elements of one group.
@@ -372,7 +374,7 @@ class _Unit:
           old.append(
               codec.decode_element(
                   code.astype(jnp.float32),
-                  self.factor(moment, k, group),
+                  self.factor(moment, "decoder", k, group),
                   moment.kind,
                   plan.storage,
               )
@@ -431,7 +433,7 @@ class _Unit:
     for k in range(_ROWS):
       start = pl.multiple_of(k * _LANES + row, 8)
       root = self.scratch[f"{moment.name}_root"][pl.ds(start, _CHUNK), :]
-      level = root * self.factor(moment, k, group)
+      level = root * self.factor(moment, "encoder", k, group)
       if self.plan.storage.companding == "paper":
         if moment.kind == "first":
           level = levels * (2.0 * level / (1.0 + jnp.abs(level)))
@@ -439,7 +441,8 @@ class _Unit:
           level = jnp.minimum(levels * level, levels)
       # A NaN's low bits are zero.
       numbers.append(_as_bits(level + _ROUND))
-    self.scratch[f"{moment.name}_codes"][0, pl.ds(row, _CHUNK), :] = _pack(numbers, 1)
+    word = _pack(numbers, 1, self.plan.interpret)
+    self.scratch[f"{moment.name}_codes"][0, pl.ds(row, _CHUNK), :] = word
 
   def _master(self, k, rows, grad, old, new, roots) -> jax.Array:
     plan, h = self.plan, self.h
@@ -525,7 +528,11 @@ class _Unit:
       at = 0 if itemsize == 4 else 16
     per_word = _ROWS // itemsize
     for i in range(itemsize):
-      word = _pack(numbers[i * per_word : (i + 1) * per_word], itemsize, at)
+      part = [
+          _logical_shift(number, at)
+          for number in numbers[i * per_word : (i + 1) * per_word]
+      ]
+      word = _pack(part, itemsize, self.plan.interpret)
       if at == 8:
         word = word ^ _EVERY_SIGN
       self.scratch[name][i, rows, :] = word
@@ -598,13 +605,18 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
   codes = [outputs[moment.name] for moment in moments]
   others = [field for field in outputs.values() if field not in codes]
 
-  # The transpose unit works on the unit before and the one after, the vector unit
-  # on this one.
+  def encode(u):
+    for moment in moments:
+      each_group(functools.partial(block.encode, moment))
+    for field in codes:
+      block.write(field, u)
+
+  # A unit's codes have to wait for its scales, and everything for the transpose
+  # unit; so this encodes the unit before and reads the one after.
   def unit(u, carry):
     for field in fields.values():
       block.take_next(field)
-    for field in codes:
-      block.write(field, jnp.maximum(u - 1, 0))
+    encode(jnp.maximum(u - 1, 0))
     for field in fields.values():
       block.read(field, jnp.minimum(u + 1, units - 1))
     for moment in moments:
@@ -614,15 +626,12 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
       block.write(field, u)
     for moment in moments:
       block.new_scales(moment, step, u)
-    for moment in moments:
-      each_group(functools.partial(block.encode, moment))
     return carry
 
   for field in fields.values():
     block.read(field, 0)
   lax.fori_loop(0, units, unit, None)
-  for field in codes:
-    block.write(field, units - 1)
+  encode(units - 1)
 
   if moments:
     @pl.when((step % per == per - 1) | (step == plan.steps - 1))
@@ -649,7 +658,8 @@ def _scratch(plan: _Plan, dtypes, written) -> dict[str, Any]:
     for moment in plan.rule.moments:
       shapes |= {
           f"{moment.name}_scale": ((2, _LANES // _GROUPS, _GROUPS, _LANES), jnp.int32),
-          f"{moment.name}_factor": ((_ROWS * _GROUPS, _LANES), jnp.float32),
+          f"{moment.name}_decoder": ((_ROWS * _GROUPS, _LANES), jnp.float32),
+          f"{moment.name}_encoder": ((_ROWS * _GROUPS, _LANES), jnp.float32),
           f"{moment.name}_max": ((8 * _ROWS * _GROUPS, _LANES), jnp.float32),
           f"{moment.name}_codes": ((1, _LANES, _LANES), jnp.int32),
           f"{moment.name}_root": ((_ROWS * _LANES, _LANES), jnp.float32),
