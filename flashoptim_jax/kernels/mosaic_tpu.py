@@ -47,7 +47,7 @@ _ROWS = 4  # rows of an 8-bit array that share a word
 _GROUPS = _LANES // GROUP_SIZE  # groups in a tile of 128 columns
 _SCALE_COLUMNS = _LANES * GROUP_SIZE  # columns whose scales fill 128 lanes
 _DTYPES = ("bfloat16", "float32")
-_BLOCK_COLUMNS = 512
+_VMEM_SHARE = 0.45  # of the VMEM, for the blocks
 _SMALLEST = 1 << 16
 _HIGH_HALF = -0x10000
 _NAN = 0x7FC00000
@@ -226,9 +226,11 @@ class _Unit:
     codes = f"{name}_codes"
     return codes if codes in self.scratch else name
 
-  def take_next(self, field: _Field) -> None:
-    """Makes the unit that ``read`` brought in the current one."""
-    self.scratch[field.name][...] = self._next(field)[...]
+  def take_next(self, group: int) -> None:
+    """Makes a group of the unit that ``read`` brought in the current one."""
+    rows = pl.ds(group * GROUP_SIZE, GROUP_SIZE)
+    for field in self.fields.values():
+      self.scratch[field.name][:, rows, :] = self._next(field)[:, rows, :]
 
   def read(self, field: _Field, unit) -> None:
     """Brings a unit of an array into scratch memory, as transposed words."""
@@ -614,8 +616,8 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
   # A unit's codes have to wait for its scales, and everything for the transpose
   # unit; so this encodes the unit before and reads the one after.
   def unit(u, carry):
-    for field in fields.values():
-      block.take_next(field)
+    for group in range(_GROUPS):
+      block.take_next(group)
     encode(jnp.maximum(u - 1, 0))
     for field in fields.values():
       block.read(field, jnp.minimum(u + 1, units - 1))
@@ -754,17 +756,20 @@ def _call(
   names = tuple(arrays)
   shape = _view(arrays["param"].shape)
   *leading, rows, columns = shape
-  block_rows, block_columns = _block(rows, columns)
-  plan = _Plan(
-      rule, storage, decay, new_params, hyper, zeros, tuple(leading), rows, columns,
-      block_rows, block_columns, _generation() >= 6, interpret,
-  )
   written = [n for n in names if n != "grad" and (n != "param" or new_params)]
   if not new_params:
     written.append("update")
+  generation, vmem = _chip()
+  source = {"update": "grad"}
+  moved = [*arrays.values(), *(arrays[source.get(n, n)] for n in written)]
+  row_bytes = sum(a.size * a.dtype.itemsize for a in moved) / arrays["param"].size
+  block_rows, block_columns = _block(rows, columns, row_bytes)
+  plan = _Plan(
+      rule, storage, decay, new_params, hyper, zeros, tuple(leading), rows, columns,
+      block_rows, block_columns, generation >= 6, interpret,
+  )
   dtypes = {n: a.dtype for n, a in arrays.items()}
   viewed = {n: a.reshape((*leading, rows, a.shape[-1])) for n, a in arrays.items()}
-  source = {"update": "grad"}
   per = plan.steps_per_scale_block
 
   def spec(name):
@@ -796,6 +801,7 @@ def _call(
       ],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel",) * (len(leading) + 1) + ("arbitrary",),
+          vmem_limit_bytes=vmem * 7 // 8,
       ),
       interpret=interpret,
       name="flashoptim_update",
@@ -806,16 +812,27 @@ def _call(
   }
 
 
-def _generation() -> int:
-  """The generation of TPU that the kernel is traced for; the oldest if unknown."""
+def _chip() -> tuple[int, int]:
+  """Generation and bytes of VMEM of the TPU that is traced for.
+
+  Where that is unknown (interpret mode, or a mesh without devices), the least of
+  those that Pallas supports.
+  """
   try:
-    return pltpu.get_tpu_info().generation
+    info = pltpu.get_tpu_info()
   except ValueError:
-    return 4
+    return 4, 16 << 20
+  return info.generation, info.vmem_capacity_bytes
 
 
-def _block(rows: int, columns: int) -> tuple[int, int]:
-  """Rows and columns of a block: the fewest units, then the most rows."""
+def _block(rows: int, columns: int, row_bytes: float) -> tuple[int, int]:
+  """Rows and columns of a block: the fewest units, then the most rows.
+
+  Args:
+    rows: Rows of the leaf.
+    columns: Columns of the leaf.
+    row_bytes: Columns times this are the bytes of one row of all arrays.
+  """
   tiles = pl.cdiv(columns, _LANES)
 
   def units(block_rows):
@@ -823,5 +840,9 @@ def _block(rows: int, columns: int) -> tuple[int, int]:
 
   choices = [4 * _LANES >> i for i in range(5)]
   block_rows = min(choices, key=lambda r: (units(r), -r))
-  unit_columns = 4 * _LANES * _LANES // block_rows
-  return block_rows, max(unit_columns, _BLOCK_COLUMNS)
+  block_columns = 4 * _LANES * _LANES // block_rows
+  # A block is in memory twice while the next one arrives.
+  most = _VMEM_SHARE * _chip()[1] / (2 * row_bytes * block_rows)
+  while 2 * block_columns <= min(most, _SCALE_COLUMNS, columns):
+    block_columns *= 2
+  return block_rows, block_columns
