@@ -47,7 +47,7 @@ _ROWS = 4  # rows of an 8-bit array that share a word
 _GROUPS = _LANES // GROUP_SIZE  # groups in a tile of 128 columns
 _SCALE_COLUMNS = _LANES * GROUP_SIZE  # columns whose scales fill 128 lanes
 _DTYPES = ("bfloat16", "float32")
-_VMEM_SHARE = 0.45  # of the VMEM, for the blocks
+_SCRATCH_BYTES = 5 << 20  # at most
 _SMALLEST = 1 << 16
 _HIGH_HALF = -0x10000
 _NAN = 0x7FC00000
@@ -801,7 +801,7 @@ def _call(
       ],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel",) * (len(leading) + 1) + ("arbitrary",),
-          vmem_limit_bytes=vmem * 7 // 8,
+          vmem_limit_bytes=vmem - (1 << 20),
       ),
       interpret=interpret,
       name="flashoptim_update",
@@ -842,7 +842,7 @@ def _block(rows: int, columns: int, row_bytes: float) -> tuple[int, int]:
   block_rows = min(choices, key=lambda r: (units(r), -r))
   block_columns = 4 * _LANES * _LANES // block_rows
   # A block is in memory twice while the next one arrives.
-  most = _VMEM_SHARE * _chip()[1] / (2 * row_bytes * block_rows)
+  most = (_chip()[1] - _SCRATCH_BYTES) / (2 * row_bytes * block_rows)
   while 2 * block_columns <= min(most, _SCALE_COLUMNS, columns):
     block_columns *= 2
   return block_rows, block_columns
