@@ -10,6 +10,7 @@ a few cases and prints them.
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -22,7 +23,6 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
-import jax.numpy as jnp
 import leaf_sets
 import numpy as np
 from jax.experimental import topologies
@@ -67,21 +67,26 @@ def shapes() -> list[tuple[int, ...]]:
   return sorted(s for s in found if len(s) > 1 and s[-1] >= 32)
 
 
-def compile_step(tx, params, chip: str):
-  """``fo.step`` compiled for one device, with params and state donated."""
+@functools.cache
+def mesh(chip: str) -> jax.sharding.Mesh:
+  """One device of a chip that need not be there."""
   topology = topologies.get_topology_desc(
       topology_name=TOPOLOGIES[chip], platform="tpu"
   )
-  mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+  return jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+
+
+def compile_step(tx, params, chip: str):
+  """``fo.step`` compiled for one device, with params and state donated."""
   spec = jax.sharding.PartitionSpec()
-  sharding = jax.sharding.NamedSharding(mesh, spec)
+  sharding = jax.sharding.NamedSharding(mesh(chip), spec)
   args = jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
       (params, jax.eval_shape(tx.init, params), params),
   )
   step = jax.shard_map(
       lambda grads, state, params: fo.step(tx, grads, state, params),
-      mesh=mesh,
+      mesh=mesh(chip),
       in_specs=spec,
       out_specs=spec,
       check_vma=False,

@@ -3,14 +3,18 @@
 Needs ``pip install libtpu`` on x86-64 Linux. The compiler writes down the final
 bundles (instructions that issue together, one a cycle) of every kernel. A leaf's
 bundles over the cycles that HBM needs for the leaf's bytes is the figure: at 1.0
-the kernel keeps up with the memory. Bundles of a loop are counted once for each
-trip; code that runs in some of the grid's steps is counted in all of them.
+the kernel keeps up with the memory; where two cores share a grid and the memory,
+each is counted with half of both. Bundles of a loop are counted once for each trip;
+code that runs in some of the grid's steps is counted in all of them. XLA's own
+fusions have no such listing, so for them the sum of the compiler's estimates of
+cycles stands in.
 
 Run it as ``python benchmarks/tpu_static.py``; it compiles in one process for each
 case, since libtpu reads its flags once, and takes a few minutes.
 """
 
 import argparse
+import collections
 import datetime
 import glob
 import importlib.metadata
@@ -67,10 +71,10 @@ def run(*case):
   row = json.loads(found.stdout.splitlines()[-1])
   print(
       f"{row['chip']:4} {row['optimizer']:9} {row['backend']:10}"
-      f" bundles {row['bundles']:>9,} /HBM cycles {row['over_hbm_cycles']:6.2f}"
-      f" a unit {row['loop_over_hbm_cycles'] or 0:5.2f}"
+      f" {row['cycles']:>10,} cycles, over HBM's {row['over_hbm_cycles']:6.2f}"
+      f" (inner loop {row['loop_over_hbm_cycles'] or 0:5.2f})"
       f" compile {row['compile_seconds']:5.1f} s"
-      f" temporaries {row['temporaries'] >> 20:4} MiB",
+      f" temporaries {row['temporary_bytes'] >> 20:4} MiB",
       flush=True,
   )
   return row
@@ -79,54 +83,68 @@ def run(*case):
 def measure(chip: str, optimizer: str, backend: str) -> dict:
   """Compiles the update of one leaf; returns a row of the table."""
   dump = tempfile.mkdtemp(prefix="llo_")
-  os.environ |= {
-      "TPU_SKIP_MDS_QUERY": "1",
-      "JAX_PLATFORMS": "cpu",
-      "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-  }
+  flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+  os.environ["LIBTPU_INIT_ARGS"] = flags
   import jax
   import jax.numpy as jnp
+  import tpu_compile
 
-  import flashoptim_jax as fo
+  from flashoptim_jax.kernels import mosaic_tpu
 
   _, bandwidth, clock, cores = CHIPS[chip]
-  tx = {
-      "adamw": lambda: fo.adamw(1e-3, implementation=backend),
-      "lion": lambda: fo.lion(1e-3, implementation=backend),
-      "momentum": lambda: fo.sgd(1e-3, momentum=0.9, implementation=backend),
-      "sgd": lambda: fo.sgd(1e-3, implementation=backend),
-  }[optimizer]()
+  tx = tpu_compile.OPTIMIZERS[optimizer](implementation=backend)
   params = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16)}
   state = jax.eval_shape(tx.init, params)
   start = time.perf_counter()
-  compiled = compile_step(tx, params, state, chip)
+  compiled = tpu_compile.compile_step(tx, params, chip)
   seconds = time.perf_counter() - start
-  arrays = [*jax.tree.leaves((params, params, params)), *2 * jax.tree.leaves(state)]
   # The gradient is read, the parameter and the state are read and written.
+  arrays = 3 * jax.tree.leaves(params) + 2 * jax.tree.leaves(state)
   nbytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
-  cycles = nbytes / bandwidth * clock * cores
-  kernels = dict(read_bundles(dump))
-  loop, blocks = None, 1
+  cycles = nbytes / bandwidth * clock
+  counts = loop = None
   if backend == "mosaic_tpu":
-    (counts,) = (c for name, c in kernels.items() if "flashoptim" in name)
-    blocks, units = grid(compiled.as_text(), counts)
-    total = blocks * counts[1] + units * counts[2]
-    loop = units * counts[2] / cycles
+    counts = bundles_by_depth(dump)
+    with jax.sharding.use_abstract_mesh(tpu_compile.mesh(chip).abstract_mesh):
+      block = mosaic_tpu.block(*SHAPE, nbytes / math.prod(SHAPE))
+    steps = math.prod(SHAPE) // math.prod(block)
+    loop = math.prod(SHAPE) // mosaic_tpu.UNIT * counts[2] / cores
+    total = steps * counts[1] / cores + loop
   else:
-    total = None
+    estimates = re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())
+    total = sum(map(int, estimates))
   return {
       "chip": chip,
       "optimizer": optimizer,
       "backend": backend,
-      "bytes_per_parameter": nbytes / math.prod(SHAPE),
-      "hbm_cycles": cycles,
-      "bundles": total,
-      "over_hbm_cycles": total / cycles,
-      "loop_over_hbm_cycles": loop,
+      "bytes_per_parameter": round(nbytes / math.prod(SHAPE), 4),
+      "hbm_cycles": round(cycles),
+      "cycles": round(total),
+      "over_hbm_cycles": round(total / cycles, 3),
+      "loop_over_hbm_cycles": loop and round(loop / cycles, 3),
       "bundles_by_loop_depth": counts,
-      "compile_seconds": seconds,
-      "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+      "compile_seconds": round(seconds, 1),
+      "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+      "vmem_bytes": vmem_bytes(compiled.as_text()),
   }
+
+
+def bundles_by_depth(dump: str) -> dict[int, int]:
+  """Bundles of the kernel by the depth of the loops that they are in."""
+  names = glob.glob(f"{dump}/*flashoptim_update*final_bundles.txt")
+  (name,) = (name for name in names if "schedule" not in name)
+  depths = collections.Counter()
+  for line in pathlib.Path(name).read_text().splitlines():
+    bundle = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+[A-Z]*\s*:\s*((?:> ?)*)\s*\{", line)
+    if bundle:
+      depths[bundle[1].count(">")] += 1
+  return dict(depths)
+
+
+def vmem_bytes(hlo: str) -> int | None:
+  """VMEM that the kernel takes, as the compiler reports it."""
+  match = re.search(r'"used_scoped_memory_configs":\[[^]]*"size":"(\d+)"', hlo)
+  return int(match[1]) if match else None
 
 
 if __name__ == "__main__":

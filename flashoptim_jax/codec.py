@@ -121,12 +121,11 @@ def encode_codes(
   if storage.companding == "root":
     root = jnp.sqrt(magnitude) if kind == "first" else jnp.sqrt(jnp.sqrt(x))
     level = root * factor
+  elif kind == "first":
+    ratio = magnitude * factor
+    level = levels * (2.0 * ratio / (1.0 + ratio))
   else:
-    if kind == "first":
-      ratio = magnitude * factor
-      level = levels * (2.0 * ratio / (1.0 + ratio))
-    else:
-      level = jnp.minimum(levels * (jnp.sqrt(x) * factor), levels)
+    level = jnp.minimum(levels * (jnp.sqrt(x) * factor), levels)
   # NaN fails the comparison, so that no NaN meets the integer conversion.
   level = _where(level <= levels + 0.5, level + 0.5, 0.0)
   if kind == "first":

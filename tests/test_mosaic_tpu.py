@@ -77,7 +77,7 @@ def test_a_nan_stays_in_its_group():
         (jnp.zeros(64), {}, "it has 1 dimensions"),
         (jnp.zeros((64, 3)), {}, "another axis than the last"),
         (jnp.zeros((4, 64), jnp.float16), {}, "dtype float16"),
-        (jnp.zeros((4, 64)), {"storage": fo.Storage(group_size=64)}, "group size is 64"),
+        (jnp.zeros((4, 64)), {"storage": fo.Storage(group_size=64)}, "size is 64"),
     ],
 )
 def test_says_why_it_cannot(params, kwargs, reason):

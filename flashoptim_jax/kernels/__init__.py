@@ -127,9 +127,8 @@ def _choose(leaf: Leaf, storage: Storage, implementation: str | None) -> str:
   if reason is not None:
     _log_once(name, reason)
     return "xla"
-  if not _is_local() or fused[name].unsupported(leaf, storage) is not None:
-    return "xla"
-  if name == "mosaic_tpu" and not mosaic_tpu.pays(leaf):
+  is_fit = _is_local() and fused[name].unsupported(leaf, storage) is None
+  if not is_fit or (name == "mosaic_tpu" and not mosaic_tpu.pays(leaf)):
     return "xla"
   return name
 

@@ -107,9 +107,9 @@ def _run(
       x = read(atoms[0])
       values[out] = x * inverse_root(x) if root is None else root
       continue
-    if name == "add" and root is not None:
-      if isinstance(atoms[1], core.Literal) and atoms[1].val == 0:
-        values[out], roots[out] = read(atoms[0]), root
-        continue
+    adds_zero = name == "add" and isinstance(atoms[1], core.Literal)
+    if root is not None and adds_zero and atoms[1].val == 0:
+      values[out], roots[out] = read(atoms[0]), root
+      continue
     values[out] = eqn.primitive.bind(*map(read, atoms), **eqn.params)
   return read(jaxpr.outvars[0])

@@ -21,8 +21,7 @@ Where a block has few rows, a unit holds several of its tiles of 128 columns.
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +46,7 @@ _ROWS = 4  # rows of an 8-bit array that share a word
 _GROUPS = _LANES // GROUP_SIZE  # groups in a tile of 128 columns
 _SCALE_COLUMNS = _LANES * GROUP_SIZE  # columns whose scales fill 128 lanes
 _DTYPES = ("bfloat16", "float32")
+UNIT = _ROWS * _LANES * _LANES  # elements
 _SCRATCH_BYTES = 5 << 20  # at most
 _SMALLEST = 1 << 16
 _HIGH_HALF = -0x10000
@@ -185,7 +185,7 @@ def _quiet(x: jax.Array) -> jax.Array:
 
   Rounding could carry the others over into the sign.
   """
-  return jnp.where(x != x, _NAN, _as_bits(x))
+  return jnp.where(jnp.isnan(x), _NAN, _as_bits(x))
 
 
 def _merge(param: jax.Array, correction: jax.Array | None, master_bits) -> jax.Array:
@@ -204,9 +204,7 @@ class _Unit:
     self.plan = plan
     self.fields = fields
     self.outputs = outputs
-    self.h = dict(
-        zip(plan.hyperparameters, (scalars[i] for i in range(len(plan.hyperparameters))))
-    )
+    self.h = {name: scalars[i] for i, name in enumerate(plan.hyperparameters)}
     self.h |= dict.fromkeys(plan.zeros, 0.0)
     self.inputs = inputs
     self.results = results
@@ -329,7 +327,7 @@ class _Unit:
     groups = _ROWS * _GROUPS
     parts = [largest[pl.ds(s, groups, stride=8), :] for s in range(8)]
     s = codec.unrounded_scale(functools.reduce(jnp.maximum, parts), moment.kind)
-    bits = jnp.where(s != s, _NAN, _round_bfloat16(_as_bits(s))) & _HIGH_HALF
+    bits = jnp.where(jnp.isnan(s), _NAN, _round_bfloat16(_as_bits(s))) & _HIGH_HALF
     factor = codec.encode_factor(_as_float(bits), moment.kind, plan.storage)
     self.scratch[f"{moment.name}_encoder"][...] = factor
     kept = self.scratch[f"{moment.name}_scale"]
@@ -509,7 +507,7 @@ class _Unit:
 
   def _residual(self, bits, produced) -> jax.Array:
     """As ``codec.residual``, from the bits of float32 numbers."""
-    discarded = 32 - self.plan.storage.master_bits
+    discarded = 8 if self.plan.storage.master_bits == 24 else 0
     top = _logical_shift(bits + 0x80, 8) if discarded else bits
     produced = _logical_shift(produced & _HIGH_HALF, discarded)
     magnitude = 2 ** (31 - discarded) - 1
@@ -575,16 +573,21 @@ def _fields(rule: Rule, leaf: Leaf) -> dict[str, jax.Array]:
 
 def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
   scalars, refs = refs[0], refs[1:]
-  inputs = dict(zip(names, refs))
-  results = dict(zip(written, refs[len(names) :]))
-  scratch = dict(zip(_scratch(plan, dtypes, written), refs[len(names) + len(written) :]))
+  first_result, first_scratch = len(names), len(names) + len(written)
+  inputs = dict(zip(names, refs[:first_result], strict=True))
+  results = dict(zip(written, refs[first_result:first_scratch], strict=True))
+  kept = _scratch(plan, dtypes, written)
+  scratch = dict(zip(kept, refs[first_scratch:], strict=True))
   fields = {n: _Field(n, dtypes[n]) for n in names if not n.endswith("_scale")}
   source = {"update": "grad"}
   outputs = {
-      n: _Field(n, dtypes[source.get(n, n)]) for n in written if not n.endswith("_scale")
+      n: _Field(n, dtypes[source.get(n, n)])
+      for n in written
+      if not n.endswith("_scale")
   }
   moments = plan.rule.moments if plan.storage.moment_bits == 8 else ()
-  computed = {n: f for n, f in outputs.items() if n not in [m.name for m in plan.rule.moments]}
+  averages = {moment.name for moment in plan.rule.moments}
+  computed = {n: field for n, field in outputs.items() if n not in averages}
   block = _Unit(plan, fields, computed, scalars.at[0], inputs, results, scratch)
   step = pl.program_id(len(plan.leading) + 1)
   per = plan.steps_per_scale_block
@@ -761,9 +764,10 @@ def _call(
     written.append("update")
   generation, vmem = _chip()
   source = {"update": "grad"}
+  semantics: Any = ("parallel",) * (len(leading) + 1) + ("arbitrary",)
   moved = [*arrays.values(), *(arrays[source.get(n, n)] for n in written)]
   row_bytes = sum(a.size * a.dtype.itemsize for a in moved) / arrays["param"].size
-  block_rows, block_columns = _block(rows, columns, row_bytes)
+  block_rows, block_columns = block(rows, columns, row_bytes)
   plan = _Plan(
       rule, storage, decay, new_params, hyper, zeros, tuple(leading), rows, columns,
       block_rows, block_columns, generation >= 6, interpret,
@@ -800,7 +804,7 @@ def _call(
           for shape, dtype in _scratch(plan, dtypes, written).values()
       ],
       compiler_params=pltpu.CompilerParams(
-          dimension_semantics=("parallel",) * (len(leading) + 1) + ("arbitrary",),
+          dimension_semantics=semantics,
           vmem_limit_bytes=vmem - (1 << 20),
       ),
       interpret=interpret,
@@ -825,7 +829,7 @@ def _chip() -> tuple[int, int]:
   return info.generation, info.vmem_capacity_bytes
 
 
-def _block(rows: int, columns: int, row_bytes: float) -> tuple[int, int]:
+def block(rows: int, columns: int, row_bytes: float) -> tuple[int, int]:
   """Rows and columns of a block: the fewest units, then the most rows.
 
   Args:
