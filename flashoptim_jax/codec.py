@@ -53,6 +53,7 @@ from flashoptim_jax.storage import Storage
 Kind = Literal["first", "second"]
 CODE_DTYPE = {"first": jnp.int8, "second": jnp.uint8}
 SCALE_DTYPE = jnp.bfloat16
+LEVELS = {"first": 127.0, "second": 255.0}  # the largest codes
 _TINY = 2.0**-126  # the smallest normal float32
 
 
@@ -99,10 +100,14 @@ def encode(
 def encode_scale(x: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
   """The scales of :func:`encode`."""
   largest = _group_max(x, storage.group_size)
+  return round_to(unrounded_scale(largest, kind), SCALE_DTYPE)
+
+
+def unrounded_scale(largest: jax.Array, kind: Kind) -> jax.Array:
+  """The scale of a group, given its largest magnitude, both float32."""
   largest = _where(largest < _TINY, 0.0, largest)
   scale = largest if kind == "first" else jnp.sqrt(largest)
-  scale = _where(lax.is_finite(scale), scale, jnp.nan)
-  return round_to(scale, SCALE_DTYPE)
+  return _where(lax.is_finite(scale), scale, jnp.nan)
 
 
 def encode_codes(
@@ -110,20 +115,17 @@ def encode_codes(
 ) -> jax.Array:
   """The codes of :func:`encode`, against given scales."""
   magnitude = jnp.abs(x) if kind == "first" else x
-  s = scale.astype(jnp.float32)
-  levels = 127.0 if kind == "first" else 255.0
+  levels = LEVELS[kind]
+  factor = encode_factor(scale.astype(jnp.float32), kind, storage)
+  factor = _group_expand(factor, x.shape, storage)
   if storage.companding == "root":
-    # sqrt(|x| / s) · levels, with the division done once per group.
-    factor = _group_expand(levels * _inverse(jnp.sqrt(s)), x.shape, storage)
     root = jnp.sqrt(magnitude) if kind == "first" else jnp.sqrt(jnp.sqrt(x))
     level = root * factor
+  elif kind == "first":
+    ratio = magnitude * factor
+    level = levels * (2.0 * ratio / (1.0 + ratio))
   else:
-    factor = _group_expand(_inverse(s), x.shape, storage)
-    if kind == "first":
-      ratio = magnitude * factor
-      level = levels * (2.0 * ratio / (1.0 + ratio))
-    else:
-      level = jnp.minimum(levels * (jnp.sqrt(x) * factor), levels)
+    level = jnp.minimum(levels * (jnp.sqrt(x) * factor), levels)
   # NaN fails the comparison, so that no NaN meets the integer conversion.
   level = _where(level <= levels + 0.5, level + 0.5, 0.0)
   if kind == "first":
@@ -135,19 +137,38 @@ def decode(
     codes: jax.Array, scale: jax.Array, kind: Kind, storage: Storage
 ) -> jax.Array:
   """Inverse of :func:`encode`: float32, of the codes' shape."""
-  c = codes.astype(jnp.float32)
-  s = scale.astype(jnp.float32)
+  factor = decode_factor(scale.astype(jnp.float32), kind, storage)
+  factor = _group_expand(factor, codes.shape, storage)
+  return decode_element(codes.astype(jnp.float32), factor, kind, storage)
+
+
+def encode_factor(s: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
+  """What an element's root (or, for "paper", it) is multiplied by, once a group."""
   if storage.companding == "root":
-    levels = 127.0 if kind == "first" else 255.0
-    factor = _group_expand(s * (1.0 / levels**2), codes.shape, storage)
+    # sqrt(|x| / s) · levels, with the division done once per group.
+    return LEVELS[kind] * _inverse(jnp.sqrt(s))
+  return _inverse(s)
+
+
+def decode_factor(s: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
+  """What :func:`decode_element` takes in the scale's place, once a group."""
+  if storage.companding == "root":
+    return s * (1.0 / LEVELS[kind] ** 2)
+  return s
+
+
+def decode_element(
+    c: jax.Array, factor: jax.Array, kind: Kind, storage: Storage
+) -> jax.Array:
+  """The value of a code, given as float32, and its group's decode factor."""
+  if storage.companding == "root":
     if kind == "first":
       return c * jnp.abs(c) * factor
     return lax.square(c * c * factor)
-  s = _group_expand(s, codes.shape, storage)
   if kind == "first":
     y = c * (1.0 / 127.0)
-    return y / (2.0 - jnp.abs(y)) * s
-  return lax.square(c * (1.0 / 255.0) * s)
+    return y / (2.0 - jnp.abs(y)) * factor
+  return lax.square(c * (1.0 / 255.0) * factor)
 
 
 def _inverse(s: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ module with such a function, and say in :func:`update_leaves` when it is used.
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import not_
 from typing import NamedTuple
 
@@ -120,66 +120,75 @@ def _update_resident(
     shardings: Mapping[str, NamedSharding],
 ) -> list[UpdatedLeaf]:
   """The same, for leaves whose state is on the device."""
-  from flashoptim_jax.kernels import shards, triton, xla
+  from flashoptim_jax.kernels import mosaic_tpu, shards, triton, xla
 
   def with_triton(leaves, scalars):
     return triton.update(rule, storage, leaves, scalars, new_params)
+
+  def with_mosaic_tpu(leaves, scalars):
+    return [
+        mosaic_tpu.update(rule, storage, leaf, scalars, new_params)
+        for leaf in leaves
+    ]
 
   def with_xla(leaves, scalars):
     return [
         xla.update(rule, storage, leaf, scalars, new_params) for leaf in leaves
     ]
 
-  members: dict[Callable, list[int]] = {with_triton: [], with_xla: []}
+  on_shards = {"triton": with_triton, "mosaic_tpu": with_mosaic_tpu, "xla": with_xla}
+  members: dict[str, list[int]] = {name: [] for name in on_shards}
   updated: dict[int, UpdatedLeaf] = {}
   for i, leaf in enumerate(leaves):
-    if _uses_triton(leaf, storage, implementation):
-      members[with_triton].append(i)
-    elif shards.xla_can_partition(leaf, shardings, storage.group_size):
+    name = _choose(leaf, storage, implementation)
+    if name == "xla" and shards.xla_can_partition(
+        leaf, shardings, storage.group_size
+    ):
       (updated[i],) = with_xla([leaf], scalars)
     else:
-      members[with_xla].append(i)
-  for update, indices in members.items():
+      members[name].append(i)
+  for name, indices in members.items():
     if indices:
-      chosen = [leaves[i] for i in indices]
       results = shards.update(
-          update, chosen, scalars, shardings, storage.group_size
+          on_shards[name],
+          [leaves[i] for i in indices],
+          scalars,
+          shardings,
+          storage.group_size,
       )
       updated.update(zip(indices, results, strict=True))
   return [updated[i] for i in range(len(leaves))]
 
 
-def _uses_triton(
-    leaf: Leaf, storage: Storage, implementation: str | None
-) -> bool:
-  """Whether the Triton kernel updates a leaf; else XLA does."""
-  from flashoptim_jax.kernels import triton
+def _choose(leaf: Leaf, storage: Storage, implementation: str | None) -> str:
+  """The implementation that updates a leaf."""
+  from flashoptim_jax.kernels import mosaic_tpu, triton
 
+  fused = {"triton": triton, "mosaic_tpu": mosaic_tpu}
   if implementation == "xla":
-    return False
-  if implementation == "mosaic_tpu":
-    raise ValueError(
-        f"Leaf {leaf.path!r} can't be updated by implementation='mosaic_tpu':"
-        " this version has no TPU kernel."
-    )
-  reason = triton.unavailable()
-  if implementation is None:
+    return "xla"
+  if implementation is not None:
+    backend = fused[implementation]
+    reason = backend.unavailable() or backend.unsupported(leaf, storage)
     if reason is not None:
-      if jax.default_backend() == "gpu":
-        _log_once(reason)
-      return False
-    return triton.unsupported(leaf, storage) is None
-  reason = reason or triton.unsupported(leaf, storage)
+      raise ValueError(
+          f"Leaf {leaf.path!r} can't be updated by"
+          f" implementation={implementation!r}: {reason}."
+      )
+    return implementation
+  name = {"gpu": "triton", "tpu": "mosaic_tpu"}.get(jax.default_backend())
+  if name is None:
+    return "xla"
+  reason = fused[name].unavailable()
   if reason is not None:
-    raise ValueError(
-        f"Leaf {leaf.path!r} can't be updated by implementation='triton':"
-        f" {reason}."
-    )
-  return True
+    _log_once(name, reason)
+    return "xla"
+  small = name == "mosaic_tpu" and not mosaic_tpu.pays(leaf)
+  return "xla" if small or fused[name].unsupported(leaf, storage) else name
 
 
 @functools.cache
-def _log_once(reason: str) -> None:
+def _log_once(name: str, reason: str) -> None:
   logging.getLogger("flashoptim_jax").info(
-      "The Triton kernel is not used (%s); XLA updates the parameters.", reason
+      "The kernel %r is not used (%s); XLA updates the parameters.", name, reason
   )

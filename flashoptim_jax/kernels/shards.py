@@ -60,12 +60,11 @@ def update(
     shardings: Shardings of parameters by path, as far as they are known.
     group_size: Elements of a group of the moments.
   """
-  if is_whole():
-    return update_whole(leaves, scalars)
   unknown: list[int] = []
   by_mesh: dict[Any, dict[int, NamedSharding]] = {}
+  manual = _is_manual()
   for i, leaf in enumerate(leaves):
-    sharding = _known_sharding(leaf, shardings)
+    sharding = None if manual else _known_sharding(leaf, shardings)
     if sharding is None:
       unknown.append(i)
     else:
@@ -73,7 +72,12 @@ def update(
   updated: dict[int, UpdatedLeaf] = {}
   arguments = scalars, group_size
   if unknown:
-    results = _update_auto(update_whole, [leaves[i] for i in unknown], *arguments)
+    chosen = [leaves[i] for i in unknown]
+    results = (
+        update_whole(chosen, scalars)
+        if manual or jax.device_count() == 1
+        else _update_auto(update_whole, chosen, *arguments)
+    )
     updated.update(zip(unknown, results, strict=True))
   for known in by_mesh.values():
     results = _update_known(
@@ -91,14 +95,14 @@ def xla_can_partition(
   Where groups are cut, it refuses to guess how their parts lie with explicit
   axes, and with others returns scales that are sharded in another way.
   """
+  if _is_manual():
+    return True
   sharding = _known_sharding(leaf, shardings)
   return sharding is None or not _cuts_groups(leaf, sharding, group_size)
 
 
-def is_whole() -> bool:
-  """Whether arrays are certain to lie whole on one device."""
-  if jax.device_count() == 1:
-    return True
+def _is_manual() -> bool:
+  """Whether all mesh axes are manual, so that arrays are shards."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and all(t == AxisType.Manual for t in mesh.axis_types)
 

@@ -1,0 +1,178 @@
+"""Compiles the TPU kernel ahead of time for every optimizer, storage and shape.
+
+Needs ``pip install libtpu`` on x86-64 Linux and no TPU. Reads in the optimised HLO
+that each leaf is a Mosaic custom call, updates its arrays in place, and that no
+array of a leaf's size is copied or given another layout on the way.
+
+Run it as ``python benchmarks/tpu_compile.py``; it takes long. ``--quick`` compiles
+a few cases and prints them.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import re
+import time
+
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+import leaf_sets
+import numpy as np
+from jax.experimental import topologies
+
+import flashoptim_jax as fo
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+}
+OPTIMIZERS = {
+    "adamw": lambda **kwargs: fo.adamw(1e-3, **kwargs),
+    "adamw_nesterov": lambda **kwargs: fo.adamw(1e-3, nesterov=True, **kwargs),
+    "adam": lambda **kwargs: fo.adam(1e-3, **kwargs),
+    "lion": lambda **kwargs: fo.lion(1e-3, **kwargs),
+    "sgd": lambda **kwargs: fo.sgd(1e-3, **kwargs),
+    "momentum": lambda **kwargs: fo.sgd(1e-3, momentum=0.9, **kwargs),
+    "nesterov": lambda **kwargs: fo.sgd(
+        1e-3, momentum=0.9, nesterov=True, **kwargs
+    ),
+}
+STORAGES = {
+    "24/8": fo.Storage(),
+    "24/8 paper": fo.Storage(companding="paper"),
+    "32/8": fo.Storage(master_bits=32),
+    "none/8": fo.Storage(master_bits=None),
+    "24/32": fo.Storage(moment_bits=32),
+    "32/32": fo.Storage(master_bits=32, moment_bits=32),
+    "none/32": fo.Storage(master_bits=None, moment_bits=32),
+}
+ODD_SHAPES = [(8, 14336, 64), (4, 5, 72), (1000, 1001), (7, 33), (33, 129)]
+
+
+def shapes() -> list[tuple[int, ...]]:
+  """Distinct shapes that the kernel is for: of rank 2 or more, groups last."""
+  models = (leaf_sets.llama3_8b(), leaf_sets.gpt2(), leaf_sets.resnet50())
+  found = {shape for model in models for shape in model.values()}
+  found |= {(8, 4096, 14336), (64, 2048, 1408), *ODD_SHAPES}
+  return sorted(s for s in found if len(s) > 1 and s[-1] >= 32)
+
+
+@functools.cache
+def mesh(chip: str) -> jax.sharding.Mesh:
+  """One device of a chip that need not be there."""
+  topology = topologies.get_topology_desc(
+      topology_name=TOPOLOGIES[chip], platform="tpu"
+  )
+  return jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+
+
+def compile_step(tx, params, chip: str):
+  """``fo.step`` compiled for one device, with params and state donated."""
+  spec = jax.sharding.PartitionSpec()
+  sharding = jax.sharding.NamedSharding(mesh(chip), spec)
+  args = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+      (params, jax.eval_shape(tx.init, params), params),
+  )
+  step = jax.shard_map(
+      lambda grads, state, params: fo.step(tx, grads, state, params),
+      mesh=mesh(chip),
+      in_specs=spec,
+      out_specs=spec,
+      check_vma=False,
+  )
+  return jax.jit(step, donate_argnums=(1, 2)).lower(*args).compile()
+
+
+def check(chip: str, optimizer: str, storage: str, shapes, dtype="bfloat16") -> dict:
+  """Compiles one tree of leaves; returns what its HLO says."""
+  tx = OPTIMIZERS[optimizer](storage=STORAGES[storage], implementation="mosaic_tpu")
+  params = {str(i): jax.ShapeDtypeStruct(s, dtype) for i, s in enumerate(shapes)}
+  start = time.perf_counter()
+  compiled = compile_step(tx, params, chip)
+  seconds = time.perf_counter() - start
+  hlo = compiled.as_text()
+  calls = [line for line in hlo.splitlines() if "tpu_custom_call" in line]
+  aliased = sum(len(re.findall(r"\{\d*\}: \(\d+, \{\}\)", line)) for line in calls)
+  outputs = len(jax.tree.leaves((params, jax.eval_shape(tx.init, params)))) - 1
+  return {
+      "chip": chip,
+      "optimizer": optimizer,
+      "storage": storage,
+      "dtype": dtype,
+      "shapes": [list(shape) for shape in shapes],
+      "leaves": len(shapes),
+      "kernels": len(calls),
+      "outputs": outputs,
+      "aliased": aliased,
+      "copies": copies(hlo, set(map(math.prod, shapes))),
+      "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+      "seconds": round(seconds, 1),
+  }
+
+
+def copies(hlo: str, sizes: set[int]) -> list[str]:
+  """What moves arrays of as many elements as a leaf has."""
+  found = []
+  pattern = r"= \w+\[([\d,]*)\]\S* (copy|transpose|reshape|fusion|pad|slice)\("
+  for line in hlo.splitlines():
+    match = re.search(pattern, line)
+    if match and math.prod(map(int, filter(None, match[1].split(",")))) in sizes:
+      found.append(line.strip()[:200])
+  return found
+
+
+def quick() -> list[dict]:
+  small = [(300, 1000), (4, 64, 320)]
+  cases = [
+      ("v4", "adamw", "24/8"),
+      ("v5e", "adamw", "24/8"),
+      ("v5p", "lion", "24/8"),
+      ("v6e", "momentum", "32/32"),
+  ]
+  return [check(*case, small) for case in cases]
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--quick", action="store_true")
+  if parser.parse_args().quick:
+    print(json.dumps(quick()))
+    return
+  rows = []
+  groups = {
+      name: (chip, optimizer, storage)
+      for chip in TOPOLOGIES
+      for optimizer in OPTIMIZERS
+      for storage in STORAGES
+      for name in [f"{chip} {optimizer} {storage}"]
+  }
+  for name, case in groups.items():
+    row = check(*case, shapes())
+    print(name, {k: row[k] for k in ("kernels", "leaves", "copies", "seconds")})
+    rows.append(row)
+    write(rows)
+
+
+def write(rows):
+  result = {
+      "date": datetime.date.today().isoformat(),
+      "jax": importlib.metadata.version("jax"),
+      "libtpu": importlib.metadata.version("libtpu"),
+      "rows": rows,
+  }
+  (RESULTS / "tpu_compile.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,852 @@
+"""The fused update as a Pallas kernel for TPUs, compiled by Mosaic.
+
+The vector unit is the limit there, not memory, so the kernel is built to do few
+vector operations on each element.
+
+*Words.* Arrays of 8- and 16-bit numbers are never converted as a whole. They are
+read as 32-bit words, each of which holds four (or two) neighbouring rows of one
+column, and a row of the block is taken out by a shift. Row ``4 w + k`` is byte
+``k`` of word ``w`` of an 8-bit array and half ``k % 2`` of word ``2 w + k // 2``
+of a 16-bit one, so the second kind is read with a stride of two.
+
+*Transposed units.* A unit is 128 words by 128 columns of a block. The transpose
+unit, idle otherwise, turns it around: columns, and with them the groups, then lie
+along sublanes. A group's maximum is a maximum of whole registers, but for its
+last step, and its scale reaches its elements by a load that repeats a sublane.
+
+*Dense scales.* What is computed once for a group is computed for 1024 groups at
+a time.
+
+Where a block has few rows, a unit holds several of its tiles of 128 columns.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from flashoptim_jax import codec
+from flashoptim_jax.kernels import Leaf, UpdatedLeaf
+from flashoptim_jax.kernels.mosaic_math import (
+    evaluate,
+    inverse_root,
+    roots_of_square,
+)
+from flashoptim_jax.rules import Rule, Scalars
+from flashoptim_jax.storage import Storage
+
+GROUP_SIZE = 32
+_LANES = 128
+_ROWS = 4  # rows of an 8-bit array that share a word
+_GROUPS = _LANES // GROUP_SIZE  # groups in a tile of 128 columns
+_SCALE_COLUMNS = _LANES * GROUP_SIZE  # columns whose scales fill 128 lanes
+_DTYPES = ("bfloat16", "float32")
+UNIT = _ROWS * _LANES * _LANES  # elements
+_SCRATCH_BYTES = 5 << 20  # at most
+_SMALLEST = 1 << 16
+_HIGH_HALF = -0x10000
+_NAN = 0x7FC00000
+# Added to a number below 2^22 it leaves its nearest integer in the low bits.
+_ROUND = 1.5 * 2.0**23
+_EVERY_SIGN = 0x80808080 - 2**32
+_CHUNK = 32
+
+
+class _Field(NamedTuple):
+  """An array that the kernel reads, and where it finds it.
+
+  Attributes:
+    name: ``"grad"``, ``"param"``, ``"correction"`` or a moment's name.
+    dtype: Its dtype.
+  """
+
+  name: str
+  dtype: Any
+
+  @property
+  def itemsize(self) -> int:
+    return jnp.dtype(self.dtype).itemsize
+
+
+class _Plan(NamedTuple):
+  """How a leaf is cut up. All static.
+
+  Attributes:
+    rule: The optimizer's arithmetic.
+    storage: The state's storage.
+    decay: Whether weight decay applies.
+    new_params: Whether parameters or updates are written.
+    hyperparameters: Names of the scalars, in the order in which they are passed.
+    zeros: Names of the scalars that are known to be 0.
+    leading: Leading axes that the grid runs over.
+    rows: Rows of the leaf.
+    columns: Columns of the leaf.
+    block_rows: Rows of a block, a multiple of 32.
+    block_columns: Columns of a block, a multiple of 128.
+    has_fast_roots: Whether the TPU has accurate square roots.
+    interpret: Whether to run in interpret mode.
+  """
+
+  rule: Rule
+  storage: Storage
+  decay: bool
+  new_params: bool
+  hyperparameters: tuple[str, ...]
+  zeros: tuple[str, ...]
+  leading: tuple[int, ...]
+  rows: int
+  columns: int
+  block_rows: int
+  block_columns: int
+  has_fast_roots: bool
+  interpret: bool
+
+  @property
+  def words(self) -> int:
+    """Words of 8-bit numbers in a column of a block."""
+    return self.block_rows // _ROWS
+
+  @property
+  def tiles(self) -> int:
+    """Tiles of 128 columns in a unit."""
+    return _LANES // self.words
+
+  @property
+  def steps(self) -> int:
+    """Blocks along the columns."""
+    return pl.cdiv(self.columns, self.block_columns)
+
+  @property
+  def steps_per_scale_block(self) -> int:
+    return _SCALE_COLUMNS // self.block_columns
+
+  @property
+  def ragged(self) -> bool:
+    """Whether the last group is a partial one."""
+    return self.columns % GROUP_SIZE != 0
+
+
+def _as_float(bits: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _logical_shift(bits: jax.Array, by: int) -> jax.Array:
+  return lax.shift_right_logical(bits, jnp.full_like(bits, by)) if by else bits
+
+
+def _take(word: jax.Array, k: int, itemsize: int, signed: bool = True) -> jax.Array:
+  """Number ``k`` of a word, as an int32."""
+  bits = 8 * itemsize
+  k %= _ROWS // itemsize
+  if not signed:
+    word = _logical_shift(word, bits * k)
+    return word & (2**bits - 1) if bits * (k + 1) < 32 else word
+  above = 32 - bits * (k + 1)
+  word = word << above if above else word
+  return word >> (32 - bits)
+
+
+def _take_high(word: jax.Array, k: int, itemsize: int) -> jax.Array:
+  """Number ``k`` of a word of 16- or 32-bit numbers, in the highest bits."""
+  if itemsize == 4:
+    return word
+  return word & _HIGH_HALF if k % 2 else word << 16
+
+
+def _pack(numbers: Sequence[jax.Array], itemsize: int, interpret: bool) -> jax.Array:
+  """A word of numbers that each lie in the lowest bits, below others."""
+  if itemsize == 4:
+    return numbers[0]
+  if interpret:  # It has no rule for pack_elementwise.
+    bits = 8 * itemsize
+    parts = [(number & (2**bits - 1)) << bits * k for k, number in enumerate(numbers)]
+    return functools.reduce(jnp.bitwise_or, parts)
+  dtype = jnp.int8 if itemsize == 1 else jnp.int16
+  packed = pltpu.pack_elementwise(numbers, packed_dtype=dtype)
+  return lax.bitcast_convert_type(packed, jnp.int32)
+
+
+def _round_bfloat16(bits: jax.Array) -> jax.Array:
+  """Bits of a float32, rounded to bfloat16 in their high half; no NaNs."""
+  return bits + 0x7FFF + (_logical_shift(bits, 16) & 1)
+
+
+def _quiet(x: jax.Array) -> jax.Array:
+  """The bits of a float32, with one bit pattern for every NaN.
+
+  Rounding could carry the others over into the sign.
+  """
+  return jnp.where(jnp.isnan(x), _NAN, _as_bits(x))
+
+
+def _merge(param: jax.Array, correction: jax.Array | None, master_bits) -> jax.Array:
+  """As ``codec.merge``, for the parameter's value in float32."""
+  if correction is None:
+    return param
+  shift = 8 if master_bits == 24 else 0
+  master = _as_float(_as_bits(param) + (correction << shift))
+  return jnp.where(param == 0, param, master)
+
+
+class _Unit:
+  """One grid step's view of its block: reads, updates and writes units."""
+
+  def __init__(self, plan: _Plan, fields, outputs, scalars, inputs, results, scratch):
+    self.plan = plan
+    self.fields = fields
+    self.outputs = outputs
+    self.h = {name: scalars[i] for i, name in enumerate(plan.hyperparameters)}
+    self.h |= dict.fromkeys(plan.zeros, 0.0)
+    self.inputs = inputs
+    self.results = results
+    self.scratch = scratch
+
+  def _columns(self, unit, tile):
+    start = (unit * self.plan.tiles + tile) * _LANES
+    return pl.ds(pl.multiple_of(start, _LANES), _LANES)
+
+  def _turn(self, words):
+    return words.T if self.plan.storage.moment_bits == 8 else words
+
+  def _next(self, field: _Field):
+    return self.scratch[f"{field.name}_next"]
+
+  def _written(self, name: str) -> str:
+    codes = f"{name}_codes"
+    return codes if codes in self.scratch else name
+
+  def take_next(self, group: int) -> None:
+    """Makes a group of the unit that ``read`` brought in the current one."""
+    rows = pl.ds(group * GROUP_SIZE, GROUP_SIZE)
+    for field in self.fields.values():
+      self.scratch[field.name][:, rows, :] = self._next(field)[:, rows, :]
+
+  def read(self, field: _Field, unit) -> None:
+    """Brings a unit of an array into scratch memory, as transposed words."""
+    plan, ref, out = self.plan, self.inputs[field.name], self._next(field)
+    per_tile = plan.words * field.itemsize
+    tiles = [
+        _words(ref[:, self._columns(unit, tile)]) for tile in range(plan.tiles)
+    ]
+    if field.itemsize == 1:
+      out[0] = self._turn(_stack(tiles))
+      return
+    stage = self.scratch[f"{field.name}_stage"]
+    for tile, words in enumerate(tiles):
+      stage[pl.ds(tile * per_tile, per_tile), :] = words
+    for i in range(field.itemsize):
+      out[i] = self._turn(stage[pl.ds(i, _LANES, stride=field.itemsize), :])
+
+  def write(self, field: _Field, unit) -> None:
+    """The inverse of ``read``."""
+    plan, ref = self.plan, self.results[field.name]
+    words = self.scratch[self._written(field.name)]
+    per_tile = plan.words * field.itemsize
+    if field.itemsize == 1:
+      turned = self._turn(words[0])
+      for tile in range(plan.tiles):
+        part = turned[tile * per_tile : (tile + 1) * per_tile]
+        ref[:, self._columns(unit, tile)] = _unwords(part, field.dtype)
+      return
+    stage = self.scratch[f"{field.name}_written"]
+    for i in range(field.itemsize):
+      stage[pl.ds(i, _LANES, stride=field.itemsize), :] = self._turn(words[i])
+    for tile in range(plan.tiles):
+      part = stage[pl.ds(tile * per_tile, per_tile), :]
+      ref[:, self._columns(unit, tile)] = _unwords(part, field.dtype)
+
+  def word(self, name: str, k: int, rows) -> tuple[jax.Array, int]:
+    """The words that hold row ``k`` of four, and their numbers' size."""
+    itemsize = self.fields[name].itemsize
+    return self.scratch[name][k * itemsize // 4, rows, :], itemsize
+
+  def floats(self, name: str, k: int, rows) -> jax.Array:
+    return _as_float(_take_high(*_swap(self.word(name, k, rows), k)))
+
+  # Scales.
+
+  def read_scales(self, moment) -> None:
+    """Turns a block of scales around, once for the blocks that share it."""
+    plan = self.plan
+    words, stage = plan.words, self.scratch["stage"]
+    scales = self.inputs[f"{moment.name}_scale"]
+    lanes = scales.shape[-1]
+    stage[pl.ds(0, 2 * words), 0:lanes] = _words(scales[...])
+    kept = self.scratch[f"{moment.name}_scale"]
+    for half in range(2):
+      turned = stage[pl.ds(half, words, stride=2), :].T
+      kept[half, :, :, 0:words] = turned.reshape(-1, _GROUPS, words)
+
+  def write_scales(self, moment) -> None:
+    """The inverse of ``read_scales``."""
+    plan = self.plan
+    words, stage = plan.words, self.scratch["stage"]
+    scales = self.results[f"{moment.name}_scale"]
+    lanes = scales.shape[-1]
+    kept = self.scratch[f"{moment.name}_scale"]
+    for half in range(2):
+      turned = kept[half].reshape(_LANES, _LANES).T
+      stage[pl.ds(half, words, stride=2), :] = turned[0:words]
+    scales[...] = _unwords(stage[pl.ds(0, 2 * words), 0:lanes], scales.dtype)
+
+  def _tile(self, step, unit, tile):
+    """Index of a tile among those of its block of scales."""
+    plan = self.plan
+    first = (step % plan.steps_per_scale_block) * (plan.block_columns // _LANES)
+    return first + unit * plan.tiles + tile
+
+  def old_scales(self, moment, step, unit) -> None:
+    """Computes the factors by which a unit's codes are decoded."""
+    plan = self.plan
+    kept = self.scratch[f"{moment.name}_scale"]
+    for half in range(2):
+      tiles = [
+          kept[half, self._tile(step, unit, tile), :, 0 : plan.words]
+          for tile in range(plan.tiles)
+      ]
+      word = tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1)
+      for odd in range(2):
+        s = _as_float(_take_high(word, odd, 2))
+        factor = codec.decode_factor(s, moment.kind, plan.storage)
+        rows = pl.ds((2 * half + odd) * _GROUPS, _GROUPS)
+        self.scratch[f"{moment.name}_decoder"][rows, :] = factor
+
+  def new_scales(self, moment, step, unit) -> None:
+    """Makes scales of the groups' maxima, and factors by which to encode."""
+    plan = self.plan
+    largest = self.scratch[f"{moment.name}_max"]
+    groups = _ROWS * _GROUPS
+    parts = [largest[pl.ds(s, groups, stride=8), :] for s in range(8)]
+    s = codec.unrounded_scale(functools.reduce(jnp.maximum, parts), moment.kind)
+    bits = jnp.where(jnp.isnan(s), _NAN, _round_bfloat16(_as_bits(s))) & _HIGH_HALF
+    factor = codec.encode_factor(_as_float(bits), moment.kind, plan.storage)
+    self.scratch[f"{moment.name}_encoder"][...] = factor
+    kept = self.scratch[f"{moment.name}_scale"]
+    for half in range(2):
+      rows = [
+          bits[(2 * half + odd) * _GROUPS : (2 * half + odd + 1) * _GROUPS]
+          for odd in range(2)
+      ]
+      word = _logical_shift(rows[0], 16) | rows[1]
+      for tile in range(plan.tiles):
+        lanes = slice(tile * plan.words, (tile + 1) * plan.words)
+        index = self._tile(step, unit, tile)
+        kept[half, index, :, 0 : plan.words] = word[:, lanes]
+
+  def factor(self, moment, use: str, k: int, group) -> jax.Array:
+    row = self.scratch[f"{moment.name}_{use}"][pl.ds(k * _GROUPS + group, 1), :]
+    return jnp.broadcast_to(row, (_CHUNK, _LANES))
+
+  # The elements of one group.
+
+  def update(self, step, unit, group) -> None:
+    """Updates everything but the codes of 32 rows of a unit."""
+    largest: dict[tuple[str, int], jax.Array] = {}
+    for chunk in range(GROUP_SIZE // _CHUNK):
+      row = pl.multiple_of(group * GROUP_SIZE + chunk * _CHUNK, _CHUNK)
+      self._update_rows(step, unit, group, row, largest)
+    for (name, k), parts in largest.items():
+      start = pl.multiple_of((k * _GROUPS + group) * 8, 8)
+      self.scratch[f"{name}_max"][pl.ds(start, 8), :] = parts
+
+  def _update_rows(self, step, unit, group, row, largest) -> None:
+    plan, h = self.plan, self.h
+    rows = pl.ds(row, _CHUNK)
+    compressed = plan.storage.moment_bits == 8
+    written: dict[str, list[jax.Array]] = {name: [] for name in self.outputs}
+    inside = self._inside(step, unit, row) if plan.ragged and compressed else None
+    for k in range(_ROWS):
+      grad = self.floats("grad", k, rows)
+      old, new, roots = [], [], []
+      for moment in plan.rule.moments:
+        if compressed:
+          word, itemsize = self.word(moment.name, k, rows)
+          code = _take(word, k, itemsize, moment.kind == "first")
+          old.append(
+              codec.decode_element(
+                  code.astype(jnp.float32),
+                  self.factor(moment, "decoder", k, group),
+                  moment.kind,
+                  plan.storage,
+              )
+          )
+        else:
+          old.append(self.floats(moment.name, k, rows))
+        new.append(moment.update(grad, old[-1], h))
+        if not compressed:
+          self.scratch[moment.name][k, rows, :] = _as_bits(new[-1])
+          continue
+        magnitude, root, code_root = self._roots(moment, new[-1])
+        if root is not None:
+          roots.append((new[-1], root))
+        if inside is not None:
+          magnitude = jnp.where(inside, magnitude, 0.0)
+        parts = [magnitude[i : i + 8] for i in range(0, _CHUNK, 8)]
+        if (moment.name, k) in largest:
+          parts.append(largest[moment.name, k])
+        largest[moment.name, k] = functools.reduce(jnp.maximum, parts)
+        start = pl.multiple_of(k * _LANES + row, 8)
+        self.scratch[f"{moment.name}_root"][pl.ds(start, _CHUNK), :] = code_root
+      master = self._master(k, rows, grad, old, new, roots)
+      for name, bits in self._split(k, rows, master).items():
+        written[name].append(bits)
+    for name, numbers in written.items():
+      self._put(name, rows, numbers)
+
+  def _inside(self, step, unit, row) -> jax.Array:
+    """Whether elements lie inside the leaf."""
+    plan = self.plan
+    shape = (_CHUNK, _LANES)
+    column = lax.broadcasted_iota(jnp.int32, shape, 0) + row
+    tile = lax.broadcasted_iota(jnp.int32, shape, 1) // plan.words
+    column += (unit * plan.tiles + tile) * _LANES + step * plan.block_columns
+    return column < plan.columns
+
+  def _roots(self, moment, value):
+    """A moment's magnitude, its square root, and what its codes are made of."""
+    is_root = self.plan.storage.companding == "root"
+    if moment.kind == "first":
+      magnitude = jnp.abs(value)
+      scaled = value * inverse_root(magnitude) if is_root else value
+      return magnitude, None, scaled
+    root, fourth_root = roots_of_square(value, self.plan.has_fast_roots)
+    return value, root, fourth_root if is_root else root
+
+  def encode(self, moment, group) -> None:
+    """Writes a group's codes."""
+    for chunk in range(GROUP_SIZE // _CHUNK):
+      row = pl.multiple_of(group * GROUP_SIZE + chunk * _CHUNK, _CHUNK)
+      self._encode_rows(moment, group, row)
+
+  def _encode_rows(self, moment, group, row) -> None:
+    levels = codec.LEVELS[moment.kind]
+    numbers = []
+    for k in range(_ROWS):
+      start = pl.multiple_of(k * _LANES + row, 8)
+      root = self.scratch[f"{moment.name}_root"][pl.ds(start, _CHUNK), :]
+      level = root * self.factor(moment, "encoder", k, group)
+      if self.plan.storage.companding == "paper":
+        if moment.kind == "first":
+          level = levels * (2.0 * level / (1.0 + jnp.abs(level)))
+        else:
+          level = jnp.minimum(levels * level, levels)
+      # A NaN's low bits are zero.
+      numbers.append(_as_bits(level + _ROUND))
+    word = _pack(numbers, 1, self.plan.interpret)
+    self.scratch[f"{moment.name}_codes"][0, pl.ds(row, _CHUNK), :] = word
+
+  def _master(self, k, rows, grad, old, new, roots) -> jax.Array:
+    plan, h = self.plan, self.h
+    if self._is_coarse:
+      scalars = {name: value for name, value in h.items() if name not in plan.zeros}
+      zeros = dict.fromkeys(plan.zeros, 0.0)
+      direction = evaluate(
+          lambda *args: plan.rule.direction(*args[:-1], args[-1] | zeros),
+          (grad, old, new, scalars),
+          roots,
+          functools.partial(pl.reciprocal, approx=not plan.interpret),
+      )
+    else:
+      direction = plan.rule.direction(grad, old, new, h)
+    correction = None
+    if "correction" in self.fields:
+      word, itemsize = self.word("correction", k, rows)
+      correction = _take(word, k, itemsize)
+    param = self.floats("param", k, rows)
+    master = _merge(param, correction, plan.storage.master_bits)
+    if plan.decay:
+      direction = direction + h["weight_decay"] * master
+    return master + -h["learning_rate"] * direction
+
+  @property
+  def _is_coarse(self) -> bool:
+    """Whether master weights have at most 24 bits."""
+    is_wide = "correction" in self.fields and self.plan.storage.master_bits == 32
+    return self.fields["param"].itemsize == 2 and not is_wide
+
+  def _split(self, k, rows, master) -> dict[str, jax.Array]:
+    """What is written for a row; ``_put`` knows in which of the bits it lies."""
+    bits = _quiet(master)
+    rounded = self._rounded(bits)
+    corrected = "correction" in self.fields
+    if self.plan.new_params:
+      written = {"param": rounded}
+      if corrected:
+        # At 24 bits it is the second byte, but for the sign, which `_put` flips.
+        is_24 = self.plan.storage.master_bits == 24
+        written["correction"] = rounded if is_24 else bits
+      return written
+    if self.fields["param"].itemsize == 2:
+      rounded &= _HIGH_HALF
+    old = self.floats("param", k, rows)
+    update = _quiet(_as_float(rounded) - old)
+    if self.fields["grad"].itemsize == 2:
+      update = _round_bfloat16(update) & _HIGH_HALF
+    written = {"update": update}
+    if corrected:
+      produced = _round_bfloat16(_quiet(old + _as_float(update)))
+      written["correction"] = self._residual(bits, produced)
+    return written
+
+  def _rounded(self, bits) -> jax.Array:
+    """Bits of the new parameter; the high half of them if it has 16."""
+    if self.fields["param"].itemsize == 4:
+      return bits
+    if "correction" not in self.fields:
+      return _round_bfloat16(bits)
+    return bits + (0x8080 if self.plan.storage.master_bits == 24 else 0x8000)
+
+  def _residual(self, bits, produced) -> jax.Array:
+    """As ``codec.residual``, from the bits of float32 numbers."""
+    discarded = 8 if self.plan.storage.master_bits == 24 else 0
+    top = _logical_shift(bits + 0x80, 8) if discarded else bits
+    produced = _logical_shift(produced & _HIGH_HALF, discarded)
+    magnitude = 2 ** (31 - discarded) - 1
+    lowest = -(2 ** (15 - discarded))
+    distance = (top & magnitude) - (produced & magnitude)
+    same_sign = ((top ^ produced) & ~magnitude) == 0
+    distance = jnp.where(same_sign, distance, lowest)
+    is_nan = (bits == _NAN) | ((produced & magnitude) > (0x7F800000 >> discarded))
+    distance = jnp.where(is_nan, 0, distance)
+    return jnp.clip(distance, lowest, -lowest - 1)
+
+  def _put(self, name: str, rows, numbers: list[jax.Array]) -> None:
+    """Writes four rows of numbers."""
+    itemsize = self.outputs[name].itemsize
+    if name == "correction":
+      at = 8 if itemsize == 1 and self.plan.new_params else 0
+    else:
+      at = 0 if itemsize == 4 else 16
+    per_word = _ROWS // itemsize
+    for i in range(itemsize):
+      part = [
+          _logical_shift(number, at)
+          for number in numbers[i * per_word : (i + 1) * per_word]
+      ]
+      word = _pack(part, itemsize, self.plan.interpret)
+      if at == 8:
+        word = word ^ _EVERY_SIGN
+      self.scratch[name][i, rows, :] = word
+
+
+def _stack(tiles: list[jax.Array]) -> jax.Array:
+  return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=0)
+
+
+def _swap(word_and_size, k):
+  word, itemsize = word_and_size
+  return word, k, itemsize
+
+
+def _words(x: jax.Array) -> jax.Array:
+  if x.dtype.itemsize == 4:
+    return _as_bits(x)
+  return pltpu.bitcast(x, jnp.int32)
+
+
+def _unwords(words: jax.Array, dtype) -> jax.Array:
+  if jnp.dtype(dtype).itemsize == 4:
+    return lax.bitcast_convert_type(words, dtype)
+  return pltpu.bitcast(words, dtype)
+
+
+def _fields(rule: Rule, leaf: Leaf) -> dict[str, jax.Array]:
+  """The arrays of a leaf by name."""
+  arrays = {"grad": leaf.grad, "param": leaf.param}
+  if leaf.correction is not None:
+    arrays["correction"] = leaf.correction
+  for moment, (values, scale) in zip(rule.moments, leaf.moments, strict=True):
+    arrays[moment.name] = values
+    if scale is not None:
+      arrays[f"{moment.name}_scale"] = scale
+  return arrays
+
+
+def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
+  scalars, refs = refs[0], refs[1:]
+  first_result, first_scratch = len(names), len(names) + len(written)
+  inputs = dict(zip(names, refs[:first_result], strict=True))
+  results = dict(zip(written, refs[first_result:first_scratch], strict=True))
+  kept = _scratch(plan, dtypes, written)
+  scratch = dict(zip(kept, refs[first_scratch:], strict=True))
+  fields = {n: _Field(n, dtypes[n]) for n in names if not n.endswith("_scale")}
+  source = {"update": "grad"}
+  outputs = {
+      n: _Field(n, dtypes[source.get(n, n)])
+      for n in written
+      if not n.endswith("_scale")
+  }
+  moments = plan.rule.moments if plan.storage.moment_bits == 8 else ()
+  averages = {moment.name for moment in plan.rule.moments}
+  computed = {n: field for n, field in outputs.items() if n not in averages}
+  block = _Unit(plan, fields, computed, scalars.at[0], inputs, results, scratch)
+  step = pl.program_id(len(plan.leading) + 1)
+  per = plan.steps_per_scale_block
+
+  if moments:
+    @pl.when(step % per == 0)
+    def _():
+      for moment in moments:
+        block.read_scales(moment)
+
+  def each_group(f):
+    # One after the other in interpret mode, which compiles slowly.
+    lax.fori_loop(
+        0, _GROUPS, lambda group, _: f(group), None, unroll=not plan.interpret
+    )
+
+  unit_columns = plan.tiles * _LANES
+  left = plan.columns - step * plan.block_columns
+  units = jnp.minimum(plan.block_columns // unit_columns, pl.cdiv(left, unit_columns))
+  codes = [outputs[moment.name] for moment in moments]
+  others = [field for field in outputs.values() if field not in codes]
+
+  def encode(u):
+    for moment in moments:
+      each_group(functools.partial(block.encode, moment))
+    for field in codes:
+      block.write(field, u)
+
+  # A unit's codes have to wait for its scales, and everything for the transpose
+  # unit; so this encodes the unit before and reads the one after.
+  def unit(u, carry):
+    for group in range(_GROUPS):
+      block.take_next(group)
+    encode(jnp.maximum(u - 1, 0))
+    for field in fields.values():
+      block.read(field, jnp.minimum(u + 1, units - 1))
+    for moment in moments:
+      block.old_scales(moment, step, u)
+    each_group(lambda group: block.update(step, u, group))
+    for field in others:
+      block.write(field, u)
+    for moment in moments:
+      block.new_scales(moment, step, u)
+    return carry
+
+  for field in fields.values():
+    block.read(field, 0)
+  lax.fori_loop(0, units, unit, None)
+  encode(units - 1)
+
+  if moments:
+    @pl.when((step % per == per - 1) | (step == plan.steps - 1))
+    def _():
+      for moment in moments:
+        block.write_scales(moment)
+
+
+def _scratch(plan: _Plan, dtypes, written) -> dict[str, Any]:
+  """Scratch memory by name."""
+  names = [n for n in dtypes if not n.endswith("_scale")]
+  shapes: dict[str, Any] = {}
+  for name in names:
+    size = jnp.dtype(dtypes[name]).itemsize
+    shapes[name] = shapes[f"{name}_next"] = ((size, _LANES, _LANES), jnp.int32)
+    if size > 1:
+      shapes[f"{name}_stage"] = ((size * _LANES, _LANES), jnp.int32)
+      shapes[f"{name}_written"] = shapes[f"{name}_stage"]
+  if "update" in written:
+    shapes["update"] = shapes["grad"]
+    shapes["update_written"] = shapes["grad_stage"]
+  shapes["stage"] = ((4 * _LANES, _LANES), jnp.int32)
+  if plan.storage.moment_bits == 8:
+    for moment in plan.rule.moments:
+      shapes |= {
+          f"{moment.name}_scale": ((2, _LANES // _GROUPS, _GROUPS, _LANES), jnp.int32),
+          f"{moment.name}_decoder": ((_ROWS * _GROUPS, _LANES), jnp.float32),
+          f"{moment.name}_encoder": ((_ROWS * _GROUPS, _LANES), jnp.float32),
+          f"{moment.name}_max": ((8 * _ROWS * _GROUPS, _LANES), jnp.float32),
+          f"{moment.name}_codes": ((1, _LANES, _LANES), jnp.int32),
+          f"{moment.name}_root": ((_ROWS * _LANES, _LANES), jnp.float32),
+      }
+  return shapes
+
+
+def unavailable() -> str | None:
+  """Why the kernel can't run in this process; None if it can.
+
+  On a CPU it runs in interpret mode, and can be compiled for a TPU.
+  """
+  backend = jax.default_backend()
+  if backend not in ("tpu", "cpu"):
+    return f"JAX's default backend is {backend!r}, not 'tpu' or 'cpu'"
+  return None
+
+
+def pays(leaf: Leaf) -> bool:
+  """Whether a leaf is large enough for the kernel to be the faster choice."""
+  return leaf.param.size >= _SMALLEST
+
+
+def unsupported(leaf: Leaf, storage: Storage) -> str | None:
+  """Why the kernel can't update a leaf; None if it can."""
+  shape = leaf.param.shape
+  if storage.moment_bits == 8 and storage.group_size != GROUP_SIZE:
+    return f"its group size is {storage.group_size}, not {GROUP_SIZE}"
+  for what, array in (("it", leaf.param), ("its gradient", leaf.grad)):
+    if array.dtype.name not in _DTYPES:
+      return f"{what} has dtype {array.dtype.name}"
+  if not leaf.param.size:
+    return "it is empty"
+  if len(shape) < 2:
+    return f"it has {len(shape)} dimensions, fewer than 2"
+  if codec.group_axis(shape, storage.group_size) != len(shape) - 1:
+    return f"its groups lie along another axis than the last of {shape}"
+  return None
+
+
+def _view(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape in which a leaf is passed: as few leading axes as cost nothing.
+
+  In memory the last two axes are cut into tiles of up to 32 rows. Where the
+  rows fill them, leading axes continue the rows.
+  """
+  while len(shape) > 2 and shape[-2] % 32 == 0:
+    shape = (*shape[:-3], shape[-3] * shape[-2], shape[-1])
+  return shape
+
+
+def update(
+    rule: Rule,
+    storage: Storage,
+    leaf: Leaf,
+    scalars: Scalars,
+    new_params: bool,
+) -> UpdatedLeaf:
+  """Updates one leaf; see :func:`flashoptim_jax.kernels.update_leaves`."""
+  zeros = tuple(
+      name for name, value in scalars.items() if isinstance(value, float) and not value
+  )
+  hyper = tuple(name for name in scalars if name not in zeros)
+  packed = jnp.stack([jnp.asarray(scalars[n], jnp.float32) for n in hyper])[None]
+  arrays = _fields(rule, leaf)
+  call = functools.partial(_call, rule, storage, leaf.decay, new_params, hyper, zeros)
+  new = lax.platform_dependent(
+      packed,
+      arrays,
+      tpu=functools.partial(call, False),
+      default=functools.partial(call, True),
+  )
+  return UpdatedLeaf(
+      new["param" if new_params else "update"],
+      new.get("correction"),
+      tuple((new[m.name], new.get(f"{m.name}_scale")) for m in rule.moments),
+  )
+
+
+def _call(
+    rule: Rule,
+    storage: Storage,
+    decay: bool,
+    new_params: bool,
+    hyper: tuple[str, ...],
+    zeros: tuple[str, ...],
+    interpret: bool,
+    packed: jax.Array,
+    arrays: dict[str, jax.Array],
+) -> dict[str, jax.Array]:
+  """Calls the kernel; takes and gives a leaf's arrays by name."""
+  names = tuple(arrays)
+  shape = _view(arrays["param"].shape)
+  *leading, rows, columns = shape
+  written = [n for n in names if n != "grad" and (n != "param" or new_params)]
+  if not new_params:
+    written.append("update")
+  generation, vmem = _chip()
+  source = {"update": "grad"}
+  semantics: Any = ("parallel",) * (len(leading) + 1) + ("arbitrary",)
+  moved = [*arrays.values(), *(arrays[source.get(n, n)] for n in written)]
+  row_bytes = sum(a.size * a.dtype.itemsize for a in moved) / arrays["param"].size
+  block_rows, block_columns = block(rows, columns, row_bytes)
+  plan = _Plan(
+      rule, storage, decay, new_params, hyper, zeros, tuple(leading), rows, columns,
+      block_rows, block_columns, generation >= 6, interpret,
+  )
+  dtypes = {n: a.dtype for n, a in arrays.items()}
+  viewed = {n: a.reshape((*leading, rows, a.shape[-1])) for n, a in arrays.items()}
+  per = plan.steps_per_scale_block
+
+  def spec(name):
+    lead = (None,) * len(leading)
+    if name.endswith("_scale"):
+      lanes = min(_LANES, viewed[name].shape[-1])
+      return pl.BlockSpec(
+          (*lead, block_rows, lanes), lambda *i: (*i[:-1], i[-1] // per)
+      )
+    return pl.BlockSpec((*lead, block_rows, block_columns), lambda *i: i)
+
+  results = pl.pallas_call(
+      functools.partial(_kernel, plan, names, tuple(written), dtypes),
+      grid=(*leading, pl.cdiv(rows, block_rows), plan.steps),
+      in_specs=[
+          pl.BlockSpec(memory_space=pltpu.SMEM), *(spec(n) for n in names)
+      ],
+      out_specs=[spec(source.get(n, n)) for n in written],
+      out_shape=[
+          jax.ShapeDtypeStruct(viewed[source.get(n, n)].shape, dtypes[source.get(n, n)])
+          for n in written
+      ],
+      input_output_aliases={
+          1 + names.index(source.get(n, n)): i for i, n in enumerate(written)
+      },
+      scratch_shapes=[
+          pltpu.VMEM(shape, dtype)
+          for shape, dtype in _scratch(plan, dtypes, written).values()
+      ],
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=semantics,
+          vmem_limit_bytes=vmem - (1 << 20),
+      ),
+      interpret=interpret,
+      name="flashoptim_update",
+  )(packed, *(viewed[n] for n in names))
+  return {
+      n: a.reshape(arrays[source.get(n, n)].shape)
+      for n, a in zip(written, results, strict=True)
+  }
+
+
+def _chip() -> tuple[int, int]:
+  """Generation and bytes of VMEM of the TPU that is traced for.
+
+  Where that is unknown (interpret mode, or a mesh without devices), the least of
+  those that Pallas supports.
+  """
+  try:
+    info = pltpu.get_tpu_info()
+  except ValueError:
+    return 4, 16 << 20
+  return info.generation, info.vmem_capacity_bytes
+
+
+def block(rows: int, columns: int, row_bytes: float) -> tuple[int, int]:
+  """Rows and columns of a block: the fewest units, then the most rows.
+
+  Args:
+    rows: Rows of the leaf.
+    columns: Columns of the leaf.
+    row_bytes: Columns times this are the bytes of one row of all arrays.
+  """
+  tiles = pl.cdiv(columns, _LANES)
+
+  def units(block_rows):
+    return pl.cdiv(rows, block_rows) * pl.cdiv(tiles * block_rows, 4 * _LANES)
+
+  choices = [4 * _LANES >> i for i in range(5)]
+  block_rows = min(choices, key=lambda r: (units(r), -r))
+  block_columns = 4 * _LANES * _LANES // block_rows
+  # A block is in memory twice while the next one arrives.
+  most = (_chip()[1] - _SCRATCH_BYTES) / (2 * row_bytes * block_rows)
+  while 2 * block_columns <= min(most, _SCALE_COLUMNS, columns):
+    block_columns *= 2
+  return block_rows, block_columns

@@ -1,0 +1,111 @@
+"""The TPU kernel against XLA, in interpret mode, and compiled for real TPUs."""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flashoptim_jax as fo
+from flashoptim_jax.state import flash_states
+
+STEPS = 3
+# Interpret mode compiles slowly, so each leaf has something that no other has:
+# partial groups and rows (and many tiles of columns to a unit), leading axes that
+# the grid runs over.
+SHAPES = {"ragged": (5, 168), "experts": (2, 3, 64)}
+FUNCTIONS = {"step": fo.step, "update": cases.update}
+COMBINATIONS = [
+    ("adamw", "root", "ragged", "step", jnp.bfloat16),
+    ("adamw", "none/8", "experts", "update", jnp.bfloat16),
+    ("nesterov", "paper", "ragged", "update", jnp.bfloat16),
+    ("lion", "root", "ragged", "step", jnp.float32),
+    ("adam_nesterov", "32/32", "experts", "step", jnp.bfloat16),
+    ("sgd", "root", "ragged", "update", jnp.bfloat16),
+]
+
+
+def trained(tx, params, function):
+  jitted = jax.jit(lambda g, s, p: function(tx, g, s, p))
+  state = tx.init(params)
+  for i in range(STEPS):
+    params, state = jitted(cases.grads_like(params, 1 + i), state, params)
+  return params, state
+
+
+@pytest.mark.parametrize(("name", "storage", "leaf", "function", "dtype"), COMBINATIONS)
+def test_equals_xla(name, storage, leaf, function, dtype):
+  params = cases.tree({leaf: (SHAPES[leaf], dtype)})
+  kernel, xla = (
+      trained(
+          cases.make(name, storage, implementation=implementation),
+          params,
+          FUNCTIONS[function],
+      )
+      for implementation in ("mosaic_tpu", "xla")
+  )
+  cases.assert_equal(kernel, xla, STEPS)
+
+
+def test_a_nan_stays_in_its_group():
+  params = cases.tree({"w": (SHAPES["ragged"], jnp.bfloat16)})
+  tx = cases.make("adamw", implementation="mosaic_tpu")
+  grads = {"w": cases.grads_like(params)["w"].at[2, 40].set(jnp.nan)}
+  params, state = jax.jit(lambda g, s, p: fo.step(tx, g, s, p))(
+      grads, tx.init(params), params
+  )
+  expected = np.zeros(SHAPES["ragged"], bool)
+  expected[2, 40] = True
+  np.testing.assert_array_equal(np.isnan(np.asarray(params["w"], np.float32)), expected)
+  (state,) = flash_states(state)
+  for scale in (state.mu_scale["w"], state.nu_scale["w"]):
+    expected = np.zeros(scale.shape, bool)
+    expected[2, 1] = True
+    np.testing.assert_array_equal(np.isnan(np.asarray(scale, np.float32)), expected)
+
+
+@pytest.mark.parametrize(
+    ("params", "kwargs", "reason"),
+    [
+        (jnp.zeros(64), {}, "it has 1 dimensions"),
+        (jnp.zeros((64, 3)), {}, "another axis than the last"),
+        (jnp.zeros((4, 64), jnp.float16), {}, "dtype float16"),
+        (jnp.zeros((4, 64)), {"storage": fo.Storage(group_size=64)}, "size is 64"),
+    ],
+)
+def test_says_why_it_cannot(params, kwargs, reason):
+  tx = fo.adamw(1e-3, implementation="mosaic_tpu", **kwargs)
+  params = {"leaf": params}
+  with pytest.raises(ValueError, match="'leaf' can't be updated by") as error:
+    tx.update(params, tx.init(params), params)
+  assert reason in str(error.value)
+
+
+@pytest.mark.skipif(
+    not (sys.platform == "linux" and platform.machine() == "x86_64"),
+    reason="libtpu has no wheels for other machines",
+)
+def test_compiles_for_tpus():
+  # In a process of its own: libtpu is loaded by one process at a time.
+  script = pathlib.Path(__file__).parents[1] / "benchmarks" / "tpu_compile.py"
+  found = subprocess.run(
+      [sys.executable, script, "--quick"],
+      capture_output=True,
+      text=True,
+      check=False,
+      env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+  )
+  assert found.returncode == 0, found.stderr[-4000:]
+  rows = json.loads(found.stdout.splitlines()[-1])
+  assert {row["chip"] for row in rows} == {"v4", "v5e", "v5p", "v6e"}
+  for row in rows:
+    assert row["kernels"] == row["leaves"], row
+    assert row["aliased"] == row["outputs"], row
+    assert row["copies"] == [], row
