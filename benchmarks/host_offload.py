@@ -56,10 +56,19 @@ def measure(storage, memory_kind):
   device = jax.devices()[0]
   tx = fo.adamw(1e-3, storage=storage)
   params, grads = make(0, 0.02), make(1, 0.01)
+  # The whole device state at once, before it is moved, would count as a peak.
+  resident = fo.state_shardings(tx, params, SingleDeviceSharding(device))
   placed = fo.state_shardings(
       tx, params, SingleDeviceSharding(device), memory_kind=memory_kind
   )
-  state = jax.jit(tx.init, out_shardings=placed)(params)
+  state = jax.tree.map(
+      lambda leaf, here, there: jax.device_put(
+          jnp.zeros(leaf.shape, leaf.dtype, device=here), there
+      ),
+      jax.eval_shape(tx.init, params),
+      resident,
+      placed,
+  )
   nbytes = {
       name: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
       for name, tree in (("params", params), ("state", state))

@@ -171,10 +171,20 @@ def released_loss(config: Config, live, tokens, targets):
 
 def ordinary_loss(config: Config, params, tokens, targets):
   """For ``jax.grad``."""
-  x = embed(params["embed"], tokens)
-  block = jax.checkpoint(functools.partial(layer, config), prevent_cse=False)
+  x = embed(params["embed"], tokens).astype(jnp.bfloat16)
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def block(w, x):
+    return layer(config, as_bfloat16(w), x)
+
   x, _ = jax.lax.scan(lambda x, w: (block(w, x), None), x, params["layers"])
-  return token_loss(config, params, x, targets)
+  top = {"norm": params["norm"], "head": params["head"]}
+  return token_loss(config, as_bfloat16(top), x, targets)
+
+
+def as_bfloat16(tree):
+  """Casts float32 weights where they are used, as Flax's modules do."""
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
 
 
 def released_step(config: Config, tx):

@@ -1,10 +1,20 @@
 import os
+import shutil
+import tempfile
 
 # Before JAX starts: eight CPU devices, beside whatever flags the user gave.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+
+# Tests compile many of the same programs, in two processes: keep them for the run.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_OWN_CACHE = None if _CACHE in os.environ else tempfile.mkdtemp()
+if _OWN_CACHE:  # Not in a worker, which inherits it.
+  os.environ[_CACHE] = _OWN_CACHE
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis  # noqa: E402
 
@@ -13,3 +23,8 @@ hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, print_blob=False
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_unconfigure():
+  if _OWN_CACHE:
+    shutil.rmtree(_OWN_CACHE, ignore_errors=True)

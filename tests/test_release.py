@@ -277,6 +277,12 @@ def test_equals_the_ordinary_step(name):
     assert_equals_ordinary(model, make("adamw"), params())
 
 
+def test_tpu_kernel():
+  """In interpret mode, on slices of a stack and on a leaf that is held."""
+  tx = make("adamw", implementation="mosaic_tpu")
+  assert_equals_ordinary(tied, tx, tied_params())
+
+
 @some_cases
 def test_every_optimizer(name, storage):
   assert_equals_ordinary(tied, make(name, storage), tied_params())

@@ -172,8 +172,9 @@ def test_every_storage(name, storage, kind):
   cases.assert_equal(actual, alone(name, storage, steps=1), 1)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "given"])
-@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adamw", "auto"), ("lion", "explicit"), ("lion", "given")]
+)
 def test_shards_that_cut_groups(name, kind):
   mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
   tx = cases.make(name)
@@ -207,6 +208,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch):
   stand_in = Kernel()
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(triton, "unavailable", lambda: None)
   monkeypatch.setattr(triton, "update", stand_in.update)
   return stand_in
@@ -344,8 +346,9 @@ def test_state_shardings_of_unusual_leaves():
   assert few.mu["mu"].spec == P(None)
 
 
-@pytest.mark.parametrize("name", ["adamw", "momentum"])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adamw", "auto"), ("momentum", "explicit")]
+)
 def test_state_in_host_memory(kind, name):
   tx = optax.chain(optax.trace(0.5), cases.make(name))
   shardings = shardings_on(make_mesh("4x2", KINDS[kind]))
