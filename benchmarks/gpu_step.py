@@ -316,6 +316,16 @@ def main():
     print(json.dumps(measure(*arguments.one)))
     return
 
+  # Before this process takes the GPU's memory.
+  peers: dict[str, dict[str, dict]] = {
+      leaf_set: {
+          row: in_subprocess(["--one", leaf_set, row], arguments.peers)
+          for row in PEERS
+          if arguments.peers
+      }
+      for leaf_set in arguments.leaf_sets
+  }
+
   import jax
   import optax
 
@@ -331,12 +341,11 @@ def main():
           "flashoptim_jax": fo.__version__,
       },
       "copy_bytes_per_second": ceiling,
-      "leaf_sets": {},
+      "leaf_sets": peers,
   }
-  for leaf_set in arguments.leaf_sets:
+  for leaf_set, found in results["leaf_sets"].items():
     shapes = LEAF_SETS[leaf_set]()
     count = sum(map(math.prod, shapes.values()))
-    found = results["leaf_sets"][leaf_set] = {}
     for row in OURS:
       cell = found[row] = measure(leaf_set, row)
       if row in BYTES:
@@ -344,14 +353,6 @@ def main():
         cell["of_copy"] = BYTES[row] * count / seconds / ceiling
       print(leaf_set, row, cell, flush=True)
       save(results, arguments.output)
-  if arguments.peers:
-    jax.clear_caches()
-    for leaf_set in arguments.leaf_sets:
-      for row in PEERS:
-        found = in_subprocess(["--one", leaf_set, row], arguments.peers)
-        results["leaf_sets"][leaf_set][row] = found
-        print(leaf_set, row, found, flush=True)
-        save(results, arguments.output)
   print(table(results))
 
 

@@ -28,7 +28,7 @@ def main():
   topologies.output.mkdir(parents=True, exist_ok=True)
   for name in topologies.tpu or [None]:
     result = measure(name)
-    where = "cpu" if name is None else f"tpu_{name.replace(':', '_')}"
+    where = f"tpu_{name.replace(':', '_')}" if name else result["backend"]
     path = topologies.output / f"release_memory_{where}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1), flush=True)
@@ -86,6 +86,7 @@ def measure(topology):
   kept = sum(per_device(leaf) for leaf in jax.tree.leaves((params, state)))
   result = {
       "date": datetime.date.today().isoformat(),
+      "backend": devices[0].platform,
       "device": devices[0].device_kind,
       "devices": len(devices),
       "topology": topology,
