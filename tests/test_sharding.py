@@ -151,11 +151,10 @@ def test_update_stays_on_the_shard(name, mesh, kind):
   cases.assert_equal(actual, alone(name), STEPS)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
 @some_cases
-def test_every_storage(name, storage, kind):
+def test_every_storage(name, storage):
   """Through ``update``, whose updates are sharded as the gradients."""
-  mesh = make_mesh("4x2", KINDS[kind])
+  mesh = make_mesh("4x2")
   tx = cases.make(name, storage)
   shardings = shardings_on(mesh)
   params = jax.device_put(cases.tree(SHAPES), shardings)
