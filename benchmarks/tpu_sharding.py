@@ -144,8 +144,8 @@ def main():
   for topology, sizes in SLICES.items():
     results["slices"][topology] = measure(topology, sizes)
     print(topology, json.dumps(results["slices"][topology], indent=1), flush=True)
-  path = arguments.output / "tpu_sharding.json"
-  path.write_text(json.dumps(results, indent=1) + "\n")
+    path = arguments.output / "tpu_sharding.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
