@@ -18,36 +18,20 @@ import time
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
+from leaf_sets import llama32_1b
 
 import flashoptim_jax as fo
 
 STEPS = 5
 
 
-def shapes():
-  """Llama-3.2-1B: 16 layers of width 2,048, embedding tied to the head."""
-  result = {"embed": (128256, 2048), "norm": (2048,)}
-  for i in range(16):
-    result |= {
-        f"layer{i}/wq": (2048, 2048),
-        f"layer{i}/wk": (2048, 512),
-        f"layer{i}/wv": (2048, 512),
-        f"layer{i}/wo": (2048, 2048),
-        f"layer{i}/gate": (2048, 8192),
-        f"layer{i}/up": (2048, 8192),
-        f"layer{i}/down": (8192, 2048),
-        f"layer{i}/attention_norm": (2048,),
-        f"layer{i}/mlp_norm": (2048,),
-    }
-  return result
-
-
 def make(seed, scale):
   """Normal arrays in bfloat16."""
-  keys = jax.random.split(jax.random.key(seed), len(shapes()))
+  shapes = llama32_1b()
+  keys = jax.random.split(jax.random.key(seed), len(shapes))
   return {
       name: scale * jax.random.normal(key, shape, jnp.bfloat16)
-      for key, (name, shape) in zip(keys, shapes().items(), strict=True)
+      for key, (name, shape) in zip(keys, shapes.items(), strict=True)
   }
 
 

@@ -8,27 +8,38 @@ def one_leaf() -> Shapes:
   return {"w": (16384, 16384)}
 
 
+def _llama(vocabulary: int, dim: int, kv: int, hidden: int, layers: int) -> Shapes:
+  """Embedding and layers, ``kv`` being the width of keys and of values."""
+  shapes: Shapes = {"embed": (vocabulary, dim)}
+  for i in range(layers):
+    shapes |= {
+        f"layer{i}/wq": (dim, dim),
+        f"layer{i}/wk": (dim, kv),
+        f"layer{i}/wv": (dim, kv),
+        f"layer{i}/wo": (dim, dim),
+        f"layer{i}/gate": (dim, hidden),
+        f"layer{i}/up": (dim, hidden),
+        f"layer{i}/down": (hidden, dim),
+        f"layer{i}/attention_norm": (dim,),
+        f"layer{i}/mlp_norm": (dim,),
+    }
+  return shapes
+
+
 def llama3_8b(layers: int = 32) -> Shapes:
   """Llama-3-8B: 128,256 × 4,096 embedding, ``layers`` of its 32 layers, a head.
 
   The head is left out where the stack is cut short.
   """
-  shapes: Shapes = {"embed": (128256, 4096)}
-  for i in range(layers):
-    shapes |= {
-        f"layer{i}/wq": (4096, 4096),
-        f"layer{i}/wk": (4096, 1024),
-        f"layer{i}/wv": (4096, 1024),
-        f"layer{i}/wo": (4096, 4096),
-        f"layer{i}/gate": (4096, 14336),
-        f"layer{i}/up": (4096, 14336),
-        f"layer{i}/down": (14336, 4096),
-        f"layer{i}/attention_norm": (4096,),
-        f"layer{i}/mlp_norm": (4096,),
-    }
+  shapes = _llama(128256, 4096, 1024, 14336, layers)
   if layers == 32:
     shapes |= {"norm": (4096,), "head": (4096, 128256)}
   return shapes
+
+
+def llama32_1b() -> Shapes:
+  """Llama-3.2-1B: 16 layers of width 2,048, embedding tied to the head."""
+  return _llama(128256, 2048, 512, 8192, 16) | {"norm": (2048,)}
 
 
 def gpt2() -> Shapes:

@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from release_memory import per_device
 
 import flashoptim_jax as fo
 
@@ -123,11 +124,6 @@ def measure(topology, sizes):
           "aliased_bytes": memory.alias_size_in_bytes,
       }
   return result
-
-
-def per_device(struct) -> int:
-  """Bytes of an array that one device holds."""
-  return math.prod(struct.sharding.shard_shape(struct.shape)) * struct.dtype.itemsize
 
 
 def main():
