@@ -1,4 +1,4 @@
-"""Several processes on one machine, as several hosts would be."""
+"""Several processes, as several hosts would be, and more devices than here."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ import pytest
 import test_sharding
 
 TESTS = pathlib.Path(__file__).parent
-TIMEOUT = 300  # seconds
+TIMEOUT = 600  # seconds
 
 
 def environment(devices: int):
@@ -46,3 +46,8 @@ def test_processes_equal_one(processes, name, tmp_path):
   assert [worker.wait(TIMEOUT) for worker in workers] == [0] * processes
   actual = pickle.loads(file.read_bytes())
   cases.assert_equal(actual, test_sharding.alone(name), test_sharding.STEPS)
+
+
+def test_parameter_smaller_than_the_mesh(tmp_path):
+  command = [sys.executable, TESTS / "gate_worker.py", tmp_path]
+  subprocess.run(command, env=environment(32), timeout=TIMEOUT, check=True)
