@@ -1,6 +1,5 @@
 """Shapes from configurations, and plans of what they take."""
 
-import functools
 import json
 import sys
 
@@ -236,7 +235,7 @@ def on_one_device(tree):
     ("row", "dtype", "tx"),
     [(0, jnp.float32, optax.adamw(1e-3)), (1, jnp.bfloat16, fo.adamw(1e-3))],
 )
-def test_bytes_are_those_of_arrays_and_of_the_compiled_step(row, dtype, tx):
+def test_bytes_are_those_of_arrays(row, dtype, tx):
   params = placed_params(dtype)
   shardings = fo.state_shardings(
       tx, params, jax.tree.map(lambda leaf: leaf.sharding, params)
@@ -249,9 +248,6 @@ def test_bytes_are_those_of_arrays_and_of_the_compiled_step(row, dtype, tx):
   found = plan().rows[row]
   assert found.params == found.gradients == on_one_device(params)
   assert found.state == on_one_device(state)
-  step = jax.jit(functools.partial(fo.step, tx))
-  memory = step.lower(params, state, params).compile().memory_analysis()
-  assert memory.argument_size_in_bytes == found.total
 
 
 def test_one_device_is_the_memory_report():
