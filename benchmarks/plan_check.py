@@ -93,7 +93,7 @@ def gpt2_loss(params, tokens, targets):
 def gpt2():
   """GPT-2: as the plan sees it, its loss, parameters and their specs."""
   roles = {models.EMBED: "fsdp", models.WIDE: "tensor", None: None}
-  arrays = models.load("gpt2").stacked_params
+  arrays = models.load("gpt2").stacked_parts
   # 50,257 tokens are not divisible.
   specs = jax.tree.map(
       lambda a: P(

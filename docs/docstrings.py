@@ -7,7 +7,7 @@ import griffe
 from latex2mathml import converter
 
 _ROLE = re.compile(r":(?:func|class|mod|meth):`~?([^`]+)`")
-_LINK = re.compile(r"`([^`<]+?)\s*<([^>]+)>`_")
+_LINK = re.compile(r"`([^`<]+?)\s*<([^>\s]+)>`_")
 _MATH_ROLE = re.compile(r":math:`([^`]+)`")
 # An indented block after ".. math::", or after a line that ends in "::".
 _MATH = re.compile(r"^( *)\.\. math::\n\n((?:\1 +.*\n|\n)+)", re.MULTILINE)

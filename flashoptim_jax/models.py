@@ -54,19 +54,22 @@ class Model:
   left_out: tuple[str, ...] = ()
 
   @property
-  def params(self) -> dict[str, Any]:
-    """All of them, with layers as leaves of their own."""
-    layers = [dict(self.layer) for _ in range(self.num_layers)]
-    return {"embed": dict(self.embed), "layers": layers, "top": dict(self.top)}
+  def parts(self) -> dict[str, dict[str, Array]]:
+    """Parameters before the layers, of one layer, and after the layers."""
+    return {
+        "embed": dict(self.embed),
+        "layers": dict(self.layer),
+        "top": dict(self.top),
+    }
 
   @property
-  def stacked_params(self) -> dict[str, Any]:
+  def stacked_parts(self) -> dict[str, dict[str, Array]]:
     """All of them, with layers stacked along a first axis, for ``jax.lax.scan``."""
     layers = {
         name: Array((self.num_layers, *array.shape), (None, *array.roles))
         for name, array in self.layer.items()
     }
-    return {"embed": dict(self.embed), "layers": layers, "top": dict(self.top)}
+    return self.parts | {"layers": layers}
 
   @property
   def num_params(self) -> int:

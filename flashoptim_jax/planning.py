@@ -170,22 +170,25 @@ def plan(model: models.Model, mesh: Mapping[str, int], device: str) -> Plan:
   device_bytes = _device_bytes(device)
   _check_mesh(mesh)
   tx = optimizers.adamw(1e-3)
-  usual = _Placed(model.params, mesh, jnp.float32, optax.adamw(1e-3))
-  ours = _Placed(model.params, mesh, jnp.bfloat16, tx)
-  stacked = _Placed(model.stacked_params, mesh, jnp.bfloat16, tx)
+
+  def placed(dtype, transformation):
+    layers = model.num_layers
+    return _Placed(model.parts, layers, mesh, dtype, transformation)
+
+  usual = placed(jnp.float32, optax.adamw(1e-3))
+  ours = placed(jnp.bfloat16, tx)
+  stacked = _Placed(model.stacked_parts, 1, mesh, jnp.bfloat16, tx)
   baseline = Row(
       "optax.adamw, float32",
       usual.params_bytes,
-      sum(usual.state_bytes),
+      usual.state_bytes,
       usual.params_bytes,
   )
-  flash = Row(
-      "fo.adamw", ours.params_bytes, sum(ours.state_bytes), ours.params_bytes
-  )
+  flash = Row("fo.adamw", ours.params_bytes, ours.state_bytes, ours.params_bytes)
   released = dataclasses.replace(
       flash,
       name="fo.adamw, gradient release",
-      gradients=_released_gradients(model, ours),
+      gradients=ours.released_gradients(model.tied),
   )
   in_flight, host = ours.hosted_bytes()
   offloaded = dataclasses.replace(
@@ -227,16 +230,25 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 class _Placed:
-  """Parameters and state of a transformation on a mesh, as types."""
+  """Parameters and state of a transformation on a mesh: bytes on a device."""
 
   def __init__(
       self,
-      arrays: Any,
+      arrays: Mapping[str, Mapping[str, models.Array]],
+      num_layers: int,
       mesh: Mapping[str, int],
       dtype: Any,
       tx: optax.GradientTransformation,
   ):
-    """Places the parameters by their roles, and the state by the parameters."""
+    """Places the parameters by their roles, and the state by the parameters.
+
+    Args:
+      arrays: Parameters by part: before, in and after the layers.
+      num_layers: How often those of ``"layers"`` occur.
+      mesh: Devices along each axis.
+      dtype: The parameters' dtype.
+      tx: The transformation.
+    """
     abstract = AbstractMesh(tuple(mesh.values()), tuple(mesh))
     self.uneven: list[str] = []
     placed = jax.tree.map_with_path(
@@ -249,13 +261,14 @@ class _Placed:
         arrays,
         is_leaf=_is_array,
     )
-    self.param_sizes = jax.tree.map(_shard_bytes, types, placed)
     with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter("always")
       shardings = sharding.state_shardings(tx, types, placed)
     self.warnings = tuple(str(warning.message) for warning in caught)
+    self._num_layers = num_layers
+    self._param_sizes = jax.tree.map(_shard_bytes, types, placed)
     state = jax.eval_shape(tx.init, types)
-    self.state_sizes = jax.tree.map(_shard_bytes, state, shardings)
+    self._state_sizes = jax.tree.map(_shard_bytes, state, shardings)
 
   def _place(
       self, path: Any, array: models.Array, mesh: AbstractMesh
@@ -270,24 +283,41 @@ class _Placed:
       self.uneven.append(paths.name(path))
     return NamedSharding(mesh, spec)
 
-  @property
-  def params_bytes(self) -> int:
-    """Bytes of the parameters on a device."""
-    return sum(jax.tree.leaves(self.param_sizes))
+  def _all_layers(self, sizes: Any) -> int:
+    return sum(
+        size * (self._num_layers if "layers" in paths.name(path).split("/") else 1)
+        for path, size in jax.tree.leaves_with_path(sizes)
+    )
 
   @property
-  def state_bytes(self) -> list[int]:
-    """Bytes of each array of the state on a device."""
-    return jax.tree.leaves(self.state_sizes)
+  def params_bytes(self) -> int:
+    """Bytes of the parameters."""
+    return self._all_layers(self._param_sizes)
+
+  @property
+  def state_bytes(self) -> int:
+    """Bytes of the state."""
+    return self._all_layers(self._state_sizes)
+
+  def released_gradients(self, tied: bool) -> int:
+    """The largest call's gradients, and those of a leaf that several calls use."""
+    calls = {part: dict(sizes) for part, sizes in self._param_sizes.items()}
+    held = calls["embed"].pop("tokens") if tied else 0
+    return held + max(sum(call.values()) for call in calls.values())
 
   def hosted_bytes(self) -> tuple[int, int]:
     """With state in host memory: bytes on the device at a time, and on the host."""
-    (state,) = state_lib.flash_states(self.state_sizes)
+    (state,) = state_lib.flash_states(self._state_sizes)
     arrays = (
         state.mu, state.mu_scale, state.nu, state.nu_scale, state.correction
     )
     # By parameter, in the order of the updates.
-    leaves = [sum(sizes) for sizes in zip(*map(jax.tree.leaves, arrays), strict=True)]
+    parts = jax.tree.map(lambda *sizes: sum(sizes), *arrays)
+    leaves = [
+        *jax.tree.leaves(parts["embed"]),
+        *jax.tree.leaves(parts["layers"]) * self._num_layers,
+        *jax.tree.leaves(parts["top"]),
+    ]
     windows = range(max(1, len(leaves) - hosted.IN_FLIGHT + 1))
     return (
         max(sum(leaves[i : i + hosted.IN_FLIGHT]) for i in windows),
@@ -301,15 +331,6 @@ def _is_array(node: Any) -> bool:
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct, placed: NamedSharding) -> int:
   return math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
-def _released_gradients(model: models.Model, placed: _Placed) -> int:
-  """The largest call's gradients, and those of leaves that several calls use."""
-  sizes = placed.param_sizes
-  embed = dict(sizes["embed"])
-  held = embed.pop("tokens") if model.tied else 0
-  calls = (embed, *sizes["layers"], sizes["top"])
-  return held + max(sum(call.values()) for call in calls)
 
 
 def _notes(

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import json
 import pathlib
 import re
 
@@ -161,7 +162,7 @@ def test_quality_runs_have_a_section_and_a_picture(tmp_path, monkeypatch):
   }
   for path in tables.RESULTS.glob("*.json"):
     (tmp_path / path.name).write_text(path.read_text())
-  (tmp_path / "quality_model.json").write_text(figures.json.dumps(found))
+  (tmp_path / "quality_model.json").write_text(json.dumps(found))
   monkeypatch.setattr(tables, "RESULTS", tmp_path)
   page = figures.filled("<!-- quality -->\n<!-- /quality -->")
   assert "### A model" in page

@@ -87,6 +87,15 @@ BUILT_IN_COUNTS = {
 }
 
 
+def is_array(node):
+  return isinstance(node, models.Array)
+
+
+def separate(model):
+  """All parameters, each layer's as leaves of their own."""
+  return model.parts | {"layers": [model.parts["layers"]] * model.num_layers}
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts_of_published_models(name):
   described, count = COUNTS[name]
@@ -101,8 +110,8 @@ def test_counts_of_built_in_models(name):
 @pytest.mark.parametrize("name", models.BUILT_IN)
 def test_every_built_in_model_and_its_trees(name):
   model = models.load(name)
-  for tree in (model.params, model.stacked_params):
-    arrays = jax.tree.leaves(tree, is_leaf=lambda n: isinstance(n, models.Array))
+  for tree in (separate(model), model.stacked_parts):
+    arrays = jax.tree.leaves(tree, is_leaf=is_array)
     assert sum(np.prod(a.shape, dtype=int) for a in arrays) == model.num_params
     assert all(len(a.shape) == len(a.roles) for a in arrays)
 
@@ -111,9 +120,7 @@ def test_every_built_in_model_and_its_trees(name):
     ("name", "shapes"), [("gpt2", gpt2()), ("llama3-8b", llama3_8b())]
 )
 def test_shapes_are_those_of_the_benchmarks(name, shapes):
-  arrays = jax.tree.leaves(
-      models.load(name).params, is_leaf=lambda n: isinstance(n, models.Array)
-  )
+  arrays = jax.tree.leaves(separate(models.load(name)), is_leaf=is_array)
   assert sorted(a.shape for a in arrays) == sorted(shapes.values())
 
 
@@ -215,8 +222,8 @@ def placed_params(dtype, mesh=MESH):
 
   return jax.tree.map(
       make,
-      models.from_config(TINY, "tiny").params,
-      is_leaf=lambda node: isinstance(node, models.Array),
+      separate(models.from_config(TINY, "tiny")),
+      is_leaf=is_array,
   )
 
 
@@ -253,8 +260,8 @@ def test_bytes_are_those_of_arrays(row, dtype, tx):
 def test_one_device_is_the_memory_report():
   types = jax.tree.map(
       lambda array: jax.ShapeDtypeStruct(array.shape, jnp.bfloat16),
-      models.load("gpt2").params,
-      is_leaf=lambda node: isinstance(node, models.Array),
+      separate(models.load("gpt2")),
+      is_leaf=is_array,
   )
   report = fo.memory_report(fo.adamw(1e-3), types)
   usual, flash, *_ = planning.plan(models.load("gpt2"), {"fsdp": 1}, "v5e").rows
