@@ -64,7 +64,7 @@ def digest_of(path: pathlib.Path) -> str | None:
 
 def memory_bars(canvas, plans):
   """Stacked bars of four plans, each against its device's memory."""
-  axes = canvas.subplots(1, len(plans))
+  axes = canvas.subplots(2, len(plans) // 2).flat
   short = ("optax\nfp32", "fo", "fo\nreleased", "fo, state\non host")
   for ax, plan in zip(axes, plans, strict=True):
     bottom = np.zeros(len(plan["rows"]))
@@ -76,10 +76,11 @@ def memory_bars(canvas, plans):
     if limit < 2 * bottom.max():
       ax.axhline(limit, color="black", linewidth=1, linestyle="--")
       ax.text(3.4, limit, f"{plan['device']}: {limit:g}", ha="right", va="bottom")
-    ax.set_title(plan["model"], fontsize=10)
-    ax.tick_params(axis="x", labelsize=7)
+    devices = " × ".join(f"{k}={v}" for k, v in plan["mesh"].items() if v > 1)
+    ax.set_title(f"{plan['model']}, {devices or 'one device'}", fontsize=10)
+    ax.tick_params(axis="x", labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
-  axes[0].set_ylabel("GiB per device")
+    ax.set_ylabel("GiB per device")
   handles, labels = axes[0].get_legend_handles_labels()
   canvas.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
 
@@ -354,8 +355,8 @@ def figures() -> dict[str, Figure]:
   """Every plot by its file's name."""
   plans = [tables.load(f"plan_{name}.json") for name in tables.PLANS]
   found = {
-    "memory": Figure(memory_bars, plans, (10, 4)),
-    "speed": Figure(speed_bars, tables.load("gpu_step.json")["leaf_sets"], (10, 4.2)),
+    "memory": Figure(memory_bars, plans, (7.5, 6)),
+    "speed": Figure(speed_bars, tables.load("gpu_step.json")["leaf_sets"], (9, 4.2)),
     "released": Figure(released_bars, tables.load("release_gpu.json"), (8, 2.4)),
     "example": Figure(loss_curves, _example_curves(), (8, 3.6)),
     "companding": Figure(collapse, tables.load("companding.json")["runs"], (10, 3.4)),

@@ -493,7 +493,7 @@ def quality():
     parts.append(f"### {found['title']}\n\n{quality_table(found)}\n\n{_note(found)}")
     if any(run.get("losses") for run in found["runs"]):
       parts.append(f"![{found['title']}](figures/{path.stem}.svg)")
-  return "\n\n".join(parts) or "No runs yet."
+  return "\n\n".join(parts) or "There are no longer runs, with several seeds, yet."
 
 
 def quality_table(found):
