@@ -58,7 +58,13 @@ def main():
       stale.append(path)
       if not arguments.check:
         path.write_text(new)
-  for name, figure in plots.figures().items():
+  drawn = plots.figures()
+  for path in FIGURES.glob("*.svg"):
+    if path.stem not in drawn:
+      stale.append(path)
+      if not arguments.check:
+        path.unlink()
+  for name, figure in drawn.items():
     path = FIGURES / f"{name}.svg"
     if not path.is_file() or plots.digest_of(path) != figure.digest():
       stale.append(path)

@@ -351,21 +351,28 @@ def _quality_curves(path):
   return {"metric": found["metric"], "baseline": found["baseline"], "runs": runs}
 
 
+def quality_figures() -> dict[str, Figure]:
+  """The plots of results/quality_*.json, by their file's name."""
+  found = {}
+  for path in sorted(tables.RESULTS.glob("quality_*.json")):
+    curves = _quality_curves(path)
+    if curves["runs"]:
+      found[path.stem] = Figure(loss_curves, curves, (8, 4))
+  return found
+
+
 def figures() -> dict[str, Figure]:
-  """Every plot by its file's name."""
+  """Every plot, by its file's name."""
   plans = [tables.load(f"plan_{name}.json") for name in tables.PLANS]
-  found = {
+  sets = tables.load("gpu_step.json")["leaf_sets"]
+  return {
     "memory": Figure(memory_bars, plans, (7.5, 6)),
-    "speed": Figure(speed_bars, tables.load("gpu_step.json")["leaf_sets"], (9, 4.2)),
+    "speed": Figure(speed_bars, sets, (9, 4.2)),
     "released": Figure(released_bars, tables.load("release_gpu.json"), (8, 2.4)),
     "example": Figure(loss_curves, _example_curves(), (8, 3.6)),
     "companding": Figure(collapse, tables.load("companding.json")["runs"], (10, 3.4)),
     "codes": Figure(codes, _code_curves(), (9, 3.4)),
     "bits": Figure(bits, _split_example(), (9, 2)),
     "groups": Figure(groups, _groups_example(), (9, 1.6)),
+    **quality_figures(),
   }
-  for path in sorted(tables.RESULTS.glob("quality_*.json")):
-    curves = _quality_curves(path)
-    if curves["runs"]:
-      found[path.stem] = Figure(loss_curves, curves, (8, 4))
-  return found
