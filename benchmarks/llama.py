@@ -29,6 +29,7 @@ class Config:
     vocabulary: Number of tokens.
     chunk: Tokens whose logits exist at a time.
     attention: ``implementation`` of ``jax.nn.dot_product_attention``.
+    activations: Sharding of activations, along the batch; None leaves it to XLA.
   """
 
   dim: int
@@ -39,6 +40,13 @@ class Config:
   vocabulary: int
   chunk: int = 512
   attention: str = "xla"
+  activations: jax.sharding.NamedSharding | None = None
+
+  def along_batch(self, x):
+    """An activation, sharded as all of them are."""
+    if self.activations is None:
+      return x
+    return jax.lax.with_sharding_constraint(x, self.activations)
 
   def shapes(self) -> dict[str, Any]:
     """Shapes of the parameters."""
@@ -121,10 +129,11 @@ def rotary(x):
 def layer(config: Config, w, x):
   """One layer: grouped-query attention, then a gated MLP."""
   head = config.dim // config.heads
-  h = rms_norm(x, w["attention_norm"])
-  q = (h @ w["wq"]).reshape(*x.shape[:2], config.heads, head)
-  k = (h @ w["wk"]).reshape(*x.shape[:2], config.kv_heads, head)
-  v = (h @ w["wv"]).reshape(*x.shape[:2], config.kv_heads, head)
+  keep = config.along_batch
+  h = keep(rms_norm(keep(x), w["attention_norm"]))
+  q = keep(h @ w["wq"]).reshape(*x.shape[:2], config.heads, head)
+  k = keep(h @ w["wk"]).reshape(*x.shape[:2], config.kv_heads, head)
+  v = keep(h @ w["wv"]).reshape(*x.shape[:2], config.kv_heads, head)
   h = jax.nn.dot_product_attention(
       rotary(q),
       rotary(k),
@@ -132,31 +141,38 @@ def layer(config: Config, w, x):
       is_causal=True,
       implementation=config.attention,
   )
-  x = x + h.reshape(x.shape) @ w["wo"]
-  h = rms_norm(x, w["mlp_norm"])
-  return x + (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
+  x = keep(x + keep(h.reshape(x.shape)) @ w["wo"])
+  h = keep(rms_norm(x, w["mlp_norm"]))
+  h = keep(jax.nn.silu(keep(h @ w["gate"])) * keep(h @ w["up"]))
+  return keep(x + h @ w["down"])
 
 
 def token_loss(config: Config, w, x, targets):
-  """Mean cross-entropy, the logits made a chunk of tokens at a time."""
-  x = rms_norm(x, w["norm"]).reshape(-1, config.dim)
-  chunks = x.shape[0] // math.gcd(x.shape[0], config.chunk)
+  """Mean cross-entropy, the logits made for some of each sequence at a time."""
+  keep = config.along_batch
+  batch, seq, _ = x.shape
+  share = max(1, config.chunk // batch)  # of a sequence
+  chunk = math.gcd(seq, 1 << (share.bit_length() - 1))
+  x = keep(rms_norm(keep(x), w["norm"]))
 
   @jax.checkpoint
   def chunk_loss(total, chunk):
-    x, targets = chunk
-    logits = (x @ w["head"]).astype(jnp.float32)
+    x, targets = map(keep, chunk)
+    logits = keep((x @ w["head"]).astype(jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return total + losses.sum(), None
 
-  split = (x.reshape(chunks, -1, config.dim), targets.reshape(chunks, -1))
-  total, _ = jax.lax.scan(chunk_loss, jnp.zeros(()), split)
-  return total / x.shape[0]
+  def split(array):
+    chunks = array.reshape(batch, seq // chunk, chunk, *array.shape[2:])
+    return jnp.moveaxis(chunks, 1, 0)
+
+  total, _ = jax.lax.scan(chunk_loss, jnp.zeros(()), (split(x), split(targets)))
+  return total / targets.size
 
 
 def released_loss(config: Config, live, tokens, targets):
   """For ``value_and_release``."""
-  x = fo.released_call(embed, live["embed"], tokens)
+  x = config.along_batch(fo.released_call(embed, live["embed"], tokens))
   block = functools.partial(layer, config)
 
   def body(x, i):
@@ -171,7 +187,7 @@ def released_loss(config: Config, live, tokens, targets):
 
 def ordinary_loss(config: Config, params, tokens, targets):
   """For ``jax.grad``."""
-  x = embed(params["embed"], tokens).astype(jnp.bfloat16)
+  x = config.along_batch(embed(params["embed"], tokens).astype(jnp.bfloat16))
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def block(w, x):

@@ -174,7 +174,10 @@ def _update_auto(
     scalars: Scalars,
     group_size: int,
 ) -> list[UpdatedLeaf]:
+  # A jitted function keeps its constants, such as a kernel's tables, to itself;
+  # custom_partitioning refuses them.
   @custom_partitioning
+  @jax.jit
   def call(arrays, scalars):
     return update_whole(_replace(leaves, arrays), scalars)
 
