@@ -24,6 +24,7 @@ TABLES = {
   "release-memory": tables.release_memory,
   "release-bytes": tables.release_bytes,
   "host-offload": tables.host_offload,
+  "fsdp": tables.fsdp,
   "speed": tables.speed,
   "tpu-kernel": tables.tpu_kernel,
   "tpu-tried": tables.tpu_tried,

@@ -354,6 +354,39 @@ def tpu_sharding():
   return f"{markdown(header, rows)}\n\n{_note(found)}"
 
 
+def fsdp():
+  """Training steps over several GPUs."""
+  found = load("fsdp_gpu.json")
+  rows = [
+    (
+      name,
+      f"{cell['parameters'] / 1e9:.2f} B",
+      _gib(cell["params_and_state_bytes"]),
+      _gib(cell["peak_bytes"]),
+      f"{1e3 * cell['step_seconds']:.0f}",
+      f"{1e3 * cell['update_seconds']:.2f}",
+    )
+    for name, cell in sorted(found["train"].items())
+  ]
+  differ = sum(
+    cell["differ"]
+    for devices in found["equality"].values()
+    for cell in devices["update"].values()
+  )
+  header = (
+    "per device",
+    "parameters",
+    "parameters and state, GiB",
+    "peak, GiB",
+    "step, ms",
+    "update, ms",
+  )
+  return (
+    f"{markdown(header, rows)}\n\nElements of parameters and state in which a sharded"
+    f" update differs from one device's: {differ}. {_note(found)}"
+  )
+
+
 def checkpoints():
   """Files, faults, export."""
   size, faults = load("checkpoint_size.json"), load("checkpoint_faults.json")

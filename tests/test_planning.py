@@ -1,6 +1,7 @@
 """Shapes from configurations, and plans of what they take."""
 
 import json
+import pathlib
 import sys
 
 import jax
@@ -269,6 +270,17 @@ def test_one_device_is_the_memory_report():
       report.params, report.state, report.gradients
   )
   assert usual.total == sum(report.baseline.values())
+
+
+@pytest.mark.parametrize(("row", "name"), [(0, "optax"), (1, "flash")])
+def test_bytes_are_those_measured_on_gpus(row, name):
+  """Of Llama-3-8B, by benchmarks/fsdp_gpu.py."""
+  path = pathlib.Path(__file__).parent.parent / "benchmarks/results/fsdp_gpu.json"
+  measured = json.loads(path.read_text())["train"][f"8b {name} 4 GPUs"]
+  found = planning.plan(models.load("llama3-8b"), {"fsdp": 4}, "h200").rows[row]
+  assert found.params + found.state == pytest.approx(
+      measured["params_and_state_bytes"], rel=1e-3
+  )
 
 
 def test_released_gradients():
