@@ -20,6 +20,7 @@ TABLES = {
   "results": tables.readme,
   "plans": tables.plans,
   "plan-check": tables.plan_check,
+  "plan-peaks": tables.plan_peaks,
   "release": tables.release,
   "release-memory": tables.release_memory,
   "release-bytes": tables.release_bytes,

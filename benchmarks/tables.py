@@ -184,6 +184,19 @@ def plan_check():
   return f"{markdown(header, rows)}\n\n{note}"
 
 
+def plan_peaks():
+  """The plan beside the peak that a GPU's allocator saw, activations included."""
+  plan, found = load("plan_llama3-8b.json"), load("fsdp_gpu.json")
+  rows = []
+  for row, name in zip(plan["rows"], ("optax", "flash", "released"), strict=False):
+    measured = found["train"][f"8b {name} 1 GPUs"]
+    rows.append((row["name"], _gib(row["total"]), _gib(measured["peak_bytes"])))
+  table = markdown(
+    ("Llama-3-8B on one device, GiB", "plan", "measured peak of a training step"), rows
+  )
+  return f"{table}\n\n{_note(found)}"
+
+
 def release():
   """Llama-3-8B on one GPU, and the speed of a released step."""
   found = load("release_gpu.json")
