@@ -37,7 +37,6 @@ from flashoptim_jax import Storage, codec
 
 HERE = pathlib.Path(__file__).parent
 OUTPUT = HERE / "results" / "companding.json"
-DOCS = HERE.parent / "docs" / "storage-format.md"
 KINDS = ("first", "second")
 VARIANTS = ("paper", "root", "root_up")
 TITLES = ("paper", "root (default)", "root, scales rounded up")
@@ -174,36 +173,13 @@ def table(results):
   return "\n".join(rows)
 
 
-def write_docs(path, results):
-  """Puts the table between the page's markers."""
-  begin, end = "<!-- companding -->", "<!-- /companding -->"
-  text = path.read_text()
-  head, rest = text.split(begin)
-  _, tail = rest.split(end)
-  note = (
-      f"{results['groups']:,} groups of {results['group_size']}, "
-      f"{results['steps']:,} steps, {results['device']}, jax"
-      f" {results['versions']['jax']}, {results['date']}."
-  )
-  block = f"{begin}\n{table(results)}\n\n{note}\n{end}"
-  path.write_text(head + block + tail)
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
   parser.add_argument("--steps", type=int, default=4000)
   parser.add_argument("--groups", type=int, default=512)
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument(
-      "--docs",
-      action="store_true",
-      help="don't simulate: rewrite the table in docs/ from the JSON",
-  )
   args = parser.parse_args()
-  if args.docs:
-    write_docs(DOCS, json.loads(args.output.read_text()))
-    return
   start = time.monotonic()
   runs = []
   for sigma in SIGMAS:

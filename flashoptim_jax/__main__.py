@@ -1,6 +1,7 @@
 """The command line: ``python -m flashoptim_jax``."""
 
 import argparse
+import json
 import sys
 
 
@@ -8,6 +9,17 @@ def _inspect(arguments: argparse.Namespace) -> None:
   from flashoptim_jax import inspection
 
   print(inspection.inspect(arguments.path))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+  from flashoptim_jax import models, planning
+
+  found = planning.plan(
+      models.load(arguments.model),
+      planning.parse_mesh(arguments.mesh),
+      arguments.device,
+  )
+  print(json.dumps(found.to_json(), indent=1) if arguments.json else found)
 
 
 def main() -> int:
@@ -24,6 +36,29 @@ def main() -> int:
       "path", help="a saved tree, a step, or a CheckpointManager's directory"
   )
   inspect.set_defaults(run=_inspect)
+  plan = commands.add_parser(
+      "plan",
+      help="say what training a model takes of each device",
+      description="Says what a model's parameters, AdamW's state and gradients"
+      " take of each device of a mesh, and whether that fits.",
+  )
+  plan.add_argument(
+      "model",
+      help="a Hugging Face config.json, a directory with one, or a built-in name"
+      " such as gpt2, llama3-8b or llama3-70b; an unknown name lists them",
+  )
+  plan.add_argument(
+      "--mesh",
+      default="fsdp=1",
+      help="devices along each axis, such as fsdp=32,tp=8 (default: one device)",
+  )
+  plan.add_argument(
+      "--device",
+      required=True,
+      help="a kind, such as h100 or v5e, or its memory, such as 24GiB",
+  )
+  plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
+  plan.set_defaults(run=_plan)
   arguments = parser.parse_args()
   try:
     arguments.run(arguments)

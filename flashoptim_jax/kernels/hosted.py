@@ -10,7 +10,7 @@ from flashoptim_jax import host_memory
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf
 
 # Leaves whose state may be on its way between host and device at one time.
-_IN_FLIGHT = 3
+IN_FLIGHT = 3
 
 
 def is_hosted(leaf: Leaf) -> bool:
@@ -31,9 +31,9 @@ def update(
   updated: list[UpdatedLeaf] = []
   for i, leaf in enumerate(leaves):
     state = _state_of(leaf)
-    if i >= _IN_FLIGHT:
+    if i >= IN_FLIGHT:
       # XLA would otherwise be free to bring in the whole state at the start.
-      before = updated[i - _IN_FLIGHT].result
+      before = updated[i - IN_FLIGHT].result
       state, _ = lax.optimization_barrier((state, before))
     correction, moments = host_memory.to_device(state)
     (new,) = update_resident(

@@ -1,0 +1,577 @@
+"""Tables of README and the documentation, from the JSON files in results/."""
+
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+
+import companding
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+PLANS = ("gpt2", "llama-1b", "llama3-8b", "llama3-70b")
+
+
+def load(name):
+  return json.loads((RESULTS / name).read_text())
+
+
+def memory_row():
+  memory = load("llama_memory.json")
+  usual = memory["baseline_bytes"]
+  kept = sum(usual.values()) - usual["gradients"]
+  return (
+    "Llama-3-8B: bytes per parameter, weights and optimizer state",
+    f"{memory['bytes_per_param']:.3f}",
+    f"{kept / memory['parameters']:.3f}",
+    f"{100 * (memory['bytes_per_param'] * memory['parameters'] / kept - 1):+.0f} %",
+  )
+
+
+def loss_rows():
+  """One row per seed of the example's default run."""
+  paths = sorted(RESULTS.glob("train_lm_cpu_seed*.json"))
+  rows, differences = [], []
+  for path in paths:
+    result = load(path.name)
+    flash, usual = result["runs"]
+    difference = 100 * (flash["valid_loss"] / usual["valid_loss"] - 1)
+    differences.append(difference)
+    rows.append((
+      f"`examples/train_lm.py`, seed {result['settings']['seed']}:"
+      " validation loss",
+      f"{flash['valid_loss']:.4f}",
+      f"{usual['valid_loss']:.4f}",
+      f"{difference:+.2f} %",
+    ))
+  if len(rows) > 1:
+    rows.append((
+      "the same, mean over seeds",
+      *(
+        f"{statistics.mean(float(row[i]) for row in rows):.4f}" for i in (1, 2)
+      ),
+      f"{statistics.mean(differences):+.2f} %",
+    ))
+  return rows
+
+
+def step_row():
+  step = load("xla_step_cpu.json")
+  flash, usual = (
+    step["step_seconds"][name] for name in ("fo.adamw", "optax.adamw")
+  )
+  return (
+    f"CPU: update of {step['parameters'] / 1e6:.0f} M parameters, ms",
+    f"{flash * 1e3:.0f}",
+    f"{usual * 1e3:.0f}",
+    f"×{step['ratio']:.2f}",
+  )
+
+
+def gpu_rows():
+  """One row per leaf set, of the device's time."""
+  found = load("gpu_step.json")
+  rows = []
+  for name, cells in found["leaf_sets"].items():
+    flash, usual = cells["adamw"], cells["optax.adamw fp32"]
+    times = [cell["device_milliseconds"] for cell in (flash, usual)]
+    rows.append((
+      f"H100: update of {name}, ms ({flash['of_copy']:.0%} of a copy's speed)",
+      f"{times[0]:.2f}",
+      f"{times[1]:.2f}",
+      f"×{times[0] / times[1]:.2f}",
+    ))
+  return rows
+
+
+def release_row():
+  found = load("release_gpu.json")
+  ours = found["memory"]["peak_bytes"]
+  usual = found["baseline"]["cast_in_layers"]["total_bytes"]
+  return (
+    "H100: memory of Llama-3-8B's training step, with gradient release, GiB",
+    f"{ours / 2**30:.1f}",
+    f"{usual / 2**30:.1f} (XLA's plan)",
+    f"{100 * (ours / usual - 1):+.0f} %",
+  )
+
+
+def checkpoint_row():
+  found = load("checkpoint_size.json")
+  return (
+    "GPT-2 124 M: checkpoint, MB",
+    f"{found['flash_bytes'] / 1e6:.0f}",
+    f"{found['optax_fp32_bytes'] / 1e6:.0f}",
+    f"{100 * (found['ratio'] - 1):+.0f} %",
+  )
+
+
+def readme():
+  """The table of README."""
+  header = ("", "`fo.adamw`, bf16", "`optax.adamw`, fp32", "difference")
+  rows = [memory_row(), release_row(), checkpoint_row()]
+  return markdown(header, [*rows, *loss_rows(), *gpu_rows(), step_row()])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A Markdown table, all columns but the first to the right."""
+  rule = ["---", *["---:"] * (len(header) - 1)]
+  return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def _gib(size):
+  return f"{size / 2**30:.2f}"
+
+
+def _note(found, *more):
+  """Where and when something was measured."""
+  versions = found.get("versions", found)
+  parts = [
+    found.get("device"),
+    *(f"{name} {versions[name]}" for name in ("jax", "optax") if name in versions),
+    *more,
+    found["date"],
+  ]
+  return ", ".join(part for part in parts if part) + "."
+
+
+def plans():
+  """Bytes per device of four models."""
+  rows = []
+  for name in PLANS:
+    plan = load(f"plan_{name}.json")
+    axes = ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+    for row in plan["rows"]:
+      rows.append((
+        f"{name} on {plan['device']}, {axes}",
+        row["name"],
+        *(
+          _gib(row[key])
+          for key in ("params", "state", "gradients", "in_flight", "total")
+        ),
+      ))
+  header = (
+    "GiB per device", "", "parameters", "state", "gradients", "in flight", "total"
+  )
+  return markdown(header, rows)
+
+
+def plan_check():
+  """The plan beside compiled train steps."""
+  found = load("plan_check.json")
+  rows = [
+    (
+      f"{name}, {mesh}",
+      optimizer,
+      *(
+        _gib(sizes[key][source])
+        for key in ("params_and_state", "gradients")
+        for source in ("plan", "compiled")
+      ),
+    )
+    for name, model in found["models"].items()
+    for mesh, cells in model["meshes"].items()
+    for optimizer, sizes in cells.items()
+  ]
+  header = (
+    "GiB per device",
+    "",
+    "parameters and state: plan",
+    "compiled",
+    "gradients: plan",
+    "compiled",
+  )
+  note = f"Largest difference {found['largest_difference']:.4%}. {_note(found)}"
+  return f"{markdown(header, rows)}\n\n{note}"
+
+
+def plan_peaks():
+  """The plan beside the peak that a GPU's allocator saw, activations included."""
+  plan, found = load("plan_llama3-8b.json"), load("fsdp_gpu.json")
+  rows = []
+  for row, name in zip(plan["rows"], ("optax", "flash", "released"), strict=False):
+    measured = found["train"][f"8b {name} 1 GPUs"]
+    rows.append((row["name"], _gib(row["total"]), _gib(measured["peak_bytes"])))
+  table = markdown(
+    ("Llama-3-8B on one device, GiB", "plan", "measured peak of a training step"), rows
+  )
+  return f"{table}\n\n{_note(found)}"
+
+
+def release():
+  """Llama-3-8B on one GPU, and the speed of a released step."""
+  found = load("release_gpu.json")
+  memory, speed = found["memory"], found["speed"]
+  usual = found["baseline"]["cast_in_layers"]
+  rows = [
+    (
+      f"Llama-3-8B, {memory['tokens']:,} tokens: parameters and state, GiB",
+      _gib(memory["params_and_state_bytes"]),
+      _gib(usual["masters_and_state_bytes"]),
+    ),
+    (
+      "the same: peak, GiB",
+      _gib(memory["peak_bytes"]),
+      f"{_gib(usual['total_bytes'])} (XLA's plan)",
+    ),
+    (
+      "the same: seconds per step",
+      f"{statistics.median(memory['step_seconds'][1:]):.3f}",
+      "does not fit",
+    ),
+  ]
+  table = markdown(("", "`fo.adamw`, released", "`optax.adamw`, fp32"), rows)
+  times = [
+    1e3 * statistics.median(speed[name]["step_seconds"])
+    for name in ("ordinary", "released")
+  ]
+  return (
+    f"{table}\n\nWith {speed['parameters'] / 1e9:.1f} B parameters and"
+    f" {speed['tokens']:,} tokens, where both fit, `fo.adamw`'s step takes"
+    f" {times[0]:.0f} ms with gradients and {times[1]:.0f} ms released; the largest"
+    f" difference between their losses is {speed['largest_loss_difference']:.4f}."
+    f" {_note(found)}"
+  )
+
+
+def release_memory():
+  """XLA's account of a 24-layer model's step."""
+  rows = []
+  for path in sorted(RESULTS.glob("release_memory_*.json")):
+    found = load(path.name)
+    sizes = found["per_device_bytes"]
+    rows.append((
+      f"{found['devices']} × {found['device']}",
+      f"{found['parameters'] / 1e6:,.0f} M",
+      *(
+        f"{size / 1e6:,.1f}"
+        for size in (
+          sizes["gradients"],
+          sizes["ordinary"]["temporaries"],
+          sizes["released"]["temporaries"],
+        )
+      ),
+    ))
+  header = (
+    "MB per device",
+    "parameters",
+    "gradients",
+    "temporaries, ordinary step",
+    "temporaries, released",
+  )
+  return markdown(header, rows)
+
+
+def host_offload():
+  """State in host memory."""
+  found = load("host_offload.json")
+  rows = [
+    (
+      name,
+      f"{cell['milliseconds']:.1f}",
+      _gib(cell["state_bytes"]),
+      _gib(cell["temporary_bytes"]),
+      _gib(cell["peak_bytes"]),
+    )
+    for name, cell in found["variants"].items()
+  ]
+  header = (
+    "state", "step, ms", "state, GiB", "temporaries, GiB", "peak on the device, GiB"
+  )
+  return f"{markdown(header, rows)}\n\n{_note(found)}"
+
+
+def speed():
+  """Every optimizer of the GPU benchmark, on every leaf set."""
+  found = load("gpu_step.json")
+  sets = found["leaf_sets"]
+  names = list(dict.fromkeys(name for cells in sets.values() for name in cells))
+
+  def cell(measured):
+    if "milliseconds" not in measured:
+      return "out of memory" if "error" in measured else "–"
+    if "device_milliseconds" in measured:
+      return f"{measured['device_milliseconds']:.2f}"
+    return f"{measured['milliseconds']:.2f}*"
+
+  rows = [
+    (name, *(cell(cells.get(name, {})) for cells in sets.values())) for name in names
+  ]
+  copy = found["copy_bytes_per_second"] / 1e12
+  return (
+    f"{markdown(('ms per update', *sets), rows)}\n\nDevice time; * from start to"
+    " end, with PyTorch's launches. Names without a library are this one's."
+    f" Memory copies at {copy:.2f} TB/s. {_note(found)}"
+  )
+
+
+def tpu_kernel():
+  """Cycles of the compiled TPU kernels over those that memory needs."""
+  found = load("tpu_static.json")
+  rows = [
+    (
+      row["chip"],
+      row["optimizer"],
+      row["backend"],
+      f"{row['bytes_per_parameter']:g}",
+      f"{row['over_hbm_cycles']:.2f}",
+      f"{row['temporary_bytes'] / 2**20:.1f}",
+    )
+    for row in found["rows"]
+  ]
+  header = (
+    "chip",
+    "optimizer",
+    "backend",
+    "bytes per parameter",
+    "cycles over memory's",
+    "temporaries, MiB",
+  )
+  return (
+    f"{markdown(header, rows)}\n\nOne leaf of {found['shape'][0]:,} ×"
+    f" {found['shape'][1]:,}. On the same scale `optax.adamw` in float32 is at"
+    f" {found['fp32_adamw_over_hbm_cycles']:.2f} if it is bound by memory alone."
+    f" libtpu {found['libtpu']}, {_note(found)}"
+  )
+
+
+def tpu_tried():
+  """What was tried on the TPU kernel, in bundles of its inner loop."""
+  found = load("tpu_tried.json")
+  rows = [
+    (row["step"], *(str(row.get(chip, "")) for chip in found["chips"]))
+    for row in found["rows"]
+  ]
+  return markdown(("step", *found["chips"]), rows)
+
+
+def tpu_sharding():
+  """Sharded steps, compiled ahead of time."""
+  found = load("tpu_sharding.json")
+  rows = [
+    (
+      f"{name}: {', '.join(f'{k}={v}' for k, v in cell['mesh'].items())}",
+      f"{cell['parameters'] / 1e6:,.0f} M",
+      ", ".join(cell["resident"]["collectives_in_update"]) or "none",
+      f"{cell['resident']['params_and_state_bytes'] / 1e6:.2f}",
+      f"{cell['resident']['of_arithmetic'] - 1:+.1%}",
+    )
+    for name, cell in found["slices"].items()
+  ]
+  header = (
+    "slice",
+    "parameters",
+    "collectives in the update",
+    "parameters and state, MB per device",
+    "against an even division",
+  )
+  return f"{markdown(header, rows)}\n\n{_note(found)}"
+
+
+def fsdp():
+  """Training steps over several GPUs."""
+  found = load("fsdp_gpu.json")
+  rows = [
+    (
+      name,
+      f"{cell['parameters'] / 1e9:.2f} B",
+      _gib(cell["params_and_state_bytes"]),
+      _gib(cell["peak_bytes"]),
+      f"{1e3 * cell['step_seconds']:.0f}",
+      f"{1e3 * cell['update_seconds']:.2f}",
+    )
+    for name, cell in sorted(found["train"].items())
+  ]
+  differ = sum(
+    cell["differ"]
+    for devices in found["equality"].values()
+    for cell in devices["update"].values()
+  )
+  header = (
+    "per device",
+    "parameters",
+    "parameters and state, GiB",
+    "peak, GiB",
+    "step, ms",
+    "update, ms",
+  )
+  return (
+    f"{markdown(header, rows)}\n\nElements of parameters and state in which a sharded"
+    f" update differs from one device's: {differ}. {_note(found)}"
+  )
+
+
+def checkpoints():
+  """Files, faults, export."""
+  size, faults = load("checkpoint_size.json"), load("checkpoint_faults.json")
+  export = load("export_memory.json")
+  damaged, killed = faults["damaged"], faults["killed"]
+  rows = [
+    (
+      "GPT-2 124 M: checkpoint, `fo.adamw` / `optax.adamw` fp32, MB",
+      f"{size['flash_bytes'] / 1e6:.0f} / {size['optax_fp32_bytes'] / 1e6:.0f}",
+    ),
+    (
+      "files damaged: refused / harmless / restored wrong",
+      f"{damaged['refused']} / {damaged['harmless']} / {len(damaged['wrong'])}",
+    ),
+    (
+      "processes killed, while saving / restored wrong",
+      f"{killed['tries']}, {killed['during_save']} / {len(killed['wrong'])}",
+    ),
+    (
+      f"export of {export['parameters'] / 1e9:.2f} B parameters: memory taken"
+      " besides, MB (one file / 1 GiB each)",
+      " / ".join(
+        f"{export[name]['extra_bytes'] / 1e6:.1f}"
+        for name in ("one_file", "shards_of_1_GiB")
+      ),
+    ),
+  ]
+  return markdown(("", ""), rows)
+
+
+def storage_bytes():
+  """Bytes per parameter by optimizer and component."""
+  # Imported here: the package's other tables need no JAX.
+  import jax
+  import jax.numpy as jnp
+
+  import flashoptim_jax as fo
+
+  params = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
+  optimizers = {
+    "AdamW": fo.adamw,
+    "Lion": fo.lion,
+    "SGD with momentum": lambda rate, **kw: fo.sgd(rate, 0.9, **kw),
+    "SGD": fo.sgd,
+  }
+  reports = {
+    bits: [
+      fo.memory_report(make(1e-3, storage=fo.Storage(*bits)), params)
+      for make in optimizers.values()
+    ]
+    for bits in ((24, 8), (32, 8), (None, 8), (24, 32), (32, 32))
+  }
+  usual = reports[24, 8]
+
+  def row(title, key):
+    sizes = [getattr(report, key) / params.size for report in usual]
+    return title, *(f"{size:g}" for size in sizes)
+
+  rows = [
+    row("parameter", "params"),
+    row("correction", "correction"),
+    row("moments", "moments"),
+    row("scales, one bfloat16 for 32 codes", "scales"),
+  ]
+  rows += [
+    (
+      f"together, `Storage({master}, {moment})`"
+      + (", the default" if (master, moment) == (24, 8) else ""),
+      *(f"{report.bytes_per_param:.4f}".rstrip("0").rstrip(".") for report in found),
+    )
+    for (master, moment), found in reports.items()
+  ]
+  return markdown(("bytes per bfloat16 parameter", *optimizers), rows)
+
+
+def release_bytes():
+  """Bytes per parameter of a step: usual, ours, released."""
+  memory = load("llama_memory.json")
+  count, ours, usual = memory["parameters"], memory["bytes"], memory["baseline_bytes"]
+  columns = [
+    (usual["params"], 0, usual["moments"], usual["gradients"]),
+    *(
+      (ours["params"], ours["correction"], ours["moments"] + ours["scales"], gradients)
+      for gradients in (ours["gradients"], None)
+    ),
+  ]
+  titles = ("parameter", "correction", "moments and their scales", "gradient")
+  rows = [
+    (
+      title,
+      *(
+        "one layer's" if size is None else f"{size / count:.3f}".rstrip("0").rstrip(".")
+        for size in sizes
+      ),
+    )
+    for title, sizes in zip(titles, zip(*columns, strict=True), strict=True)
+  ]
+  totals = [sum(size or 0 for size in column) / count for column in columns]
+  rows.append(("together", *(f"{total:.3f}" for total in totals)))
+  header = (
+    "bytes per parameter, AdamW",
+    "`optax.adamw`, fp32 masters",
+    "`fo.adamw`",
+    "`fo.adamw`, released",
+  )
+  return markdown(header, rows)
+
+
+def companding_table():
+  """The simulation of companded moments."""
+  results = load("companding.json")
+  note = (
+    f"{results['groups']:,} groups of {results['group_size']}, "
+    f"{results['steps']:,} steps, {results['device']}, jax"
+    f" {results['versions']['jax']}, {results['date']}."
+  )
+  return f"{companding.table(results)}\n\n{note}"
+
+
+def example_losses():
+  """The example's runs."""
+  header = ("", "`fo.adamw`, bf16", "`optax.adamw`, fp32", "difference")
+  return markdown(header, loss_rows())
+
+
+def quality():
+  """One table for each results/quality_*.json.
+
+  Such a file has ``title``, ``metric``, ``date``, ``device``, and ``runs``: each
+  with ``name``, ``seed``, ``value`` of the metric (null if it is not finite) and,
+  for a picture, ``steps`` and ``losses``. ``baseline`` is the name of the runs
+  that the others are compared with, seed by seed.
+  """
+  parts = []
+  for path in sorted(RESULTS.glob("quality_*.json")):
+    found = load(path.name)
+    parts.append(f"### {found['title']}\n\n{quality_table(found)}\n\n{_note(found)}")
+    if any(run.get("losses") for run in found["runs"]):
+      parts.append(f"![{found['title']}](figures/{path.stem}.svg)")
+  return "\n\n".join(parts) or "There are no longer runs, with several seeds, yet."
+
+
+def quality_table(found):
+  """Mean and spread over seeds, beside the baseline's."""
+  by_name: dict[str, dict[int, float | None]] = {}
+  for run in found["runs"]:
+    by_name.setdefault(run["name"], {})[run["seed"]] = run["value"]
+  usual = by_name[found["baseline"]]
+  rows = []
+  for name, values in by_name.items():
+    finite = [value for value in values.values() if value is not None]
+    differences = [
+      value - usual[seed]
+      for seed, value in values.items()
+      if value is not None and usual.get(seed) is not None
+    ]
+    rows.append((
+      name,
+      f"{len(finite)} of {len(values)}",
+      *(_mean_and_spread(part) for part in (finite, differences)),
+    ))
+  header = (
+    found["metric"],
+    "seeds that ended finite",
+    "mean ± standard deviation over seeds",
+    f"difference to {found['baseline']}, seed by seed",
+  )
+  return markdown(header, rows)
+
+
+def _mean_and_spread(values):
+  if not values:
+    return "–"
+  spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+  return f"{statistics.mean(values):.4f}{spread}"
