@@ -1,6 +1,6 @@
 """Kills one of the multi-host example's processes; the run must resume.
 
-Usage: check_multihost.py FOLDER
+Usage: check_multihost.py FOLDER [PROCESSES]
 """
 
 import json
@@ -28,15 +28,15 @@ def start(output, devices, *flags):
   )
 
 
-def start_two(output, *flags):
-  """Two processes with a device each, that train together."""
+def start_together(count, output, *flags):
+  """Processes with a device each, that train together."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
-  cluster = ["--cluster", f"--coordinator={address}", "--num-processes=2"]
+  cluster = ["--cluster", f"--coordinator={address}", f"--num-processes={count}"]
   return [
     start(output, 1, *cluster, f"--process-id={i}", "--heartbeat=10", *flags)
-    for i in range(2)
+    for i in range(count)
   ]
 
 
@@ -54,11 +54,11 @@ def losses(output):
 
 def main():
   """Raises an error where something does not hold."""
-  folder = pathlib.Path(sys.argv[1])
+  folder, count = pathlib.Path(sys.argv[1]), int((*sys.argv, 2)[2])
   alone, together = folder / "alone", folder / "together"
   finish([start(alone, 2)])
 
-  processes = start_two(together)
+  processes = start_together(count, together)
   deadline = time.monotonic() + TIMEOUT
   # A checkpoint's folder gets its name, a number, when it is complete.
   while not any(
@@ -67,19 +67,20 @@ def main():
     assert time.monotonic() < deadline, "no checkpoint"
     assert all(process.poll() is None for process in processes), "ended early"
     time.sleep(0.02)
-  processes[1].kill()
-  processes[0].communicate(timeout=TIMEOUT)
-  assert processes[0].returncode != 0, "one process went on alone"
+  processes[-1].kill()
+  for process in processes[:-1]:
+    process.communicate(timeout=TIMEOUT)
+    assert process.returncode != 0, "a process went on without another"
   assert not (together / "losses.json").exists()
 
-  finish(start_two(together, "--resume"))
+  finish(start_together(count, together, "--resume"))
   pairs = list(zip(losses(together), losses(alone), strict=True))
   assert len(pairs) == STEPS
   # The order in which gradients are summed may differ, and nothing else.
   worst = max(abs(a - b) / b for a, b in pairs)
   assert worst < 0.02, f"losses differ by {worst:.1%}"
   print(
-    "Two processes train as one, stop when one is killed, and resume; losses"
+    f"{count} processes train as one, stop when one is killed, and resume; losses"
     f" differ by at most {worst:.2%}."
   )
 
