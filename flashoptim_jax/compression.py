@@ -29,6 +29,8 @@ from flashoptim_jax.transform import (
 )
 
 _DEFAULT_STORAGE = Storage()
+# Up to this size, parameters are updated all at once.
+_SMALL = 1 << 16
 _OWN_ARGUMENTS = (NEW_PARAMS, DEFERRED, PARAM_SHARDINGS)
 
 
@@ -151,7 +153,8 @@ def compress(
     if extra_args.get(DEFERRED, False):  # The caller takes it apart.
       results, new_state = update(*args)
     else:
-      results, new_state = sequential.run(update, args, _groups(state, params))
+      groups, of_state = _groups(state, params)
+      results, new_state = sequential.run(update, args, groups, of_state)
     if new_params:
       results = list(map(NewParam, results))
     return treedef.unflatten(results), host_memory.move_like(new_state, state)
@@ -178,13 +181,16 @@ def _corrections(state: CompressedState, treedef: Any) -> list[jax.Array | None]
   return [None if isinstance(each, optax.MaskedNode) else each for each in found]
 
 
-def _groups(state: CompressedState, params: Any) -> list[int | None]:
+def _groups(
+    state: CompressedState, params: Any
+) -> tuple[list[int | None], list[bool]]:
   """For gradients, state and parameters, who takes a turn together.
 
-  As many parameters as have no more elements than the largest.
+  As many parameters as have no more elements than the largest, with all that is
+  theirs. Says too which arrays are the state's.
   """
   named = jax.tree.leaves_with_path(params)
-  most = max((jnp.size(leaf) for _, leaf in named), default=0)
+  most = max([_SMALL, *(jnp.size(leaf) for _, leaf in named)])
   groups: dict[jax.tree_util.KeyPath, int] = {}
   group = filled = 0
   for path, leaf in named:
@@ -192,11 +198,15 @@ def _groups(state: CompressedState, params: Any) -> list[int | None]:
       group, filled = group + 1, 0
     groups[path] = group
     filled += jnp.size(leaf)
+  of_params = list(groups.values())
   of_state = [
       groups.get(paths.param_path(path, groups))
       for path, _ in jax.tree.leaves_with_path(state)
   ]
-  return [*groups.values(), *of_state, *groups.values()]
+  return (
+      [*of_params, *of_state, *of_params],
+      [False] * len(named) + [True] * len(of_state) + [False] * len(named),
+  )
 
 
 def _initial_master(param: Any) -> Any:
