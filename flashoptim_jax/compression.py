@@ -163,14 +163,19 @@ def compress(
 
 
 def _gradients(grads: Any, params: Any) -> list[jax.Array]:
-  """A gradient for each parameter; raises a ValueError if they don't fit."""
+  """A gradient for each parameter; raises a ValueError if they don't fit.
+
+  A gradient may have axes before its parameter's, for transformations that take
+  one gradient per example.
+  """
   found = paths.leaves_like(grads, params, "the gradients", "the parameters")
-  return [
-      checked_gradient(paths.name(path), grad, param)
-      for (path, param), grad in zip(
-          jax.tree.leaves_with_path(params), found, strict=True
-      )
-  ]
+  gradients = []
+  for (path, param), grad in zip(
+      jax.tree.leaves_with_path(params), found, strict=True
+  ):
+    extra_axes = jnp.ndim(grad) - jnp.ndim(param)
+    gradients.append(checked_gradient(paths.name(path), grad, param, extra_axes))
+  return gradients
 
 
 def _corrections(state: CompressedState, treedef: Any) -> list[jax.Array | None]:

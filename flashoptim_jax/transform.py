@@ -157,18 +157,28 @@ def _leaves(
   return leaves
 
 
-def checked_gradient(path: str, grad: Any, param: jax.Array) -> jax.Array:
-  """The gradient of a parameter; raises a ValueError if it can't be that."""
+def checked_gradient(
+    path: str, grad: Any, param: jax.Array, extra_axes: int = 0
+) -> jax.Array:
+  """The gradient of a parameter; raises a ValueError if it can't be that.
+
+  Args:
+    path: The parameter's name.
+    grad: The gradient.
+    param: The parameter.
+    extra_axes: How many leading axes the gradient may have beside those of the
+      parameter.
+  """
   if isinstance(grad, NewParam):
     raise ValueError(
         f"Leaf {path!r} is updated by two flash optimizers; expected masks or"
         " labels that give each leaf to one."
     )
   grad = jnp.asarray(grad)
-  if grad.shape != param.shape or not jnp.issubdtype(grad.dtype, jnp.floating):
+  if grad.shape[max(extra_axes, 0):] != jnp.shape(param) or not jnp.issubdtype(grad.dtype, jnp.floating):
     raise ValueError(
         f"The gradient of {path!r} has shape {grad.shape} and dtype"
-        f" {grad.dtype.name}; expected shape {param.shape} and a"
+        f" {grad.dtype.name}; expected shape {jnp.shape(param)} and a"
         " floating-point dtype."
     )
   return grad
