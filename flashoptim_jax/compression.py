@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from optax._src import base
 
 from flashoptim_jax import (
@@ -107,7 +108,13 @@ def compress(
     if counterpart.wanted():
       return counterpart.Counterpart(init_inner(params))
     correction = state_lib.zero_correction(params, storage)
-    return encode_inner(init_inner(params), correction, form())
+    # XLA would spend its time on encoding the zeros of whole leaves itself.
+    inner = state_lib.map_subtrees(
+        lambda _, moment: lax.optimization_barrier(moment),
+        init_inner(params),
+        dict(form().moments),
+    )
+    return encode_inner(inner, correction, form())
 
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
@@ -253,16 +260,19 @@ def _check_state(state: Any, params: Any, layout: Any, form: Format) -> None:
       layout,
   )
   paths.require_like(
-      _stored_parts(state), _stored_parts(expected), "The optimizer state", _EXPECTED
+      _stored_parts(state),
+      _stored_parts(expected),
+      "The optimizer state",
+      "that of compress for these parameters",
   )
-
-
-_EXPECTED = "that of compress for these parameters"
 
 
 def _stored_parts(state: CompressedState) -> dict[str, Any]:
   """What ``compress`` itself puts into a state."""
-  moments = {name: state_lib.subtree(state.inner, name) for name, _ in state.format.moments}
+  moments = {
+      name: state_lib.subtree(state.inner, name)
+      for name, _ in state.format.moments
+  }
   return {"inner": moments, "scales": state.scales, "correction": state.correction}
 
 
@@ -282,7 +292,7 @@ def encode_inner(inner: Any, correction: Any, form: Format) -> CompressedState:
         codec.encode(jnp.asarray(leaf).astype(jnp.float32), kinds[name], form.storage)
         for leaf in leaves
     ]
-    scales[name] = treedef.unflatten([scale for _, scale in pairs])
+    scales[state_lib.scale_name(name)] = treedef.unflatten([scale for _, scale in pairs])
     return treedef.unflatten([codes for codes, _ in pairs])
 
   if form.storage.moment_bits == 8:
@@ -305,7 +315,7 @@ def decode_inner(state: CompressedState, layout: Any) -> Any:
             codes, scale, kinds[name], storage
         ).astype(like.dtype),
         moment,
-        state.scales[name],
+        state.scales[state_lib.scale_name(name)],
         state_lib.subtree(layout, name),
     )
 

@@ -70,8 +70,8 @@ class CompressedState(NamedTuple):
     inner: State of the transformation inside, for float32 parameters, with codes
       (int8 or uint8, of the same shapes) in the place of its moments.
     scales: Their scales, bfloat16: for each moment, by its path in ``inner`` with
-      dots between the keys, a tree like the moment. Empty where moments are
-      float32.
+      dots between the keys and ``_scale`` at the end (``0.mu_scale``), a tree like
+      the moment. Empty where moments are float32.
     correction: As in :class:`FlashState`.
     format: What the arrays mean. Moments are named by their path in ``inner``.
   """
@@ -108,12 +108,17 @@ def stored_moments(state: AnyState) -> list[StoredMoment]:
   for name, kind in state.format.moments:
     if isinstance(state, CompressedState):
       values, field = subtree(state.inner, name), name.rpartition(".")[2]
-      scales = state.scales.get(name)
+      scales = state.scales.get(scale_name(name))
     else:
       values, field = getattr(state, name), name
       scales = getattr(state, f"{name}_scale") if compressed else None
     found.append(StoredMoment(field, kind, values, scales))
   return found
+
+
+def scale_name(name: str) -> str:
+  """The key of a moment's scales in a :class:`CompressedState`."""
+  return f"{name}_scale"
 
 
 def map_stored(f: Callable[[Any], Any], state: Any) -> Any:
