@@ -19,13 +19,13 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from optax_optimizers import OPTIMIZERS  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax_optimizers import OPTIMIZERS
 
-import flashoptim_jax as fo  # noqa: E402
+import flashoptim_jax as fo
 
 OUTPUT = pathlib.Path(__file__).parent / "results" / "compress_lossless.json"
 STEPS = 50

@@ -125,7 +125,7 @@ def _fields(init: Callable[[Any], Any]) -> dict[str, tuple[str, ...]]:
   def is_placeholder(node):
     return isinstance(node, type(placeholder))
 
-  found = {}
+  found: dict[str, tuple[str, ...]] = {}
   nodes = jax.tree.leaves_with_path(state, is_leaf=is_placeholder)
   for path, node in nodes:
     if path and is_placeholder(node):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -287,12 +287,14 @@ def encode_inner(inner: Any, correction: Any, form: Format) -> CompressedState:
   kinds, scales = dict(form.moments), {}
 
   def encode(name, moment):
+    treedef: Any
     leaves, treedef = jax.tree.flatten(moment)
     pairs = [
         codec.encode(jnp.asarray(leaf).astype(jnp.float32), kinds[name], form.storage)
         for leaf in leaves
     ]
-    scales[state_lib.scale_name(name)] = treedef.unflatten([scale for _, scale in pairs])
+    of_moment = treedef.unflatten([scale for _, scale in pairs])
+    scales[state_lib.scale_name(name)] = of_moment
     return treedef.unflatten([codes for codes, _ in pairs])
 
   if form.storage.moment_bits == 8:

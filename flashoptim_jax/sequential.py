@@ -82,11 +82,11 @@ class _Passes:
       operands = leafwise.variables(eqn)
       owned = [var for var in operands if self._group.get(var) is not None]
       found = {self._group[var] for var in owned}
-      stages_of_joint = any(
+      from_joint = any(
           stages.get(var, 0) for var in operands if self._group.get(var) is None
       )
       # A sum over groups goes on from one joint equation to the next.
-      partial = stages_of_joint and all(_size(v) == 1 for v in (*owned, *eqn.outvars))
+      partial = from_joint and all(_size(v) == 1 for v in (*owned, *eqn.outvars))
       joint = len(found) > 1 or bool(found and partial)
       stage = max((stages.get(var, 0) for var in operands), default=0) + joint
       for var in owned if joint else ():
@@ -116,9 +116,9 @@ class _Passes:
     for var in jaxpr.outvars:
       if not isinstance(var, core.Literal):
         by_group.setdefault(self._group.get(var), []).append(var)
-    for group, wanted in by_group.items():
+    for group, results in by_group.items():
       compute = self._compute if group is None else self._pass
-      self._env.update(zip(wanted, compute(wanted), strict=True))
+      self._env.update(zip(results, compute(results), strict=True))
     return self._compute(jaxpr.outvars)
 
   def _pass(self, wanted: list[Any]) -> list[Any]:

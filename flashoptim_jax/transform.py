@@ -175,7 +175,8 @@ def checked_gradient(
         " labels that give each leaf to one."
     )
   grad = jnp.asarray(grad)
-  if grad.shape[max(extra_axes, 0):] != jnp.shape(param) or not jnp.issubdtype(grad.dtype, jnp.floating):
+  fits = grad.shape[max(extra_axes, 0) :] == jnp.shape(param)
+  if not fits or not jnp.issubdtype(grad.dtype, jnp.floating):
     raise ValueError(
         f"The gradient of {path!r} has shape {grad.shape} and dtype"
         f" {grad.dtype.name}; expected shape {jnp.shape(param)} and a"

@@ -36,7 +36,7 @@ def test_every_export_is_listed():
 
 # The others: benchmarks/compress_lossless.py.
 @pytest.mark.parametrize(
-    "name", ["adan", "dpsgd", "lbfgs", "momo", "muon", "prodigy", "sophia"]
+    "name", ["dpsgd", "momo", "muon"]
 )
 def test_lossless_storage_is_the_optimizer_itself(name):
   actual, desired, state, plain_state = compress_lossless.follow(name)
@@ -47,7 +47,7 @@ def test_lossless_storage_is_the_optimizer_itself(name):
 
 
 def test_lossless_state_starts_from_the_masters():
-  masters = cases.tree(dtype=jnp.float32)
+  masters = cases.tree(cases.TINY_SHAPES, dtype=jnp.float32)
   for tx, field in ((contrib.prodigy(), "params0"), (contrib.dog(), "init_params")):
     _, state = fo.from_fp32(fo.compress(tx), masters)
     cases.assert_same(optax.tree.get(state, field), masters)
@@ -67,23 +67,17 @@ def test_lossless_state_starts_from_the_masters():
             optax.lion(1e-3),
             fo.lion(1e-3, implementation="xla"),
         ),
-        (
-            optax.sgd(0.1, momentum=0.9),
-            fo.sgd(0.1, momentum=0.9, implementation="xla"),
-        ),
     ],
-    ids=["adamw", "lion", "momentum"],
+    ids=["adamw", "lion"],
 )
 @pytest.mark.parametrize("function", [cases.step, cases.update])
 def test_agrees_with_the_flash_optimizer(plain, flash, function):
-  params = cases.tree()
+  params = cases.tree(cases.SMALL_SHAPES)
   compressed = cases.train(fo.compress(plain), params, 3, function)
   desired = cases.train(flash, params, 3, function)
   masters, others = fo.to_fp32(*compressed), fo.to_fp32(*desired)
   cases.assert_masters_close(masters, others, params, 24, 3)
   actual, wanted = fo.moments(compressed[1]), fo.moments(desired[1])
-  # SGD's momentum is called trace.
-  wanted = {("trace" if "trace" in actual else k): v for k, v in wanted.items()}
   cases.assert_same(actual, wanted)
 
 
@@ -190,7 +184,7 @@ def test_errors():
   state, grads = tx.init(params), cases.grads_like(params)
   with pytest.raises(ValueError, match="is a tuple; expected a CompressedState"):
     tx.update(grads, optax.adam(1e-2).init(params), params)
-  with pytest.raises(ValueError, match="made by .*moment_bits=8.* is .*bits=32"):
+  with pytest.raises(ValueError, match=r"made by .*moment_bits=8.* is .*bits=32"):
     fo.compress(optax.adam(1e-2), LOSSLESS).update(grads, state, params)
   other = cases.tree({**cases.SMALL_SHAPES, "bias": ((34,), jnp.bfloat16)})
   with pytest.raises(ValueError, match=r"bias'.*\(33,\).*\(34,\)"):
@@ -243,8 +237,8 @@ import jax, jax.numpy as jnp, optax
 import flashoptim_jax as fo
 width, layers = 128, 12
 shapes = {
-    f"{i}": {"qkv": (width, 3 * width), "out": (width, width), "norm": (width,),
-             "mlp_in": (width, 4 * width), "mlp_out": (4 * width, width)}
+    f"{i}": {"qkv": (width, 3 * width), "mlp_in": (width, 4 * width),
+             "mlp_out": (4 * width, width)}
     for i in range(layers)
 }
 shapes["embed"] = (512, width)
@@ -307,11 +301,8 @@ def sharded_step(tx, mesh, params, grads, state):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "tx", [optax.adamw(1e-2), optax.lion(1e-3)], ids=["adamw", "lion"]
-)
-def test_sharded(tx, kind):
-  tx = fo.compress(tx)
+def test_sharded(kind):
+  tx = fo.compress(optax.adamw(1e-2))
   params = cases.tree(SHARDED)
   grads, state = cases.grads_like(params), tx.init(params)
   mesh = make_mesh("4x2", KINDS[kind])
@@ -363,6 +354,21 @@ def test_checkpoint(tmp_path):
       manager.restore(2, args=fo.checkpoint.Restore(abstract))
 
 
+def test_moves():
+  tx, plain = fo.compress(optax.adamw(1e-2)), optax.adamw(1e-2)
+  masters = cases.tree(cases.SMALL_SHAPES, dtype=jnp.float32)
+  params, state = cases.train(tx, *fo.from_fp32(tx, masters)[:1], 2)
+  left = fo.to_optax(tx, params, state)
+  assert jax.tree.structure(left) == jax.tree.structure(plain.init(masters))
+  cases.assert_same(left[0].mu, fo.moments(state)["mu"])
+  arrived = fo.from_optax(tx, params, left, params_fp32=fo.to_fp32(params, state))
+  cases.assert_same(arrived, state)
+  wide = fo.compress(optax.adamw(1e-2), LOSSLESS)
+  wider = fo.convert(tx, wide, params, state)
+  cases.assert_same(fo.moments(wider[1]), fo.moments(state))
+  cases.assert_same(fo.convert(wide, tx, *wider), (params, state))
+
+
 def test_gradient_release():
   tx = fo.compress(optax.adamw(1e-2))
   params = cases.tree(cases.SMALL_SHAPES)
@@ -377,7 +383,8 @@ def test_gradient_release():
         for key in live
     )
 
-  _, params_released, state_released = fo.value_and_release(released, tx)(params, state)
+  release = fo.value_and_release(released, tx)
+  _, params_released, state_released = release(params, state)
   grads = jax.grad(loss)(params)
   desired = fo.step(tx, grads, state, params)
   cases.assert_same((params_released, state_released), desired)
