@@ -10,6 +10,7 @@ import pathlib
 import re
 import sys
 
+import compress_tables
 import plots
 import tables
 
@@ -35,6 +36,9 @@ TABLES = {
   "companding": tables.companding_table,
   "example-losses": tables.example_losses,
   "quality": tables.quality,
+  "compress-codecs": compress_tables.codecs,
+  "compress-quality": compress_tables.quality,
+  "compress-convergence": compress_tables.convergence,
 }
 
 

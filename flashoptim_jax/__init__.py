@@ -1,6 +1,7 @@
 """Optax optimizers with 8-bit moments and 24-bit master weights."""
 
 from flashoptim_jax.apply import step
+from flashoptim_jax.compression import compress
 from flashoptim_jax.conversion import convert, from_optax, to_optax
 from flashoptim_jax.memory import MemoryReport, memory_report
 from flashoptim_jax.numerics import (
@@ -15,12 +16,13 @@ from flashoptim_jax.pytorch import from_pytorch, load_pytorch
 from flashoptim_jax.release import released_call, value_and_release
 from flashoptim_jax.safetensors import export_safetensors, import_safetensors
 from flashoptim_jax.sharding import state_shardings, with_shardings
-from flashoptim_jax.state import FlashState, Format
+from flashoptim_jax.state import CompressedState, FlashState, Format
 from flashoptim_jax.storage import Storage
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompressedState",
     "FlashState",
     "Format",
     "MemoryReport",
@@ -33,6 +35,7 @@ __all__ = [
     "cast_params",
     "check_numerics",
     "checkpoint",
+    "compress",
     "convert",
     "export_safetensors",
     "flax",

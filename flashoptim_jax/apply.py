@@ -54,7 +54,7 @@ def step(
   update = tx.update
   if isinstance(tx, optax.GradientTransformation):  # optax.MultiSteps is not.
     update = optax.with_extra_args_support(tx).update
-  if not _carries_params(opt_state):
+  if not (_has_flash_state(opt_state) and _carries_params(opt_state)):
     updates, opt_state = update(grads, opt_state, params, **extra_args)
     return optax.apply_updates(params, updates), opt_state
   extra_args[NEW_PARAMS] = True

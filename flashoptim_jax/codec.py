@@ -362,6 +362,63 @@ def residual(
   return jnp.clip(distance, lowest, highest).astype(dtype)
 
 
+def store(
+    master: jax.Array, param: jax.Array, update_dtype, master_bits: int | None
+) -> tuple[jax.Array, jax.Array | None]:
+  """What an update leaves behind for new master weights.
+
+  Args:
+    master: The new master weights.
+    param: The old parameter.
+    update_dtype: The dtype of an update that ``optax.apply_updates`` will add to
+      the parameter; None to get the new parameter.
+    master_bits: 24, 32 or None.
+
+  Returns:
+    The new parameter, or the update, and the correction that belongs to it.
+  """
+  if update_dtype is None:
+    return split(master, param.dtype, master_bits)
+  update = difference(master, param, update_dtype, master_bits)
+  return update, residual_of_update(master, param, update, master_bits)
+
+
+def difference(
+    master: jax.Array, param: jax.Array, dtype, master_bits: int | None
+) -> jax.Array:
+  """The update, in ``dtype``, that takes a parameter to its new value.
+
+  Args:
+    master: The new master weights.
+    param: The old parameter.
+    dtype: The dtype of the update.
+    master_bits: 24, 32 or None.
+  """
+  new, _ = split(master, param.dtype, master_bits)
+  return round_to(new.astype(master.dtype) - param.astype(master.dtype), dtype)
+
+
+def residual_of_update(
+    master: jax.Array,
+    param: jax.Array,
+    update: jax.Array,
+    master_bits: int | None,
+) -> jax.Array | None:
+  """The correction relative to what ``optax.apply_updates`` will produce.
+
+  Args:
+    master: The new master weights.
+    param: The old parameter.
+    update: What will be added to it.
+    master_bits: 24, 32 or None.
+  """
+  dtype = jnp.promote_types(param.dtype, update.dtype)
+  wide = jnp.promote_types(dtype, jnp.float32)
+  total = round_to(param.astype(wide) + update.astype(wide), dtype)
+  produced = round_to(total.astype(wide), param.dtype)
+  return residual(master, produced, master_bits)
+
+
 def _bits(x: jax.Array) -> jax.Array:
   return lax.bitcast_convert_type(x, jnp.uint32)
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import codec, counterpart, paths, precision
+from flashoptim_jax import codec, compression, counterpart, paths, precision
 from flashoptim_jax import state as state_lib
-from flashoptim_jax.state import FlashState, Format
+from flashoptim_jax.state import AnyState, CompressedState, Format
 from flashoptim_jax.storage import Storage
 
 # Where Optax's states keep what a flash state calls mu and nu.
@@ -346,8 +346,10 @@ def _is_record(node: Any) -> bool:
   return "count" in fields or not _MOMENT_FIELDS.keys().isdisjoint(fields)
 
 
-def _fill(layout: Any, state: FlashState) -> Any:
+def _fill(layout: Any, state: AnyState) -> Any:
   """A flash state's contents in the layout of Optax's state."""
+  if isinstance(state, CompressedState):
+    return compression.decode_inner(state, layout)
   decoded = precision.moments(state)
 
   def fill(node):
@@ -370,9 +372,7 @@ def _fill(layout: Any, state: FlashState) -> Any:
   return jax.tree.map(fill, layout, is_leaf=_is_record)
 
 
-def _take(
-    layout: FlashState, plain: Any, params: dict, masters: dict
-) -> FlashState:
+def _take(layout: Any, plain: Any, params: dict, masters: dict) -> AnyState:
   """A flash state of the layout from Optax's state; parameters by path."""
   records = filter(_is_record, jax.tree.leaves(plain, is_leaf=_is_record))
   found: dict[str, Any] = {}
@@ -404,10 +404,11 @@ def _take(
         master, jnp.asarray(params[leaf]), layout.format.storage.master_bits
     )
 
+  correction = jax.tree.map_with_path(correct, layout.correction)
+  if isinstance(layout, CompressedState):
+    return compression.encode_inner(plain, correction, layout.format)
   return layout._replace(
-      count=count,
-      correction=jax.tree.map_with_path(correct, layout.correction),
-      **encode(found, layout.format),
+      count=count, correction=correction, **encode(found, layout.format)
   )
 
 
@@ -450,9 +451,20 @@ def _encode_leaf(
   return codec.encode_codes(x, scale, kind, storage), scale
 
 
-def _stored(state: FlashState, layout: FlashState) -> FlashState:
+def _stored(state: Any, layout: Any) -> AnyState:
   """A flash state in a layout's storage, its new corrections yet to be made."""
   old, new = state.format.storage, layout.format.storage
+  if isinstance(state, CompressedState):
+    correction = layout.correction
+    if new.master_bits == old.master_bits:
+      correction = optax.MaskedNode()
+    if dataclasses.replace(new, master_bits=old.master_bits) == old:
+      return state._replace(correction=correction, format=layout.format)
+    float32 = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.float32), state.inner
+    )
+    inner = compression.decode_inner(state, float32)
+    return compression.encode_inner(inner, correction, layout.format)
   if dataclasses.replace(new, master_bits=old.master_bits) == old:
     fields = {name: getattr(state, name) for name in _MOMENT_ARRAYS}
   else:

@@ -20,6 +20,7 @@ _COMPONENTS = {
     "nu": "moments",
     "mu_scale": "scales",
     "nu_scale": "scales",
+    "scales": "scales",
 }
 _BATCH = 2**29  # Bytes that are read at once.
 
@@ -174,11 +175,14 @@ def _find(path: pathlib.Path) -> pathlib.Path:
   return items[0]
 
 
-def _component(name: str, states: Iterable[str]) -> str:
-  for state in states:
+def _component(name: str, states: Mapping[str, Mapping[str, Any]]) -> str:
+  for state, form in states.items():
     prefix = "" if state == "<root>" else f"{state}/"
     if name.startswith(prefix):
-      field = name.removeprefix(prefix).split("/")[0]
+      field, _, rest = name.removeprefix(prefix).partition("/")
+      if field == "inner":  # of compress
+        moments = tuple(moment.replace(".", "/") for moment, _ in form["moments"])
+        return "moments" if rest.startswith(moments) else "other"
       return _COMPONENTS.get(field, "other")
   return name.split("/", maxsplit=1)[0]
 

@@ -199,7 +199,7 @@ class Leafwise:
           not leaves
           and _shape(eqn.outvars[0])
           and (name == "broadcast_in_dim" or name in _ELEMENTWISE)
-          and all(v in uniform or not _shape(v) for v in _variables(eqn))
+          and all(v in uniform or not _shape(v) for v in variables(eqn))
       ):
         uniform.update(eqn.outvars)
     return uniform
@@ -282,7 +282,7 @@ class Leafwise:
         var
         for eqn, depends in self._equations
         if depends in bits
-        for var in _variables(eqn)
+        for var in variables(eqn)
     }
     for leaf in leaves:  # Results that need no equation.
       read.update(self._results(leaf))
@@ -329,7 +329,7 @@ class Leafwise:
     while waiting:
       later, updates = [], []
       for eqn in waiting:
-        if any(var not in env for var in _variables(eqn)):
+        if any(var not in env for var in variables(eqn)):
           later.append(eqn)
         elif eqn.primitive is deferred.update_p:
           updates.append(eqn)
@@ -370,7 +370,8 @@ def _shape(var: Any) -> tuple[int, ...]:
   return getattr(var.aval, "shape", ())
 
 
-def _variables(eqn: core.JaxprEqn) -> list[Any]:
+def variables(eqn: core.JaxprEqn) -> list[Any]:
+  """The variables that an equation reads."""
   return [var for var in eqn.invars if not isinstance(var, core.Literal)]
 
 

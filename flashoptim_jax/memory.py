@@ -21,7 +21,8 @@ class MemoryReport:
     correction: Bytes of the master weights' corrections.
     moments: Bytes of the moments.
     scales: Bytes of the moments' scales.
-    other: Bytes of the rest of the state: counts, and other transformations'.
+    other: Bytes of the rest of the state: counts, what ``compress`` keeps in
+      float32, and other transformations'.
     gradients: Bytes of gradients of the parameters' dtypes.
     baseline: The same components for ``optax.adamw`` on float32 parameters.
   """
@@ -101,8 +102,9 @@ def memory_report(
   nodes = jax.tree.leaves(opt_state, is_leaf=state_lib.is_flash_state)
   for state in filter(state_lib.is_flash_state, nodes):
     sizes["correction"] += _nbytes(state.correction)
-    sizes["moments"] += _nbytes((state.mu, state.nu))
-    sizes["scales"] += _nbytes((state.mu_scale, state.nu_scale))
+    for moment in state_lib.stored_moments(state):
+      sizes["moments"] += _nbytes(moment.values)
+      sizes["scales"] += _nbytes(moment.scales)
   float32 = jax.tree.map(
       lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params
   )

@@ -1,7 +1,7 @@
 """Names of leaves, and errors that name them."""
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,14 @@ def name(path: jax.tree_util.KeyPath) -> str:
 def matches(path: jax.tree_util.KeyPath, globs: tuple[str, ...]) -> bool:
   """Whether a leaf's slash-separated path matches one of the glob patterns."""
   return any(fnmatch.fnmatchcase(name(path), glob) for glob in globs)
+
+
+def param_path(
+    path: jax.tree_util.KeyPath, known: Container[jax.tree_util.KeyPath]
+) -> jax.tree_util.KeyPath:
+  """The longest end of a path that is a parameter's path; ``()`` for none."""
+  starts = range(len(path))
+  return next((path[i:] for i in starts if path[i:] in known), ())
 
 
 def leaves_like(

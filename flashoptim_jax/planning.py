@@ -308,11 +308,13 @@ class _Placed:
   def hosted_bytes(self) -> tuple[int, int]:
     """With state in host memory: bytes on the device at a time, and on the host."""
     (state,) = state_lib.flash_states(self._state_sizes)
-    arrays = (
-        state.mu, state.mu_scale, state.nu, state.nu_scale, state.correction
-    )
+    moments = [
+        tree
+        for moment in state_lib.stored_moments(state)
+        for tree in (moment.values, moment.scales)
+    ]
     # By parameter, in the order of the updates.
-    parts = jax.tree.map(lambda *sizes: sum(sizes), *arrays)
+    parts = jax.tree.map(lambda *sizes: sum(sizes), *moments, state.correction)
     leaves = [
         *jax.tree.leaves(parts["embed"]),
         *jax.tree.leaves(parts["layers"]) * self._num_layers,

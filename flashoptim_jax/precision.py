@@ -9,7 +9,7 @@ import optax
 
 from flashoptim_jax import codec, host_memory, paths
 from flashoptim_jax import state as state_lib
-from flashoptim_jax.state import FlashState
+from flashoptim_jax.state import AnyState, CompressedState
 
 
 def cast_params(
@@ -63,7 +63,32 @@ def from_fp32(
     ValueError: If ``tx`` contains no flash optimizer, or for a bad dtype.
   """
   params = cast_params(params_fp32, dtype, keep)
-  return split_masters(params_fp32, params, tx.init(params))
+  opt_state = _start_from_masters(tx, params_fp32, tx.init(params))
+  return split_masters(params_fp32, params, opt_state)
+
+
+def _start_from_masters(
+    tx: optax.GradientTransformation, masters: optax.Params, opt_state: Any
+) -> optax.OptState:
+  """A state whose transformations in ``compress`` start from master weights.
+
+  Some keep copies of the parameters, or what they computed from them.
+  """
+
+  def is_compressed(node):
+    return isinstance(node, CompressedState)
+
+  nodes = jax.tree.leaves(opt_state, is_leaf=state_lib.is_flash_state)
+  if not any(map(is_compressed, nodes)):
+    return opt_state
+  return jax.tree.map(
+      lambda node, wide: (
+          wide._replace(correction=node.correction) if is_compressed(node) else node
+      ),
+      opt_state,
+      tx.init(masters),
+      is_leaf=state_lib.is_flash_state,
+  )
 
 
 def split_masters(
@@ -87,7 +112,7 @@ def split_masters(
   wide = state_lib.by_path(masters)
   rounded = state_lib.by_path(params)
 
-  def correct(state: FlashState) -> FlashState:
+  def correct(state: AnyState) -> AnyState:
     def split(path, correction):
       del correction
       leaf = paths.name(path)
@@ -143,7 +168,8 @@ def moments(opt_state: optax.OptState) -> dict[str, Any]:
 
   Returns:
     ``{"mu": tree, "nu": tree}``, with the moments that the optimizers keep:
-    float32 arrays of the parameters' shapes. Where several flash optimizers
+    float32 arrays of the parameters' shapes. Those of ``compress`` go by the
+    names that the transformation inside has for them. Where several flash optimizers
     share the leaves out, their trees are put together; a leaf that none of them
     keeps a moment of stays an ``optax.MaskedNode()``.
 
@@ -152,15 +178,15 @@ def moments(opt_state: optax.OptState) -> dict[str, Any]:
   """
   trees: dict[str, Any] = {}
   for state in state_lib.flash_states(opt_state):
-    for name, kind in state.format.moments:
-      values = host_memory.to_device(getattr(state, name))
-      if state.format.storage.moment_bits == 8:
+    for name, kind, stored, scales in state_lib.stored_moments(state):
+      values = host_memory.to_device(stored)
+      if scales is not None:
         values = jax.tree.map(
             lambda codes, scale, kind=kind, storage=state.format.storage: (
                 codec.decode(codes, scale, kind, storage)
             ),
             values,
-            host_memory.to_device(getattr(state, f"{name}_scale")),
+            host_memory.to_device(scales),
         )
       trees[name] = _join(trees[name], values) if name in trees else values
   return trees

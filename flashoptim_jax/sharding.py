@@ -76,7 +76,7 @@ def state_shardings(
   cut: dict[str, str] = {}
 
   def place(path, leaf, group_size=None):
-    param_path = _param_path(path, known)
+    param_path = paths.param_path(path, known)
     param = known.get(param_path)
     if param is None or len(param.shape) != leaf.ndim:
       return replicated
@@ -96,9 +96,9 @@ def state_shardings(
     )
     if memory_kind is None:
       return placed
-    return jax.tree.map(
+    return state_lib.map_stored(
         lambda sharding: sharding.with_memory_kind(memory_kind), placed
-    )._replace(count=placed.count)
+    )
 
   result = jax.tree.map_with_path(
       place_node, state, is_leaf=state_lib.is_flash_state
@@ -188,11 +188,3 @@ def _replicated(shardings: list[Sharding]) -> Sharding | None:
     if isinstance(sharding, NamedSharding):
       return NamedSharding(sharding.mesh, PartitionSpec())
   return shardings[0] if shardings else None
-
-
-def _param_path(
-    path: jax.tree_util.KeyPath, known: dict[jax.tree_util.KeyPath, _Param]
-) -> jax.tree_util.KeyPath:
-  """The longest end of a path that is a parameter's path; ``()`` for none."""
-  starts = range(len(path))
-  return next((path[i:] for i in starts if path[i:] in known), ())

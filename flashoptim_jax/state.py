@@ -1,8 +1,8 @@
 """The optimizer state: trees that mirror the parameters, and what they mean."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ class Format:
   """What a state's arrays mean. Static: a pytree node without leaves.
 
   Attributes:
-    optimizer: Name of the update rule, see :mod:`flashoptim_jax.rules`.
+    optimizer: Name of the update rule, see :mod:`flashoptim_jax.rules`, or
+      ``"compress"``.
     moments: Name and kind of the moments that the state keeps.
     storage: How they are stored.
   """
@@ -62,6 +63,107 @@ class FlashState(NamedTuple):
   format: Format
 
 
+class CompressedState(NamedTuple):
+  """State of :func:`flashoptim_jax.compress`.
+
+  Attributes:
+    inner: State of the transformation inside, for float32 parameters, with codes
+      (int8 or uint8, of the same shapes) in the place of its moments.
+    scales: Their scales, bfloat16: for each moment, by its path in ``inner`` with
+      dots between the keys and ``_scale`` at the end (``0.mu_scale``), a tree like
+      the moment. Empty where moments are float32.
+    correction: As in :class:`FlashState`.
+    format: What the arrays mean. Moments are named by their path in ``inner``.
+  """
+
+  inner: Any
+  scales: dict[str, Any]
+  correction: Any
+  format: Format
+
+
+AnyState: TypeAlias = FlashState | CompressedState
+
+
+class StoredMoment(NamedTuple):
+  """A moment as a state keeps it.
+
+  Attributes:
+    name: Its field's name: ``mu``, ``nu``, ...
+    kind: How it is companded.
+    values: Codes, or floats, in a tree like the parameters.
+    scales: Their scales, in the same tree; None where ``values`` are floats.
+  """
+
+  name: str
+  kind: codec.Kind
+  values: Any
+  scales: Any
+
+
+def stored_moments(state: AnyState) -> list[StoredMoment]:
+  """The moments that a flash state keeps, in its format's order."""
+  found = []
+  compressed = state.format.storage.moment_bits == 8
+  for name, kind in state.format.moments:
+    if isinstance(state, CompressedState):
+      values, field = subtree(state.inner, name), name.rpartition(".")[2]
+      scales = state.scales.get(scale_name(name))
+    else:
+      values, field = getattr(state, name), name
+      scales = getattr(state, f"{name}_scale") if compressed else None
+    found.append(StoredMoment(field, kind, values, scales))
+  return found
+
+
+def scale_name(name: str) -> str:
+  """The key of a moment's scales in a :class:`CompressedState`."""
+  return f"{name}_scale"
+
+
+def map_stored(f: Callable[[Any], Any], state: Any) -> Any:
+  """A flash state with ``f`` applied to its moments, scales and correction."""
+
+  def mapped(tree):
+    return jax.tree.map(f, tree)
+
+  if isinstance(state, CompressedState):
+    names = [name for name, _ in state.format.moments]
+    return state._replace(
+        inner=map_subtrees(lambda _, tree: mapped(tree), state.inner, names),
+        scales=mapped(state.scales),
+        correction=mapped(state.correction),
+    )
+  return mapped(state)._replace(count=state.count)
+
+
+def dotted(path: jax.tree_util.KeyPath) -> str:
+  """A path in a state, with dots: ``0.mu``."""
+  return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def subtree(tree: Any, name: str) -> Any:
+  """The part of a tree at a dotted path."""
+  nodes = jax.tree.leaves_with_path(
+      tree,
+      is_leaf=lambda path, _: dotted(path) == name,
+      is_leaf_takes_path=True,
+  )
+  return next(node for path, node in nodes if dotted(path) == name)
+
+
+def map_subtrees(
+    f: Callable[[str, Any], Any], tree: Any, names: Collection[str]
+) -> Any:
+  """A tree with ``f(name, part)`` in place of its parts at dotted paths."""
+  return jax.tree.map_with_path(
+      lambda path, node: f(dotted(path), node) if dotted(path) in names else node,
+      tree,
+      is_leaf=lambda path, _: dotted(path) in names,
+      is_leaf_takes_path=True,
+  )
+
+
 def check_params(params: Any) -> None:
   """Raises a ValueError for leaves that a flash optimizer cannot hold."""
   for path, leaf in jax.tree.leaves_with_path(params):
@@ -90,13 +192,7 @@ def init(params: Any, form: Format) -> FlashState:
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
 
   def scales():
-    return jax.tree.map(lambda p: _zero_scale(p, storage.group_size), params)
-
-  def correction(param):
-    dtype = codec.correction_dtype(jnp.result_type(param), storage.master_bits)
-    if dtype is None:
-      return optax.MaskedNode()
-    return jnp.zeros_like(param, dtype=dtype)
+    return jax.tree.map(lambda p: zero_scale(p, storage.group_size), params)
 
   absent = optax.MaskedNode()
   fields = dict.fromkeys(("mu", "mu_scale", "nu", "nu_scale"), absent)
@@ -108,17 +204,27 @@ def init(params: Any, form: Format) -> FlashState:
       fields[name] = like(jnp.float32)
   return FlashState(
       count=jnp.zeros([], jnp.int32),
-      correction=(
-          absent
-          if storage.master_bits is None
-          else jax.tree.map(correction, params)
-      ),
+      correction=zero_correction(params, storage),
       format=form,
       **fields,
   )
 
 
-def _zero_scale(param: Any, group_size: int) -> jax.Array:
+def zero_correction(params: Any, storage: Storage) -> Any:
+  """The correction of parameters that are their own master weights."""
+
+  def zeros(param):
+    dtype = codec.correction_dtype(jnp.result_type(param), storage.master_bits)
+    if dtype is None:
+      return optax.MaskedNode()
+    return jnp.zeros_like(param, dtype=dtype)
+
+  if storage.master_bits is None:
+    return optax.MaskedNode()
+  return jax.tree.map(zeros, params)
+
+
+def zero_scale(param: Any, group_size: int) -> jax.Array:
   """Scales of a leaf that has seen no update, sharded as the leaf is."""
   shape = codec.scale_shape(jnp.shape(param), group_size)
   sharding = getattr(
@@ -137,11 +243,11 @@ def _zero_scale(param: Any, group_size: int) -> jax.Array:
 
 
 def is_flash_state(node: Any) -> bool:
-  """Whether a node of a tree is a flash optimizer's state."""
-  return isinstance(node, FlashState)
+  """Whether a node of a tree is a flash optimizer's state, or ``compress``'s."""
+  return isinstance(node, (FlashState, CompressedState))
 
 
-def flash_states(opt_state: Any) -> list[FlashState]:
+def flash_states(opt_state: Any) -> list[AnyState]:
   """Every flash state in any nesting of chains, partitions and wrappers.
 
   Raises:
@@ -153,14 +259,12 @@ def flash_states(opt_state: Any) -> list[FlashState]:
     raise ValueError(
         "No flash optimizer state found in opt_state, a"
         f" {type(opt_state).__name__}; expected the state of a transformation"
-        " that contains flashoptim_jax.adamw, adam, sgd or lion."
+        " that contains flashoptim_jax.adamw, adam, sgd, lion or compress."
     )
   return found
 
 
-def map_flash_states(
-    f: Callable[[FlashState], FlashState], opt_state: Any
-) -> Any:
+def map_flash_states(f: Callable[[Any], AnyState], opt_state: Any) -> Any:
   """``opt_state`` with ``f`` applied to every flash state in it."""
   return jax.tree.map(
       lambda node: f(node) if is_flash_state(node) else node,

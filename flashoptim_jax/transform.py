@@ -106,7 +106,7 @@ def _leaves(
     grads: Any, state: FlashState, params: Any, form: Format
 ) -> list[kernels.Leaf]:
   """Lines up gradients, parameters and state; raises a ValueError if it can't."""
-  if not state_lib.is_flash_state(state):
+  if not isinstance(state, FlashState):
     raise ValueError(
         f"The optimizer state is a {type(state).__name__}; expected a"
         f" FlashState, as {form.optimizer}(...).init returns."
@@ -138,18 +138,7 @@ def _leaves(
   ]
   leaves = []
   for i, (path, param) in enumerate(named):
-    if isinstance(grads[i], NewParam):
-      raise ValueError(
-          f"Leaf {path!r} is updated by two flash optimizers; expected masks or"
-          " labels that give each leaf to one."
-      )
-    grad = jnp.asarray(grads[i])
-    if grad.shape != param.shape or not jnp.issubdtype(grad.dtype, jnp.floating):
-      raise ValueError(
-          f"The gradient of {path!r} has shape {grad.shape} and dtype"
-          f" {grad.dtype.name}; expected shape {param.shape} and a"
-          " floating-point dtype."
-      )
+    grad = checked_gradient(path, grads[i], param)
     dtype = codec.correction_dtype(param.dtype, storage.master_bits)
     what = "state's correction"
     correction = _expect(what, path, corrections[i], param.shape, dtype)
@@ -166,6 +155,34 @@ def _leaves(
         kernels.Leaf(path, grad, param, correction, tuple(pairs), False)
     )
   return leaves
+
+
+def checked_gradient(
+    path: str, grad: Any, param: jax.Array, extra_axes: int = 0
+) -> jax.Array:
+  """The gradient of a parameter; raises a ValueError if it can't be that.
+
+  Args:
+    path: The parameter's name.
+    grad: The gradient.
+    param: The parameter.
+    extra_axes: How many leading axes the gradient may have beside those of the
+      parameter.
+  """
+  if isinstance(grad, NewParam):
+    raise ValueError(
+        f"Leaf {path!r} is updated by two flash optimizers; expected masks or"
+        " labels that give each leaf to one."
+    )
+  grad = jnp.asarray(grad)
+  fits = grad.shape[max(extra_axes, 0) :] == jnp.shape(param)
+  if not fits or not jnp.issubdtype(grad.dtype, jnp.floating):
+    raise ValueError(
+        f"The gradient of {path!r} has shape {grad.shape} and dtype"
+        f" {grad.dtype.name}; expected shape {jnp.shape(param)} and a"
+        " floating-point dtype."
+    )
+  return grad
 
 
 def _expect(what: str, path: str, found: Any, shape, dtype) -> Any:

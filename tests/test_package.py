@@ -76,7 +76,7 @@ else:
 
 def test_public_names():
   names = {
-      *("adamw", "adam", "sgd", "lion", "Storage", "step", "flax"),
+      *("adamw", "adam", "sgd", "lion", "compress", "Storage", "step", "flax"),
       *("from_fp32", "to_fp32", "cast_params", "moments"),
       *("to_optax", "from_optax", "convert"),
       *("checkpoint", "export_safetensors", "import_safetensors"),

@@ -71,12 +71,12 @@ def _update(config: _Config, arrays: _Arrays, scalars: Scalars) -> UpdatedLeaf:
     # parameters on an H100.
     arrays, scales = lax.optimization_barrier((arrays, scales))
   master = _master(config, arrays, scalars)
-  if config.new_params:
-    correction = _split_correction(config, arrays, master)
-    result = codec.split_param(master, correction, arrays.param.dtype)
-  else:
-    result = _difference(config, arrays, master)
-    correction = _residual(config, arrays, master, result)
+  result, correction = codec.store(
+      master,
+      arrays.param,
+      None if config.new_params else arrays.grad.dtype,
+      config.storage.master_bits,
+  )
   moments: list[tuple[jax.Array, jax.Array | None]] = []
   for moment, stored, scale in zip(
       config.rule.moments, arrays.moments, scales, strict=True
@@ -135,7 +135,8 @@ def _scale_pass(config, moment, grad, stored, scalars):
 
 def _correction_pass(config, arrays, scalars):
   master = _master(config, arrays, scalars)
-  return _split_correction(config, arrays, master)
+  bits = config.storage.master_bits
+  return codec.split_correction(master, arrays.param.dtype, bits)
 
 
 def _param_pass(config, arrays, scalars, correction):
@@ -144,12 +145,16 @@ def _param_pass(config, arrays, scalars, correction):
 
 
 def _difference_pass(config, arrays, scalars):
-  return _difference(config, arrays, _master(config, arrays, scalars))
+  """The update that takes the parameter to its new value."""
+  master = _master(config, arrays, scalars)
+  bits = config.storage.master_bits
+  return codec.difference(master, arrays.param, arrays.grad.dtype, bits)
 
 
 def _residual_pass(config, arrays, scalars, result):
   master = _master(config, arrays, scalars)
-  return _residual(config, arrays, master, result)
+  bits = config.storage.master_bits
+  return codec.residual_of_update(master, arrays.param, result, bits)
 
 
 def _codes_pass(config, moment, grad, stored, scalars, scale, zero):
@@ -209,29 +214,6 @@ def _master(config: _Config, arrays: _Arrays, scalars: Scalars) -> jax.Array:
   if config.decay:
     direction = direction + _like(scalars["weight_decay"], master) * master
   return master + -_like(scalars["learning_rate"], master) * direction
-
-
-def _split_correction(config, arrays, master) -> jax.Array | None:
-  bits = config.storage.master_bits
-  return codec.split_correction(master, arrays.param.dtype, bits)
-
-
-def _difference(config, arrays: _Arrays, master: jax.Array) -> jax.Array:
-  """The update that takes the parameter to its new value."""
-  bits = config.storage.master_bits
-  param, _ = codec.split(master, arrays.param.dtype, bits)
-  old = arrays.param.astype(master.dtype)
-  return codec.round_to(param.astype(master.dtype) - old, arrays.grad.dtype)
-
-
-def _residual(config, arrays, master, update) -> jax.Array | None:
-  """The correction relative to what ``optax.apply_updates`` will produce."""
-  param = arrays.param
-  dtype = jnp.promote_types(param.dtype, update.dtype)
-  wide = jnp.promote_types(dtype, jnp.float32)
-  total = codec.round_to(param.astype(wide) + update.astype(wide), dtype)
-  produced = codec.round_to(total.astype(wide), param.dtype)
-  return codec.residual(master, produced, config.storage.master_bits)
 
 
 def _as_float32(scalars: Scalars) -> Scalars:

@@ -1,0 +1,108 @@
+"""Tables of docs/compress.md.
+
+The codecs from ``flashoptim_jax.buffers``, the others from the JSON files of
+``compress_quality.py`` and ``compress_convergence.py``.
+"""
+
+import tables
+
+from flashoptim_jax import buffers
+
+# Why a field is in float32.
+REASONS = {
+  "z": "copy of the parameters",
+  "x0": "copy of the parameters",
+  "params0": "copy of the parameters",
+  "init_params": "copy of the parameters",
+  "init_particles": "copy of the parameters",
+  "cache": "copy of the parameters",
+  "projector": "basis of a subspace",
+  "grad_sum": "sum that never decays",
+  "grad_sum_sq": "sum that never decays",
+  "s": "sum that never decays",
+  "sum_of_squares": "sum that never decays",
+  "cumulative_gradients": "sum that never decays",
+  "subgradients": "sum that never decays",
+  "reward": "sum that never decays",
+  "scale": "largest gradient so far",
+  "m2": "average over 10,000 steps",
+  "e_g": "feeds back on itself",
+  "e_x": "feeds back on itself",
+  "exp_avg": "step size by cancellation",
+  "step_sizes": "step size",
+}
+
+
+def codecs():
+  """Which code a field is kept in."""
+  by_codec = {}
+  for field, codec in buffers.CODECS.items():
+    by_codec.setdefault(codec, []).append(f"`{field}`")
+  rows = [(f"`{codec}`", ", ".join(names)) for codec, names in by_codec.items()]
+  return tables.markdown(("codec", "fields"), rows)
+
+
+def quality():
+  """Losses of the small language model, plain and compressed."""
+  if not (tables.RESULTS / "compress_quality.json").exists():
+    return "Not measured yet: `python benchmarks/compress_quality.py`."
+  found = tables.load("compress_quality.json")
+  rows = []
+  for row in found["optimizers"]:
+    name = row["optimizer"]
+    if "error" in row:
+      rows.append([f"`{name}`", "failed", *[""] * 5])
+      continue
+    size, plain, ours = row["bytes_per_param"], row["plain"], row["compressed"]
+    kept = [f"`{field}`: {REASONS[field]}" for field in row["kept_in_float32"]]
+    rows.append([
+      f"`{name}`",
+      f"{size['plain']:.2f}",
+      f"{size['compressed']:.2f}",
+      f"{plain['valid_loss']:.4f}",
+      f"{ours['valid_loss']:.4f}",
+      f"{row['difference_percent']:+.2f} %",
+      str(len(plain["valid_losses"])),
+      "; ".join(kept),
+    ])
+  header = [
+    "", "B/param", "compressed", "loss", "compressed", "difference", "seeds",
+    "kept in float32",
+  ]
+  device = next(row["device"] for row in found["optimizers"] if "device" in row)
+  steps = found["settings"]["steps"]
+  return f"{tables.markdown(header, rows)}\n\n{steps} steps, {device}, {found['date']}."
+
+
+def reason(distance):
+  """What the other runs of an optimizer that did not converge say."""
+  for variant, text in (
+    ("plain", "Optax's own does not converge either"),
+    ("rounded gradients", "nor does Optax's own with gradients at bf16 parameters"),
+    ("32-bit masters", "steps below the spacing of 24 bits: use `master_bits=32`"),
+    ("32-bit moments", "8-bit moments: keep them in float32 with `codecs`"),
+  ):
+    if (distance[variant] > 1) == (variant in ("plain", "rounded gradients")):
+      return text
+  return "8-bit moments and 24-bit masters together"
+
+
+def convergence():
+  """What does not converge on Optax's own problems."""
+  runs = tables.load("compress_convergence.json")["runs"]
+  rows = [
+    [
+      f"`{run['optimizer']}`, {run['problem']}",
+      f"{run['distance']['compressed']:.2f}",
+      f"{run['distance']['plain']:.2f}",
+      f"{run['distance']['rounded gradients']:.2f}",
+      reason(run["distance"]),
+    ]
+    for run in runs
+    if not run["converged"]
+  ]
+  converged = sum(run["converged"] for run in runs)
+  header = ["", "compressed", "plain", "plain, bf16 gradients", "reason"]
+  table = tables.markdown(header, rows)
+  return f"{converged} of {len(runs)} converge. The others:\n\n{table}"
+

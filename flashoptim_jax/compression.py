@@ -1,0 +1,326 @@
+"""The storage of flash optimizers around any Optax transformation."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from optax._src import base
+
+from flashoptim_jax import (
+  buffers,
+  codec,
+  counterpart,
+  host_memory,
+  paths,
+  sequential,
+)
+from flashoptim_jax import state as state_lib
+from flashoptim_jax.state import CompressedState, Format
+from flashoptim_jax.storage import Storage
+from flashoptim_jax.transform import (
+  DEFERRED,
+  NEW_PARAMS,
+  PARAM_SHARDINGS,
+  NewParam,
+  checked_gradient,
+)
+
+_DEFAULT_STORAGE = Storage()
+# Up to this size, parameters are updated all at once.
+_SMALL = 1 << 16
+_OWN_ARGUMENTS = (NEW_PARAMS, DEFERRED, PARAM_SHARDINGS)
+
+
+def compress(
+    tx: optax.GradientTransformation,
+    storage: Storage = _DEFAULT_STORAGE,
+    *,
+    codecs: Mapping[str, buffers.Codec] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Companded 8-bit moments and split master weights around a transformation.
+
+  ``tx`` computes what it always does, on float32: it is given master weights,
+  gradients and a state in float32, and its updates are added to the master
+  weights. What is kept between steps is what ``storage`` says: 16-bit parameters
+  with a correction, and 8-bit codes with scales for the moments in the state.
+
+  Which arrays of a state are moments, and how they are companded, is decided by
+  the name of their field (``mu``, ``nu``, ``trace``, ...), see
+  :mod:`flashoptim_jax.buffers`. All others stay as they are: counts, keys,
+  scalars, factored statistics, copies of the parameters, sums that never decay,
+  and fields that the table lacks.
+
+  Under :func:`jax.jit` XLA fuses decoding, the transformation and encoding.
+  :func:`flashoptim_jax.adamw`, ``adam``, ``lion`` and ``sgd`` do the same with
+  kernels of their own, which are faster on GPUs and TPUs.
+
+  Args:
+    tx: Any transformation without flash optimizers in it: an optimizer, a chain,
+      a partition, a wrapper. It must hold everything that changes updates, for
+      the result must be the last transformation of a chain.
+    storage: How the state is stored.
+    codecs: Overrides the table: from a field's name (``"nu"``), or its state's and
+      its own (``"ScaleByAdamState.nu"``), to ``"first_moment"`` (signed),
+      ``"second_moment"`` (never negative), or ``"float32"`` (kept as it is).
+
+  Returns:
+    A transformation whose ``update`` needs ``params`` and returns updates of
+    the gradients' dtype. Extra arguments are passed on to ``tx``; functions among
+    them are called with float32 parameters.
+
+  Raises:
+    ValueError: For unknown codecs, codecs of fields that the state lacks, flash
+      optimizers inside ``tx``, parameters that are not real floating-point
+      arrays, and states or gradients that do not match the parameters.
+
+  Examples:
+    >>> import flashoptim_jax as fo, jax, jax.numpy as jnp, optax
+    >>> tx = fo.compress(optax.contrib.muon(0.02))
+    >>> params, state = fo.from_fp32(tx, {"w": jnp.eye(32, 64)})
+    >>> grads = jax.tree.map(jnp.ones_like, params)
+    >>> params, state = fo.step(tx, grads, state, params)
+    >>> params["w"].dtype.name, fo.moments(state)["mu"]["w"].dtype.name
+    ('bfloat16', 'float32')
+    >>> fo.memory_report(tx, params).moments  # in bytes, one per parameter
+    2048
+  """
+  if isinstance(tx, optax.MultiSteps):
+    tx = tx.gradient_transformation()
+  tx = optax.with_extra_args_support(tx)
+  buffers.check_codecs(codecs)
+
+  @functools.cache
+  def form() -> Format:
+    moments = buffers.find_moments(tx.init, codecs or {})
+    return Format("compress", moments, storage)
+
+  def init_inner(params):
+    inner = tx.init(jax.tree.map(_initial_master, params))
+    _refuse_flash_states(inner)
+    return inner
+
+  def init_fn(params):
+    state_lib.check_params(params)
+    if counterpart.wanted():
+      return counterpart.Counterpart(init_inner(params))
+    correction = state_lib.zero_correction(params, storage)
+    # XLA would spend its time on encoding the zeros of whole leaves itself.
+    inner = state_lib.map_subtrees(
+        lambda _, moment: lax.optimization_barrier(moment),
+        init_inner(params),
+        dict(form().moments),
+    )
+    return encode_inner(inner, correction, form())
+
+  def update_fn(updates, state, params=None, **extra_args):
+    if params is None:
+      raise ValueError(base.NO_PARAMS_MSG)
+    state_lib.check_params(params)
+    layout = jax.eval_shape(init_inner, params)
+    _check_state(state, params, layout, form())
+    treedef: Any = jax.tree.structure(params)
+    new_params = bool(extra_args.get(NEW_PARAMS, False))
+    passed_on = {k: v for k, v in extra_args.items() if k not in _OWN_ARGUMENTS}
+
+    def update(grads, state, params):
+      masters = list(map(codec.merge, params, _corrections(state, treedef)))
+      wide = [g.astype(m.dtype) for g, m in zip(grads, masters, strict=True)]
+      changes, inner = tx.update(
+          treedef.unflatten(wide),
+          decode_inner(state, layout),
+          treedef.unflatten(masters),
+          **passed_on,
+      )
+      masters = optax.apply_updates(masters, treedef.flatten_up_to(changes))
+      stored = [
+          codec.store(
+              master, param, None if new_params else grad.dtype, storage.master_bits
+          )
+          for master, param, grad in zip(masters, params, grads, strict=True)
+      ]
+      absent = optax.MaskedNode()
+      correction = absent
+      if storage.master_bits is not None:
+        correction = treedef.unflatten([
+            absent if correction is None else correction
+            for _, correction in stored
+        ])
+      results = [result for result, _ in stored]
+      return results, encode_inner(inner, correction, form())
+
+    args = (
+        _gradients(updates, params),
+        host_memory.to_device(state),
+        list(map(jnp.asarray, jax.tree.leaves(params))),
+    )
+    if extra_args.get(DEFERRED, False):  # The caller takes it apart.
+      results, new_state = update(*args)
+    else:
+      groups, of_state = _groups(state, params)
+      results, new_state = sequential.run(update, args, groups, of_state)
+    if new_params:
+      results = list(map(NewParam, results))
+    return treedef.unflatten(results), host_memory.move_like(new_state, state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _gradients(grads: Any, params: Any) -> list[jax.Array]:
+  """A gradient for each parameter; raises a ValueError if they don't fit.
+
+  A gradient may have axes before its parameter's, for transformations that take
+  one gradient per example.
+  """
+  found = paths.leaves_like(grads, params, "the gradients", "the parameters")
+  gradients = []
+  for (path, param), grad in zip(
+      jax.tree.leaves_with_path(params), found, strict=True
+  ):
+    extra_axes = jnp.ndim(grad) - jnp.ndim(param)
+    gradients.append(checked_gradient(paths.name(path), grad, param, extra_axes))
+  return gradients
+
+
+def _corrections(state: CompressedState, treedef: Any) -> list[jax.Array | None]:
+  """A correction, or None, for each parameter."""
+  if isinstance(state.correction, optax.MaskedNode):
+    return [None] * treedef.num_leaves
+  found = treedef.flatten_up_to(state.correction)
+  return [None if isinstance(each, optax.MaskedNode) else each for each in found]
+
+
+def _groups(
+    state: CompressedState, params: Any
+) -> tuple[list[int | None], list[bool]]:
+  """For gradients, state and parameters, who takes a turn together.
+
+  As many parameters as have no more elements than the largest, with all that is
+  theirs. Says too which arrays are the state's.
+  """
+  named = jax.tree.leaves_with_path(params)
+  most = max([_SMALL, *(jnp.size(leaf) for _, leaf in named)])
+  groups: dict[jax.tree_util.KeyPath, int] = {}
+  group = filled = 0
+  for path, leaf in named:
+    if filled + jnp.size(leaf) > most:
+      group, filled = group + 1, 0
+    groups[path] = group
+    filled += jnp.size(leaf)
+  of_params = list(groups.values())
+  of_state = [
+      groups.get(paths.param_path(path, groups))
+      for path, _ in jax.tree.leaves_with_path(state)
+  ]
+  return (
+      [*of_params, *of_state, *of_params],
+      [False] * len(named) + [True] * len(of_state) + [False] * len(named),
+  )
+
+
+def _initial_master(param: Any) -> Any:
+  """The master weight of a parameter, as an array or a shape."""
+  if isinstance(param, jax.ShapeDtypeStruct):
+    dtype = jnp.promote_types(param.dtype, jnp.float32)
+    return param.update(dtype=dtype)
+  return codec.merge(jnp.asarray(param), None)
+
+
+def _refuse_flash_states(inner: Any) -> None:
+  nodes = jax.tree.leaves(inner, is_leaf=state_lib.is_flash_state)
+  for node in filter(state_lib.is_flash_state, nodes):
+    raise ValueError(
+        f"compress(tx) has the state of {node.format} inside tx; expected a"
+        " transformation without flash optimizers in it, such as optax.adamw in"
+        " the place of flashoptim_jax.adamw."
+    )
+
+
+def _check_state(state: Any, params: Any, layout: Any, form: Format) -> None:
+  """Raises a ValueError unless a state is that of ``compress`` for ``params``."""
+  if not isinstance(state, CompressedState):
+    raise ValueError(
+        f"The optimizer state is a {type(state).__name__}; expected a"
+        " CompressedState, as compress(...).init returns."
+    )
+  if state.format != form:
+    raise ValueError(
+        f"The optimizer state was made by {state.format}, with the moments"
+        f" {state.format.moments}; this transformation is {form}, with the"
+        f" moments {form.moments}."
+    )
+  expected = jax.eval_shape(
+      lambda params, inner: encode_inner(
+          inner, state_lib.zero_correction(params, form.storage), form
+      ),
+      params,
+      layout,
+  )
+  paths.require_like(
+      _stored_parts(state),
+      _stored_parts(expected),
+      "The optimizer state",
+      "that of compress for these parameters",
+  )
+
+
+def _stored_parts(state: CompressedState) -> dict[str, Any]:
+  """What ``compress`` itself puts into a state."""
+  moments = {
+      name: state_lib.subtree(state.inner, name)
+      for name, _ in state.format.moments
+  }
+  return {"inner": moments, "scales": state.scales, "correction": state.correction}
+
+
+def encode_inner(inner: Any, correction: Any, form: Format) -> CompressedState:
+  """Puts the moments in a transformation's state into their storage.
+
+  Args:
+    inner: The state, its moments in floats.
+    correction: The corrections of the parameters.
+    form: What to store, and how.
+  """
+  kinds, scales = dict(form.moments), {}
+
+  def encode(name, moment):
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(moment)
+    pairs = [
+        codec.encode(jnp.asarray(leaf).astype(jnp.float32), kinds[name], form.storage)
+        for leaf in leaves
+    ]
+    of_moment = treedef.unflatten([scale for _, scale in pairs])
+    scales[state_lib.scale_name(name)] = of_moment
+    return treedef.unflatten([codes for codes, _ in pairs])
+
+  if form.storage.moment_bits == 8:
+    inner = state_lib.map_subtrees(encode, inner, kinds)
+  return CompressedState(inner, scales, correction, form)
+
+
+def decode_inner(state: CompressedState, layout: Any) -> Any:
+  """Inverse of :func:`encode_inner`: the transformation's state, in floats.
+
+  Args:
+    state: The state of ``compress``.
+    layout: The transformation's state in ``jax.ShapeDtypeStruct``s.
+  """
+  kinds, storage = dict(state.format.moments), state.format.storage
+
+  def decode(name, moment):
+    return jax.tree.map(
+        lambda codes, scale, like: codec.decode(
+            codes, scale, kinds[name], storage
+        ).astype(like.dtype),
+        moment,
+        state.scales[state_lib.scale_name(name)],
+        state_lib.subtree(layout, name),
+    )
+
+  if storage.moment_bits != 8:
+    return state.inner
+  return state_lib.map_subtrees(decode, state.inner, kinds)

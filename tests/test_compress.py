@@ -1,0 +1,419 @@
+"""``compress``: the storage around any Optax transformation."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import cases
+import compress_lossless
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax_optimizers
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax import contrib
+from optax_optimizers import OPTIMIZERS
+from test_sharding import COLLECTIVE, KINDS, make_mesh
+
+import flashoptim_jax as fo
+from flashoptim_jax import compression
+
+LOSSLESS = fo.Storage(master_bits=32, moment_bits=32)
+def test_every_export_is_listed():
+  assert optax_optimizers.exported() == {
+      name.partition(",")[0] for name in OPTIMIZERS
+  }
+
+
+# Storage that loses nothing.
+
+
+# The others: benchmarks/compress_lossless.py.
+@pytest.mark.parametrize(
+    "name", ["dpsgd", "momo", "muon"]
+)
+def test_lossless_storage_is_the_optimizer_itself(name):
+  actual, desired, state, plain_state = compress_lossless.follow(name)
+  cases.assert_same_types(state.inner, plain_state)
+  for key, leaf in desired.items():
+    assert np.isfinite(leaf).all()
+    cases.assert_within_units(actual[key], leaf, 50, jnp.float32, None)
+
+
+def test_lossless_state_starts_from_the_masters():
+  masters = cases.tree(cases.TINY_SHAPES, dtype=jnp.float32)
+  for tx, field in ((contrib.prodigy(), "params0"), (contrib.dog(), "init_params")):
+    _, state = fo.from_fp32(fo.compress(tx), masters)
+    cases.assert_same(optax.tree.get(state, field), masters)
+
+
+# The storage of flash optimizers.
+
+
+@pytest.mark.parametrize(
+    ("plain", "flash"),
+    [
+        (
+            optax.adamw(1e-2, weight_decay=0.1),
+            fo.adamw(1e-2, weight_decay=0.1, implementation="xla"),
+        ),
+        (
+            optax.lion(1e-3),
+            fo.lion(1e-3, implementation="xla"),
+        ),
+    ],
+    ids=["adamw", "lion"],
+)
+@pytest.mark.parametrize("function", [cases.step, cases.update])
+def test_agrees_with_the_flash_optimizer(plain, flash, function):
+  params = cases.tree(cases.SMALL_SHAPES)
+  compressed = cases.train(fo.compress(plain), params, 3, function)
+  desired = cases.train(flash, params, 3, function)
+  masters, others = fo.to_fp32(*compressed), fo.to_fp32(*desired)
+  cases.assert_masters_close(masters, others, params, 24, 3)
+  actual, wanted = fo.moments(compressed[1]), fo.moments(desired[1])
+  cases.assert_same(actual, wanted)
+
+
+def test_memory_report():
+  params = cases.tree({"w": ((64, 64), jnp.bfloat16)})
+  report = fo.memory_report(fo.compress(optax.adamw(1e-3)), params)
+  desired = fo.memory_report(fo.adamw(1e-3), params)
+  assert report == desired
+  report = fo.memory_report(fo.compress(contrib.prodigy()), params)
+  kept = 2 * 4 * 64 * 64  # grad_sum and params0
+  assert (report.moments, report.other - kept) == (2 * 64 * 64, 12)
+
+
+WRAPPED = {
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
+    "partition": lambda: optax.partition(
+        {True: optax.adam(1e-2), False: optax.sgd(0.1, 0.9)},
+        lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    ),
+    "masked": lambda: optax.masked(
+        optax.adam(1e-2), {key: key != "bias" for key in cases.SMALL_SHAPES}
+    ),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adamw)(1e-2),
+    "MultiSteps": lambda: optax.MultiSteps(optax.adam(1e-2), 2),
+    "mu_dtype": lambda: optax.adam(1e-2, mu_dtype=jnp.bfloat16),
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(1e-2), 3),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_inside_of_compress(name):
+  """Every moment under a wrapper is found, and the types of a state are stable."""
+  tx = fo.compress(WRAPPED[name]())
+  params = cases.tree(cases.SMALL_SHAPES)
+  state = tx.init(params)
+  cases.assert_same(state, jax.jit(tx.init)(params))
+  optax.tree.map_params(tx, lambda leaf: leaf, state)
+  grads = cases.grads_like(params)
+  for function in (tx.update, functools.partial(fo.step, tx)):
+    results, new_state = jax.eval_shape(function, grads, state, params)
+    assert cases.types(new_state) == cases.types(state)
+    cases.assert_same_types(results, params)
+  codes = {
+      leaf.dtype.name
+      for tree in fo.moments(state).values()
+      for leaf in jax.tree.leaves(tree)
+  }
+  assert codes == {"float32"}
+  kept = [
+      leaf
+      for leaf in jax.tree.leaves(state)
+      if leaf.dtype in (jnp.float32, jnp.bfloat16) and leaf.shape == (4, 64)
+  ]
+  assert len(kept) == (1 if name == "MultiSteps" else 0)  # acc_grads
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+        lambda tx: optax.partition(
+            {True: tx, False: fo.adamw(1e-2)},
+            lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        ),
+        lambda tx: optax.masked(tx, {"matrix": True, "bias": False}),
+        lambda tx: optax.MultiSteps(tx, 1),
+    ],
+    ids=["chain", "partition", "masked", "MultiSteps"],
+)
+def test_inside_of_wrappers(wrap):
+  """``step`` and ``update`` land on the same parameters."""
+  tx = wrap(fo.compress(optax.adamw(1e-2)))
+  params, state = fo.from_fp32(tx, cases.tree(cases.SMALL_SHAPES, dtype=jnp.float32))
+  grads = cases.grads_like(params)
+  stepped = cases.step(tx, grads, state, params)
+  updated = cases.update(tx, grads, state, params)
+  cases.assert_same(stepped[0], updated[0])
+
+
+def test_codecs():
+  params = cases.tree(cases.SMALL_SHAPES)
+  tx = fo.compress(optax.adam(1e-2), codecs={"ScaleByAdamState.nu": "float32"})
+  state = tx.init(params)
+  assert state.format.moments == (("0.mu", "first"),)
+  assert optax.tree.get(state, "nu")["bias"].dtype == jnp.float32
+  tx = fo.compress(
+      optax.MultiSteps(optax.sgd(1e-2), 2), codecs={"acc_grads": "first_moment"}
+  )
+  assert optax.tree.get(tx.init(params), "acc_grads")["bias"].dtype == jnp.int8
+  tx = fo.compress(optax.adagrad(1e-2), codecs={"sum_of_squares": "second_moment"})
+  sums = fo.moments(tx.init(params))["sum_of_squares"]
+  np.testing.assert_allclose(sums["matrix"], 0.1, rtol=2**-7)  # its initial value
+
+
+def test_errors():
+  params = cases.tree(cases.SMALL_SHAPES)
+  with pytest.raises(ValueError, match=r"codecs\['nu'\] is 'second'; expected one"):
+    fo.compress(optax.adam(1e-2), codecs={"nu": "second"})
+  with pytest.raises(ValueError, match="'typo', which is not in the state"):
+    fo.compress(optax.adam(1e-2), codecs={"typo": "float32"}).init(params)
+  with pytest.raises(ValueError, match="without flash optimizers"):
+    fo.compress(fo.adam(1e-2)).init(params)
+  tx = fo.compress(optax.adam(1e-2))
+  state, grads = tx.init(params), cases.grads_like(params)
+  with pytest.raises(ValueError, match="is a tuple; expected a CompressedState"):
+    tx.update(grads, optax.adam(1e-2).init(params), params)
+  with pytest.raises(ValueError, match=r"made by .*moment_bits=8.* is .*bits=32"):
+    fo.compress(optax.adam(1e-2), LOSSLESS).update(grads, state, params)
+  other = cases.tree({**cases.SMALL_SHAPES, "bias": ((34,), jnp.bfloat16)})
+  with pytest.raises(ValueError, match=r"bias'.*\(33,\).*\(34,\)"):
+    tx.update(cases.grads_like(other), state, other)
+  with pytest.raises(ValueError, match="gradient of 'bias' has shape"):
+    tx.update({**grads, "bias": jnp.ones(32)}, state, params)
+  with pytest.raises(ValueError, match="'n' has dtype int32"):
+    tx.init({"n": jnp.arange(3)})
+  with pytest.raises(ValueError, match="must be the last"):
+    chained = optax.chain(tx, optax.scale(0.5))
+    fo.step(chained, grads, chained.init(params), params)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,)])
+def test_odd_leaves(shape):
+  tx = fo.compress(optax.adamw(1e-2))
+  params = {"x": jnp.ones(shape, jnp.bfloat16), "none": {}}
+  params, state = fo.step(tx, params, tx.init(params), params)
+  assert params["x"].shape == fo.moments(state)["mu"]["x"].shape == shape
+
+
+# Many leaves.
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)),
+        contrib.prodigy(),
+        optax.noisy_sgd(1e-2, key=0),
+    ],
+    ids=["clip", "prodigy", "noise"],
+)
+def test_leaf_by_leaf_is_all_at_once(tx, monkeypatch):
+  """Taken apart, a computation is the same."""
+  params = cases.tree({f"{i}": ((256, 512), jnp.bfloat16) for i in range(3)})
+  grads = cases.grads_like(params)
+  compressed = fo.compress(tx, LOSSLESS)
+  state = compressed.init(params)
+  actual = fo.to_fp32(*fo.step(compressed, grads, state, params))
+  monkeypatch.setattr(compression, "_SMALL", 1 << 30)
+  desired = fo.to_fp32(*fo.step(compressed, grads, state, params))
+  for key, leaf in desired.items():
+    cases.assert_within_units(actual[key], leaf, 1, jnp.float32, None)
+
+
+_MEMORY = """
+import json, sys
+import jax, jax.numpy as jnp, optax
+import flashoptim_jax as fo
+width, layers = 128, 12
+shapes = {
+    f"{i}": {"qkv": (width, 3 * width), "mlp_in": (width, 4 * width),
+             "mlp_out": (4 * width, width)}
+    for i in range(layers)
+}
+shapes["embed"] = (512, width)
+params = jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), shapes,
+    is_leaf=lambda node: isinstance(node, tuple))
+largest = max(leaf.size for leaf in jax.tree.leaves(params))
+tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+tx = fo.compress(tx)
+step = jax.jit(lambda *args: fo.step(tx, *args), donate_argnums=(1, 2))
+state = jax.eval_shape(tx.init, params)
+memory = step.lower(params, state, params).compile().memory_analysis()
+kept = sum(leaf.size * leaf.dtype.itemsize
+           for leaf in jax.tree.leaves((params, state)))
+assert memory.alias_size_in_bytes == kept
+whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+print(json.dumps([memory.temp_size_in_bytes / (4 * largest), whole / largest]))
+"""
+
+
+def test_no_float32_copy_of_the_tree():
+  """Temporaries, in float32 copies of the largest leaf, of a 12-layer model."""
+  # With one device: what XLA's CPU backend needs to be told costs communication
+  # with several.
+  result = subprocess.run(
+      [sys.executable, "-c", _MEMORY],
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+      capture_output=True,
+      text=True,
+      check=True,
+  )
+  temporaries, whole = json.loads(result.stdout)
+  assert whole > 30
+  assert temporaries <= 3
+
+
+# Sharded.
+
+SHARDED = {
+    "rows": ((16, 64), jnp.bfloat16),
+    "columns": ((3, 256), jnp.bfloat16),
+    "both": ((8, 128), jnp.bfloat16),
+    "norm": ((40,), jnp.float32),
+}
+SPECS = {
+    "rows": P("fsdp"),
+    "columns": P(None, "tensor"),
+    "both": P("fsdp", "tensor"),
+    "norm": P(),
+}
+
+
+def sharded_step(tx, mesh, params, grads, state):
+  """The compiled step on shards, and its result."""
+  shardings = {key: NamedSharding(mesh, spec) for key, spec in SPECS.items()}
+  placed = fo.state_shardings(tx, params, shardings)
+  args = jax.device_put((grads, state, params), (shardings, placed, shardings))
+  compiled = jax.jit(functools.partial(fo.step, tx)).lower(*args).compile()
+  return jax.device_get(compiled(*args)), compiled.as_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded(kind):
+  tx = fo.compress(optax.adamw(1e-2))
+  params = cases.tree(SHARDED)
+  grads, state = cases.grads_like(params), tx.init(params)
+  mesh = make_mesh("4x2", KINDS[kind])
+  (new, new_state), text = sharded_step(tx, mesh, params, grads, state)
+  assert not COLLECTIVE.search(text)
+  desired, desired_state = cases.jitted_step(tx, grads, state, params)
+  cases.assert_same(new_state.inner, jax.device_get(desired_state.inner))
+  cases.assert_same(new_state.scales, jax.device_get(desired_state.scales))
+  cases.assert_masters_close(
+      fo.to_fp32(new, new_state),
+      fo.to_fp32(desired, desired_state),
+      params,
+      24,
+      1,
+  )
+
+
+def test_no_more_collectives_than_optax():
+  """A trust ratio has to communicate; compression adds nothing to that."""
+  params = cases.tree(SHARDED)
+  mesh = make_mesh("4x2")
+  found = []
+  for tx, own in (
+      (fo.compress(optax.lamb(1e-2)), params),
+      (optax.lamb(1e-2), fo.cast_params(params, jnp.float32)),
+  ):
+    grads = cases.grads_like(own)
+    _, text = sharded_step(tx, mesh, own, grads, tx.init(own))
+    found.append(len(COLLECTIVE.findall(text)))
+  assert 0 < found[0] <= found[1]
+
+
+# Checkpoints and moves.
+
+
+def test_checkpoint(tmp_path):
+  tx = fo.compress(contrib.muon(1e-2))
+  params = cases.tree(cases.SMALL_SHAPES)
+  params, state = cases.train(tx, params, 2)
+  with ocp.CheckpointManager(tmp_path) as manager:
+    manager.save(2, args=fo.checkpoint.Save((params, state)))
+    manager.wait_until_finished()
+    abstract = jax.eval_shape(lambda: (params, state))
+    restored = manager.restore(2, args=fo.checkpoint.Restore(abstract))
+    cases.assert_same(restored, (params, state))
+    other = fo.compress(contrib.muon(1e-2), LOSSLESS)
+    abstract = jax.eval_shape(lambda: (params, other.init(params)))
+    with pytest.raises(ValueError, match="moment_bits=8"):
+      manager.restore(2, args=fo.checkpoint.Restore(abstract))
+
+
+def test_moves():
+  tx, plain = fo.compress(optax.adamw(1e-2)), optax.adamw(1e-2)
+  masters = cases.tree(cases.SMALL_SHAPES, dtype=jnp.float32)
+  params, state = cases.train(tx, *fo.from_fp32(tx, masters)[:1], 2)
+  left = fo.to_optax(tx, params, state)
+  assert jax.tree.structure(left) == jax.tree.structure(plain.init(masters))
+  cases.assert_same(left[0].mu, fo.moments(state)["mu"])
+  arrived = fo.from_optax(tx, params, left, params_fp32=fo.to_fp32(params, state))
+  cases.assert_same(arrived, state)
+  wide = fo.compress(optax.adamw(1e-2), LOSSLESS)
+  wider = fo.convert(tx, wide, params, state)
+  cases.assert_same(fo.moments(wider[1]), fo.moments(state))
+  cases.assert_same(fo.convert(wide, tx, *wider), (params, state))
+
+
+def test_gradient_release():
+  tx = fo.compress(optax.adamw(1e-2))
+  params = cases.tree(cases.SMALL_SHAPES)
+  state = tx.init(params)
+
+  def loss(params):
+    return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in params.values())
+
+  def released(live):
+    return sum(
+        fo.released_call(lambda p: jnp.sum(p.astype(jnp.float32) ** 2), live[key])
+        for key in live
+    )
+
+  release = fo.value_and_release(released, tx)
+  _, params_released, state_released = release(params, state)
+  grads = jax.grad(loss)(params)
+  desired = fo.step(tx, grads, state, params)
+  cases.assert_same((params_released, state_released), desired)
+
+
+# Convergence, a sample: benchmarks/compress_convergence.py has every optimizer.
+
+
+def test_muon_converges_like_plain_muon():
+  rng = np.random.default_rng(0)
+  inputs = jnp.asarray(rng.normal(size=(256, 64)), jnp.float32)
+  targets = inputs @ jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
+
+  def loss(params):
+    return jnp.mean((inputs @ params["w"].astype(jnp.float32) - targets) ** 2)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(tx, params, state):
+    def step(carry, _):
+      params, state = carry
+      value, grads = jax.value_and_grad(loss)(params)
+      return fo.step(tx, grads, state, params), value
+
+    return jax.lax.scan(step, (params, state), length=300)[1]
+
+  masters = {"w": jnp.zeros((64, 32))}
+  plain = contrib.muon(optax.cosine_decay_schedule(0.2, 300))
+  compressed = fo.compress(plain)
+  desired = run(plain, masters, plain.init(masters))
+  actual = run(compressed, *fo.from_fp32(compressed, masters))
+  assert desired[-1] < 1e-2 * desired[0]
+  assert actual[-1] < 1e-2 * actual[0]
