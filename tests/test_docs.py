@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its reference is complete, its figures hold."""
+"""The documentation: its reference is complete, its pages and figures are found."""
 
 import ast
 import importlib
@@ -8,50 +8,19 @@ import pathlib
 import re
 
 import figures
-import nbformat
+import pages
 import plots
-import pytest
 import tables
 
 import flashoptim_jax as fo
 
-ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-# Code for readers, or setup that they don't see. What can't run here is marked, with
-# the reason, and still has to be Python.
-BLOCK = re.compile(
-    r"^(?P<mark><!-- compiled only: [^>]+ -->\n)?"
-    r"(?:```python\n(?P<shown>.*?)^```|<!-- setup\n(?P<hidden>.*?)^-->)",
-    re.DOTALL | re.MULTILINE,
-)
-
-
-def blocks(text):
-  """Pairs of code and whether to run it, lines as they are numbered in the page."""
-  for match in BLOCK.finditer(text):
-    kind = "shown" if match["shown"] is not None else "hidden"
-    lines = text[: match.start(kind)].count("\n")
-    yield "\n" * lines + match[kind], match["mark"] is None
-
-
-PAGES_WITH_CODE = [page for page in PAGES if any(blocks(page.read_text()))]
-
-
-@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=lambda page: page.name)
-def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  namespace = {"__name__": "page"}
-  for code, runs in blocks(page.read_text()):
-    compiled = compile(code, str(page), "exec")
-    if runs:
-      exec(compiled, namespace)
+ROOT = pages.ROOT
 
 
 def test_blocks_of_a_page():
   text = "a\n<!-- setup\nx = 1\n-->\n```python\ny = x\n```\n```bash\nls\n```\n"
   text += "<!-- compiled only: needs a pod -->\n```python\nz\n```\n"
-  found = list(blocks(text))
+  found = list(pages.blocks(text))
   assert [(code.strip(), runs) for code, runs in found] == [
       ("x = 1", True), ("y = x", True), ("z", False)
   ]
@@ -59,27 +28,16 @@ def test_blocks_of_a_page():
 
 
 def test_every_python_fence_is_a_block():
-  for page in PAGES:
+  for page in pages.PAGES:
     text = page.read_text()
     fences = len(re.findall(r"^ *```py", text, re.MULTILINE))
-    assert fences == sum(m["shown"] is not None for m in BLOCK.finditer(text)), page
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  notebook = nbformat.read(path, as_version=4)
-  nbformat.validate(notebook)
-  namespace = {"__name__": "notebook"}
-  for i, cell in enumerate(notebook.cells):
-    if cell.cell_type == "code":
-      assert not cell.outputs, "Clear the outputs: the page would keep them."
-      exec(compile(cell.source, f"{path.name}, cell {i}", "exec"), namespace)
+    shown = [match["shown"] for match in pages.BLOCK.finditer(text)]
+    assert fences == sum(code is not None for code in shown), page
 
 
 def test_there_are_notebooks():
   names = {"quickstart", "migrate_from_optax", "finetune", "plan_70b"}
-  assert {path.stem for path in NOTEBOOKS} == names
+  assert {path.stem for path in pages.NOTEBOOKS} == names
 
 
 def test_the_reference_covers_every_public_name():
@@ -121,7 +79,8 @@ def test_every_page_is_in_the_navigation():
 def test_every_picture_is_generated():
   shown = set(
       itertools.chain.from_iterable(
-          re.findall(r"\]\(figures/([\w-]+)\.svg\)", page.read_text()) for page in PAGES
+          re.findall(r"\]\(figures/([\w-]+)\.svg\)", page.read_text())
+          for page in pages.PAGES
       )
   )
   drawn = {path.stem for path in figures.FIGURES.iterdir()}
