@@ -106,3 +106,24 @@ def convergence():
   table = tables.markdown(header, rows)
   return f"{converged} of {len(runs)} converge. The others:\n\n{table}"
 
+
+
+def memory():
+  """Temporaries of a step, those of the most first."""
+  found = tables.load("compress_memory.json")
+  rows = [
+    (f"`{name}`", *(f"{cells[k]['temporaries']:.1f}" for k in ("compressed", "plain")))
+    for name, cells in sorted(
+      found["optimizers"].items(),
+      key=lambda item: -item[1]["compressed"]["temporaries"],
+    )
+  ]
+  few = sum(float(ours) <= 3 for _, ours, _ in rows)
+  table = tables.markdown(
+    ("copies of the largest leaf", "`fo.compress`", "Optax, float32"), rows
+  )
+  return (
+    f"{few} of {len(rows)} take 3 at most.\n\n{table}\n\nA tree of"
+    f" {found['tree']:.0f} such copies, one CPU device, jax"
+    f" {found['versions']['jax']}, {found['date']}."
+  )

@@ -39,6 +39,7 @@ TABLES = {
   "compress-codecs": compress_tables.codecs,
   "compress-quality": compress_tables.quality,
   "compress-convergence": compress_tables.convergence,
+  "compress-memory": compress_tables.memory,
 }
 
 

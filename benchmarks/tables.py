@@ -95,6 +95,19 @@ def release_row():
   )
 
 
+def fsdp_row():
+  cells = load("fsdp_gpu.json")["train"]
+  ours, usual = (
+    cells[f"8b {name} 4 GPUs"]["peak_bytes"] for name in ("flash", "optax")
+  )
+  return (
+    "4 H200s, FSDP: memory of Llama-3-8B's training step on each, GiB",
+    f"{ours / 2**30:.1f}",
+    f"{usual / 2**30:.1f}",
+    f"{100 * (ours / usual - 1):+.0f} %",
+  )
+
+
 def checkpoint_row():
   found = load("checkpoint_size.json")
   return (
@@ -108,7 +121,7 @@ def checkpoint_row():
 def readme():
   """The table of README."""
   header = ("", "`fo.adamw`, bf16", "`optax.adamw`, fp32", "difference")
-  rows = [memory_row(), release_row(), checkpoint_row()]
+  rows = [memory_row(), release_row(), fsdp_row(), checkpoint_row()]
   return markdown(header, [*rows, *loss_rows(), *gpu_rows(), step_row()])
 
 
@@ -368,35 +381,65 @@ def tpu_sharding():
 
 
 def fsdp():
-  """Training steps over several GPUs."""
+  """Training steps over several GPUs, and how they differ from one GPU's."""
   found = load("fsdp_gpu.json")
+  optimizers = {
+    "optax": "`optax.adamw`, fp32",
+    "flash": "`fo.adamw`",
+    "released": "`fo.adamw`, gradient release",
+  }
+  order = [*optimizers]
+  cells = sorted(
+    ((name.split(), cell) for name, cell in found["train"].items()),
+    key=lambda item: (item[0][0], int(item[0][2]), order.index(item[0][1])),
+  )
   rows = [
     (
-      name,
-      f"{cell['parameters'] / 1e9:.2f} B",
+      f"{cell['parameters'] / 1e9:.1f} B, {gpus} × GPU",
+      optimizers[optimizer],
+      str(cell["sequences"]),
       _gib(cell["params_and_state_bytes"]),
       _gib(cell["peak_bytes"]),
       f"{1e3 * cell['step_seconds']:.0f}",
       f"{1e3 * cell['update_seconds']:.2f}",
+      f"{cell['update_seconds'] / cell['step_seconds']:.1%}",
     )
-    for name, cell in sorted(found["train"].items())
+    for (_, optimizer, gpus, _), cell in cells
   ]
-  differ = sum(
-    cell["differ"]
-    for devices in found["equality"].values()
-    for cell in devices["update"].values()
-  )
   header = (
-    "per device",
-    "parameters",
-    "parameters and state, GiB",
-    "peak, GiB",
+    "",
+    "optimizer",
+    "sequences of 2,048",
+    "parameters and state, GiB per GPU",
+    "peak, GiB per GPU",
     "step, ms",
     "update, ms",
+    "of the step",
   )
+  sent = {name for _, cell in cells for name in cell["collectives_in_update"]}
+  equality = found["equality"].items()
+  differ = [
+    (devices, case, cell["differ"])
+    for devices, parts in equality
+    for case, cell in parts["update"].items()
+  ]
+  worst = {
+    optimizers[optimizer]: max(
+      parts["training"][optimizer]["relative_difference_of_parameters"]
+      for _, parts in equality
+    )
+    for optimizer in optimizers
+  }
   return (
-    f"{markdown(header, rows)}\n\nElements of parameters and state in which a sharded"
-    f" update differs from one device's: {differ}. {_note(found)}"
+    f"{markdown(header, rows)}\n\nCollectives in the update:"
+    f" {', '.join(sent) or 'none'}. The update on"
+    f" {' and '.join(devices for devices, _ in equality)} against one"
+    f" GPU, {len(differ)} cases of optimizer, implementation and mesh axes, 20 steps:"
+    f" {sum(count for *_, count in differ)} elements of parameters and state differ."
+    " A small model trained on several GPUs and on one, where sums over the batch"
+    " are made in another order: master weights differ by "
+    + ", ".join(f"{value:.2%} with {name}" for name, value in worst.items())
+    + f". {_note(found)}"
   )
 
 

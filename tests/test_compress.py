@@ -8,6 +8,7 @@ import sys
 
 import cases
 import compress_lossless
+import compress_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,48 +232,22 @@ def test_leaf_by_leaf_is_all_at_once(tx, monkeypatch):
     cases.assert_within_units(actual[key], leaf, 1, jnp.float32, None)
 
 
-_MEMORY = """
-import json, sys
-import jax, jax.numpy as jnp, optax
-import flashoptim_jax as fo
-width, layers = 128, 12
-shapes = {
-    f"{i}": {"qkv": (width, 3 * width), "mlp_in": (width, 4 * width),
-             "mlp_out": (4 * width, width)}
-    for i in range(layers)
-}
-shapes["embed"] = (512, width)
-params = jax.tree.map(
-    lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), shapes,
-    is_leaf=lambda node: isinstance(node, tuple))
-largest = max(leaf.size for leaf in jax.tree.leaves(params))
-tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-tx = fo.compress(tx)
-step = jax.jit(lambda *args: fo.step(tx, *args), donate_argnums=(1, 2))
-state = jax.eval_shape(tx.init, params)
-memory = step.lower(params, state, params).compile().memory_analysis()
-kept = sum(leaf.size * leaf.dtype.itemsize
-           for leaf in jax.tree.leaves((params, state)))
-assert memory.alias_size_in_bytes == kept
-whole = sum(leaf.size for leaf in jax.tree.leaves(params))
-print(json.dumps([memory.temp_size_in_bytes / (4 * largest), whole / largest]))
-"""
-
-
-def test_no_float32_copy_of_the_tree():
+def test_no_float32_copy_of_the_tree(tmp_path):
   """Temporaries, in float32 copies of the largest leaf, of a 12-layer model."""
   # With one device: what XLA's CPU backend needs to be told costs communication
   # with several.
-  result = subprocess.run(
-      [sys.executable, "-c", _MEMORY],
+  output = tmp_path / "memory.json"
+  command = [sys.executable, compress_memory.__file__, "--output", output]
+  subprocess.run(
+      [*command, "--only", "clip, adamw"],
       env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-      capture_output=True,
-      text=True,
       check=True,
   )
-  temporaries, whole = json.loads(result.stdout)
-  assert whole > 30
-  assert temporaries <= 3
+  found = json.loads(output.read_text())
+  assert found["tree"] > 30
+  measured = found["optimizers"]["clip, adamw"]["compressed"]
+  assert measured["all_in_place"]
+  assert measured["temporaries"] <= 3
 
 
 # Sharded.
