@@ -1,5 +1,6 @@
 """Docstrings' reStructuredText as Markdown, for mkdocstrings."""
 
+import pathlib
 import re
 import textwrap
 
@@ -12,6 +13,13 @@ _MATH_ROLE = re.compile(r":math:`([^`]+)`")
 # An indented block after ".. math::", or after a line that ends in "::".
 _MATH = re.compile(r"^( *)\.\. math::\n\n((?:\1 +.*\n|\n)+)", re.MULTILINE)
 _LITERAL = re.compile(r"^( *)(\S.*)::\n\n((?:\1 +.*(?:\n|\Z)|\n)+)", re.MULTILINE)
+
+# What the reference has an entry for.
+_PUBLIC = re.findall(
+    r"^::: flashoptim_jax\.(\w+)$",
+    pathlib.Path(__file__).with_name("api.md").read_text(),
+    re.MULTILINE,
+)
 
 
 class ReStructuredText(griffe.Extension):
@@ -45,6 +53,5 @@ def _fence(match: re.Match) -> str:
 
 def _reference(match: re.Match) -> str:
   name = match[1]
-  if name.startswith("flashoptim_jax.") or "." in name:
-    return f"`{name}`"
-  return f"[`{name}`][flashoptim_jax.{name}]"
+  short = name.removeprefix("flashoptim_jax.")
+  return f"[`{name}`][flashoptim_jax.{short}]" if short in _PUBLIC else f"`{name}`"
