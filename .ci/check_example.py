@@ -11,7 +11,7 @@ import sys
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "train_lm.py"
 SIZE = ["--dim=16", "--layers=2", "--heads=2", "--seq=32", "--batch=2"]
-STEPS = 2000  # enough for a signal to come before the end
+STEPS = 800  # enough for a signal to come before the end
 
 
 def command(output, *flags):
