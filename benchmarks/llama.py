@@ -83,6 +83,11 @@ def structs(config: Config, dtype=jnp.bfloat16):
   )
 
 
+def placed(structs, shardings):
+  """Types of arrays with those shardings."""
+  return jax.tree.map(lambda s, place: s.update(sharding=place), structs, shardings)
+
+
 def init(config: Config, seed: int = 0):
   """Random bf16 parameters, made a slice at a time."""
 
@@ -210,9 +215,13 @@ def released_step(config: Config, tx):
 
 def ordinary_step(config: Config, tx):
   """The same with gradients."""
+  return train_step(functools.partial(ordinary_loss, config), tx)
+
+
+def train_step(loss, tx):
+  """``step(params, state, tokens, targets)`` for a loss of these but the state."""
 
   def step(params, state, tokens, targets):
-    loss = functools.partial(ordinary_loss, config)
     value, grads = jax.value_and_grad(loss)(params, tokens, targets)
     return value, *fo.step(tx, grads, state, params)
 

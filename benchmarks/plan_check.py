@@ -135,42 +135,19 @@ def llama_model(name, config):
   )
 
 
-def placed(structs, shardings, dtype=None):
-  return jax.tree.map(
-      lambda s, sharding: jax.ShapeDtypeStruct(
-          s.shape, dtype or s.dtype, sharding=sharding
-      ),
-      structs,
-      shardings,
-  )
-
-
-def nbytes(tree):
-  return sum(map(per_device, jax.tree.leaves(tree)))
-
-
 def arguments_of(model, tx, dtype, mesh, tokens):
   """Parameters, state and a batch, as types with shardings."""
   *_, structs, specs = model
   shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-  params = placed(structs, shardings, dtype)
-  state = placed(
+  typed = jax.tree.map(lambda struct: struct.update(dtype=dtype), structs)
+  params = llama.placed(typed, shardings)
+  state = llama.placed(
       jax.eval_shape(tx.init, params), fo.state_shardings(tx, params, shardings)
   )
   batch = jax.ShapeDtypeStruct(
       (mesh.shape["fsdp"], tokens), jnp.int32, sharding=NamedSharding(mesh, P("fsdp"))
   )
   return params, state, batch
-
-
-def ordinary_step(loss, tx):
-  """``step(params, state, tokens, targets)``."""
-
-  def step(params, state, tokens, targets):
-    value, grads = jax.value_and_grad(loss)(params, tokens, targets)
-    return value, *fo.step(tx, grads, state, params)
-
-  return step
 
 
 def compare(model, sizes):
@@ -190,7 +167,7 @@ def compare(model, sizes):
     params, state, batch = arguments_of(model, tx, dtype, mesh, TOKENS)
     shardings = jax.tree.map(lambda s: s.sharding, (params, state))
     step = jax.jit(
-        ordinary_step(loss, tx),
+        llama.train_step(loss, tx),
         donate_argnums=(0, 1),
         out_shardings=(None, *shardings),
     )

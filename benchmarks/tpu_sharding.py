@@ -61,18 +61,9 @@ def measure(topology, sizes):
       axis_types=(AxisType.Auto,) * 2,
   )
 
-  def placed(structs, shardings):
-    return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(
-            s.shape, s.dtype, sharding=sharding
-        ),
-        structs,
-        shardings,
-    )
-
   tx = fo.adamw(1e-3)
   shardings = jax.tree.map(functools.partial(NamedSharding, mesh), SPECS)
-  params = placed(llama.structs(CONFIG), shardings)
+  params = llama.placed(llama.structs(CONFIG), shardings)
   batch = jax.ShapeDtypeStruct(
       (2 * sizes[0], 2048), jnp.int32, sharding=NamedSharding(mesh, P("fsdp"))
   )
@@ -89,7 +80,7 @@ def measure(topology, sizes):
 
   for name, memory_kind in (("resident", None), ("hosted", "pinned_host")):
     placement = fo.state_shardings(tx, params, shardings, memory_kind=memory_kind)
-    state = placed(jax.eval_shape(tx.init, params), placement)
+    state = llama.placed(jax.eval_shape(tx.init, params), placement)
     compiled = (
         jax.jit(
             update, donate_argnums=(1, 2), out_shardings=(shardings, placement)

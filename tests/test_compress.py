@@ -16,11 +16,9 @@ import optax
 import optax_optimizers
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from optax import contrib
 from optax_optimizers import OPTIMIZERS
-from test_sharding import COLLECTIVE, KINDS, make_mesh
+from test_sharding import COLLECTIVE, KINDS, SHAPES, make_mesh, shardings_on
 
 import flashoptim_jax as fo
 from flashoptim_jax import compression
@@ -252,23 +250,9 @@ def test_no_float32_copy_of_the_tree(tmp_path):
 
 # Sharded.
 
-SHARDED = {
-    "rows": ((16, 64), jnp.bfloat16),
-    "columns": ((3, 256), jnp.bfloat16),
-    "both": ((8, 128), jnp.bfloat16),
-    "norm": ((40,), jnp.float32),
-}
-SPECS = {
-    "rows": P("fsdp"),
-    "columns": P(None, "tensor"),
-    "both": P("fsdp", "tensor"),
-    "norm": P(),
-}
-
-
 def sharded_step(tx, mesh, params, grads, state):
   """The compiled step on shards, and its result."""
-  shardings = {key: NamedSharding(mesh, spec) for key, spec in SPECS.items()}
+  shardings = shardings_on(mesh)
   placed = fo.state_shardings(tx, params, shardings)
   args = jax.device_put((grads, state, params), (shardings, placed, shardings))
   compiled = jax.jit(functools.partial(fo.step, tx)).lower(*args).compile()
@@ -278,7 +262,7 @@ def sharded_step(tx, mesh, params, grads, state):
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded(kind):
   tx = fo.compress(optax.adamw(1e-2))
-  params = cases.tree(SHARDED)
+  params = cases.tree(SHAPES)
   grads, state = cases.grads_like(params), tx.init(params)
   mesh = make_mesh("4x2", KINDS[kind])
   (new, new_state), text = sharded_step(tx, mesh, params, grads, state)
@@ -297,7 +281,7 @@ def test_sharded(kind):
 
 def test_no_more_collectives_than_optax():
   """A trust ratio has to communicate; compression adds nothing to that."""
-  params = cases.tree(SHARDED)
+  params = cases.tree(SHAPES)
   mesh = make_mesh("4x2")
   found = []
   for tx, own in (
