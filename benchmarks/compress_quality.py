@@ -44,12 +44,15 @@ from flashoptim_jax import paths  # noqa: E402
 BATCH, SEQ = 16, 128
 VALID_BATCHES = 32
 WARMUP = 50
-# Their learning rate can't be a schedule, or isn't meant to be one.
+# Their learning rate can't be a schedule, or one that starts at 0, or isn't meant to.
 CONSTANT = {
+  "dadapt_adamw",
   "optimistic_adam",
   "polyak_sgd",
+  "prodigy",
   "reduce_on_plateau",
   "rprop",
+  "sam",
   "schedule_free",
   "schedule_free_adamw",
   "schedule_free_sgd",

@@ -4,7 +4,10 @@ The codecs from ``flashoptim_jax.buffers``, the others from the JSON files of
 ``compress_quality.py`` and ``compress_convergence.py``.
 """
 
+import math
+
 import tables
+from optax_optimizers import OPTIMIZERS
 
 from flashoptim_jax import buffers
 
@@ -29,6 +32,8 @@ REASONS = {
   "e_g": "feeds back on itself",
   "e_x": "feeds back on itself",
   "exp_avg": "step size by cancellation",
+  "mu": "variance by cancellation",
+  "nu": "variance by cancellation",
   "step_sizes": "step size",
 }
 
@@ -44,34 +49,38 @@ def codecs():
 
 def quality():
   """Losses of the small language model, plain and compressed."""
-  if not (tables.RESULTS / "compress_quality.json").exists():
-    return "Not measured yet: `python benchmarks/compress_quality.py`."
   found = tables.load("compress_quality.json")
   rows = []
   for row in found["optimizers"]:
-    name = row["optimizer"]
-    if "error" in row:
-      rows.append([f"`{name}`", "failed", *[""] * 5])
-      continue
     size, plain, ours = row["bytes_per_param"], row["plain"], row["compressed"]
     kept = [f"`{field}`: {REASONS[field]}" for field in row["kept_in_float32"]]
+    by_seed = row["difference_percent_by_seed"]
+    spread = f", {min(by_seed):+.2f} to {max(by_seed):+.2f}" if len(by_seed) > 1 else ""
+    diverged = math.isnan(ours["valid_loss"])
     rows.append([
-      f"`{name}`",
+      f"`{row['optimizer']}`",
       f"{size['plain']:.2f}",
       f"{size['compressed']:.2f}",
       f"{plain['valid_loss']:.4f}",
-      f"{ours['valid_loss']:.4f}",
-      f"{row['difference_percent']:+.2f} %",
-      str(len(plain["valid_losses"])),
+      "NaN" if diverged else f"{ours['valid_loss']:.4f}",
+      "" if diverged else f"{row['difference_percent']:+.2f}{spread}",
       "; ".join(kept),
     ])
   header = [
-    "", "B/param", "compressed", "loss", "compressed", "difference", "seeds",
+    "", "B/param", "compressed", "loss", "compressed", "difference, % (of seeds)",
     "kept in float32",
   ]
-  device = next(row["device"] for row in found["optimizers"] if "device" in row)
-  steps = found["settings"]["steps"]
-  return f"{tables.markdown(header, rows)}\n\n{steps} steps, {device}, {found['date']}."
+  (device,) = {row["device"] for row in found["optimizers"]}
+  left_out = [
+    f"`{name}` {optimizer.note}"
+    for name, optimizer in OPTIMIZERS.items()
+    if optimizer.lm_rate is None
+  ]
+  return (
+    f"{tables.markdown(header, rows)}\n\n{found['settings']['steps']:,} steps; three"
+    f" seeds, or one; {device}; {found['date']}. Not in the table:"
+    f" {'; '.join(left_out)}."
+  )
 
 
 def reason(distance):

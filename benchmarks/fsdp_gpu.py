@@ -18,6 +18,7 @@ each is added to results/fsdp_gpu.json when it ends.
 """
 
 import argparse
+import bisect
 import collections
 import concurrent.futures
 import dataclasses
@@ -238,7 +239,7 @@ def busy_seconds(trace, steps=2):
 
 
 def batch(model, optimizer):
-  """The most sequences per GPU found to fit, to one or two; allocates nothing."""
+  """The most sequences per GPU that XLA's plan fits; allocates nothing."""
   import jax
 
   count = jax.device_count()
@@ -252,20 +253,11 @@ def batch(model, optimizer):
     found = training.compile().memory_analysis()
     return found.argument_size_in_bytes + found.temp_size_in_bytes
 
-  known, guess = BATCH[model], 4 * BATCH[model]
-  for _ in range(3):  # Memory is almost linear in the batch.
-    slope = (planned(guess) - planned(known)) / (guess - known)
-    following = max(1, known + int((limit - planned(known)) / slope))
-    if following in (known, guess):
-      break
-    known, guess = guess, following
-  guess = max(
-      (tried for tried in (known, guess, guess - 1) if planned(tried) <= limit),
-      default=0,
-  )
+  sequences = bisect.bisect_right(range(1, 256), limit, key=planned)
   return {
-      "sequences_per_gpu": guess,
-      "planned_bytes": planned(guess) if guess else None,
+      "sequences_per_gpu": sequences,
+      "planned_bytes": planned(sequences) if sequences else None,
+      "planned_bytes_of_one_more": planned(sequences + 1),
       "limit_bytes": limit,
   }
 

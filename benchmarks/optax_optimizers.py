@@ -85,7 +85,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
   "lars": _alias("lars", 1.0, 1.0),
   "lbfgs": Optimizer(
     lambda rate: optax.lbfgs(), 1.0, None, needs="value_fn",
-    note="its line search needs one loss function, not one per batch",
+    note="(its line search needs one loss function, not one per batch)",
   ),
   "lion": _alias("lion", 1e-2, 3e-4, 3, weight_decay=1e-4),
   "nadam": _alias("nadam", 1e-2, 2e-3, 3),
@@ -120,7 +120,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
   "dowg": _contrib("dowg", 1.0, 1.0),
   "dpsgd": _contrib(
     "dpsgd", 1e-3, None, l2_norm_clip=1.0, noise_multiplier=0.0, seed=0,
-    needs="examples", note="takes one gradient per example",
+    needs="examples", note="(it takes one gradient per example)",
   ),
   "galore": _contrib("galore", 1e-2, 2e-3, rank=8),
   "madgrad": _contrib("madgrad", 1e-2, 2e-3),

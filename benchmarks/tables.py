@@ -430,8 +430,15 @@ def fsdp():
     )
     for optimizer in optimizers
   }
+  batches = {name.split()[1]: cell for name, cell in found["batch"].items()}
+  (gpus,) = {name.split(maxsplit=2)[2] for name in found["batch"]}
+  largest = ", ".join(
+    f"{batches[optimizer]['sequences_per_gpu']} with {title}"
+    for optimizer, title in optimizers.items()
+  )
   return (
-    f"{markdown(header, rows)}\n\nCollectives in the update:"
+    f"{markdown(header, rows)}\n\nMost sequences per GPU that fit by XLA's plan, 8 B"
+    f" on {gpus}: {largest}. Collectives in the update:"
     f" {', '.join(sent) or 'none'}. The update on"
     f" {' and '.join(devices for devices, _ in equality)} against one"
     f" GPU, {len(differ)} cases of optimizer, implementation and mesh axes, 20 steps:"

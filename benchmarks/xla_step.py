@@ -71,9 +71,10 @@ def profile(rule, storage, leaf, scalars):
   passes = {}
   for moment, stored in zip(rule.moments, leaf.moments, strict=True):
     kept = (config, moment), (leaf.grad, stored, scalars)
-    passes[f"{moment.name}_scale"] = xla._scale_pass, *kept, stored[1]
+    scale = stored[1].astype(jnp.float32)
+    passes[f"{moment.name}_scale"] = xla._scale_pass, *kept, scale
     zero = jnp.uint32(0)
-    kept = (config, moment), (leaf.grad, stored, scalars, stored[1], zero)
+    kept = (config, moment), (leaf.grad, stored, scalars, scale, zero)
     passes[moment.name] = xla._codes_pass, *kept, stored[0]
   passes["correction"] = (
     xla._correction_pass, (config,), (operands, scalars), leaf.correction

@@ -11,7 +11,8 @@ has the states of ``optax`` and ``optax.contrib``. What is kept as it is, and wh
   ``x0``, ``params0``, ``init_params``, ...): 8 bits are too few for a parameter;
 * step sizes (Rprop's ``step_sizes``), which are multiplied up and down, and what
   feeds back on itself (Adadelta's ``e_g`` and ``e_x``);
-* what a step size is computed from by cancellation (MoMo's ``exp_avg``);
+* what a step size or a variance is computed from by cancellation (MoMo's
+  ``exp_avg``, centered RMSProp's ``mu`` and ``nu``);
 * statistics that are small already (Adafactor's ``v_row`` and ``v_col``, SM3's
   ``mu``, NovoGrad's ``nu``).
 
@@ -54,6 +55,11 @@ CODECS: dict[str, Codec] = {
     "FactoredState.v": "second_moment",
     # A step size is a difference of products with it.
     "MomoState.exp_avg": "float32",
+    # A variance, the difference of nu and the square of mu.
+    "ScaleByRStdDevState.mu": "float32",
+    "ScaleByRStdDevState.nu": "float32",
+    "ScaleByRStdDevWithCountState.mu": "float32",
+    "ScaleByRStdDevWithCountState.nu": "float32",
     # One number for each parameter array.
     "ScaleByNovogradState.nu": "float32",
 }

@@ -17,15 +17,19 @@ companding   moment       code                                value
 ``"paper"``  second, v    round(255·sqrt(v)/s)                (c/255·s)²
 ===========  ===========  ==================================  ==================
 
-``s`` is the group's largest ``|m|`` or ``sqrt(v)``, rounded to the nearest
-bfloat16, and codes are taken against the rounded scale. (Rounding scales up
-instead acts as a ratchet: with a slow decay a group's largest element then
-never shrinks by enough to leave its code, and estimates of sqrt(v) drift
-upwards. ``benchmarks/companding.py`` measures it.) A group whose largest
-magnitude is below 2⁻¹²⁶, the smallest normal float32, stores scale 0 and decodes
-to zero. A group that holds a NaN or an infinity stores a NaN scale and decodes
-to NaN; other groups are not touched by it. "paper" follows arXiv 2602.23349,
-equations for the companded moments, with our scales.
+``s`` is the group's largest ``|m|`` or ``sqrt(v)``. Codes are taken against ``s``
+itself, so that the largest element always has the top code and a group that only
+decays keeps its codes. Scales, which are stored in bfloat16, and the codes of second
+moments are rounded up in one update and down in the next (:class:`Rounding`), such
+that the mean over updates is right. Rounded to the nearest, they would lose what
+changes slowly: with ``b2 = 0.999`` an update takes 0.05 % from sqrt(v), less than half
+of bfloat16's last place, and v would stay at its largest value as gradients shrink.
+``benchmarks/companding.py`` measures it.
+
+A group whose largest magnitude is below 2⁻¹²⁶, the smallest normal float32, stores
+scale 0 and decodes to zero. A group that holds a NaN or an infinity stores a NaN scale
+and decodes to NaN; other groups are not touched by it. "paper" follows arXiv
+2602.23349, equations for the companded moments, with our scales and rounding.
 
 Master weights of bfloat16 parameters. With ``b`` the bits of the float32 master
 weight, ``M`` is ``b`` rounded to its top 24 bits, the parameter's bits are
@@ -42,7 +46,7 @@ place, times 127 (int8) or 32767 (int16), as in the paper.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +58,47 @@ Kind = Literal["first", "second"]
 CODE_DTYPE = {"first": jnp.int8, "second": jnp.uint8}
 SCALE_DTYPE = jnp.bfloat16
 LEVELS = {"first": 127.0, "second": 255.0}  # the largest codes
+# Codes are larger by this factor before they are rounded. It is more than float32's
+# error, so that programs agree on what lies halfway between two codes.
+_SLACK = 1 + 2.0**-20
+_LARGEST_SCALE = 0x7F7FFFFF  # the bits of the largest finite float32
+_HIGH_HALF = -0x10000
 _TINY = 2.0**-126  # the smallest normal float32
+
+
+class Rounding(NamedTuple):
+  """What is added to a number before it is cut off.
+
+  Attributes:
+    scale: int32 of shape (), what is added to a scale's bits before the low half of
+      them is cut off: 0x8000 rounds to the nearest bfloat16.
+    code: float32 of shape (), what is added to the code of a second moment before it
+      is cut to an integer: 0.5 rounds to the nearest.
+  """
+
+  scale: Any
+  code: Any
+
+
+TO_NEAREST = Rounding(0x8000, 0.5)
+
+
+def rounding_of(count: jax.Array) -> Rounding:
+  """How an update rounds, such that over updates errors add up to nothing.
+
+  Both parts run through low-discrepancy sequences: multiples of irrational numbers,
+  modulo 1, in units of 2⁻¹⁶. They start with the nearest, and leave out a little at
+  either end, so that numbers that would be stored exactly but for an error of float32
+  arithmetic are rounded to just that; what no update touches stays as it is.
+
+  Args:
+    count: Updates done so far, int32 of shape ().
+  """
+  count = jnp.asarray(count)
+  golden = (count * 40503 + 0x8000) & 0xFFFF  # 0.6180 = 1 / 1.6180
+  plastic = (count * 49471 + 0x8000) & 0xFFFF  # 0.7549 = 1 / 1.3247
+  inner = plastic.astype(jnp.float32) * (2.0**-16 * (1 - 2.0**-9)) + 2.0**-10
+  return Rounding(golden - (golden >> 12) + 8, inner)
 
 
 def group_axis(shape: tuple[int, ...], group_size: int) -> int | None:
@@ -80,7 +124,10 @@ def scale_shape(shape: tuple[int, ...], group_size: int) -> tuple[int, ...]:
 
 
 def encode(
-    x: jax.Array, kind: Kind, storage: Storage
+    x: jax.Array,
+    kind: Kind,
+    storage: Storage,
+    rounding: Rounding = TO_NEAREST,
 ) -> tuple[jax.Array, jax.Array]:
   """Compands a moment to 8 bits.
 
@@ -88,36 +135,48 @@ def encode(
     x: The moment, float32, of any shape; ``kind="second"`` needs ``x >= 0``.
     kind: ``"first"`` (signed) or ``"second"`` (a mean of squares).
     storage: Gives the group size and the companding.
+    rounding: How scales and codes are rounded.
 
   Returns:
     Codes of x's shape, int8 for first and uint8 for second moments, and scales,
     bfloat16, of :func:`scale_shape`.
   """
-  scale = encode_scale(x, kind, storage)
-  return encode_codes(x, scale, kind, storage), scale
+  scale = exact_scale(x, kind, storage)
+  stored = round_scale(scale, rounding.scale).astype(SCALE_DTYPE)
+  return encode_codes(x, scale, kind, storage, rounding.code), stored
 
 
-def encode_scale(x: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
-  """The scales of :func:`encode`."""
-  largest = _group_max(x, storage.group_size)
-  return round_to(unrounded_scale(largest, kind), SCALE_DTYPE)
+def exact_scale(x: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
+  """The scales of :func:`encode`, in float32."""
+  return scale_of_largest(_group_max(x, storage.group_size), kind)
 
 
-def unrounded_scale(largest: jax.Array, kind: Kind) -> jax.Array:
+def scale_of_largest(largest: jax.Array, kind: Kind) -> jax.Array:
   """The scale of a group, given its largest magnitude, both float32."""
   largest = _where(largest < _TINY, 0.0, largest)
   scale = largest if kind == "first" else jnp.sqrt(largest)
   return _where(lax.is_finite(scale), scale, jnp.nan)
 
 
+def round_scale(scale: jax.Array, rounding: jax.Array | int) -> jax.Array:
+  """Float32 scales, rounded to what bfloat16 holds. Finite ones stay finite."""
+  bits = lax.bitcast_convert_type(scale, jnp.int32)
+  rounded = jnp.minimum(bits + rounding, _LARGEST_SCALE) & _HIGH_HALF
+  rounded = _where(lax.is_finite(scale), rounded, bits)
+  return lax.bitcast_convert_type(rounded, jnp.float32)
+
+
 def encode_codes(
-    x: jax.Array, scale: jax.Array, kind: Kind, storage: Storage
+    x: jax.Array,
+    scale: jax.Array,
+    kind: Kind,
+    storage: Storage,
+    rounding: jax.Array | float = 0.5,
 ) -> jax.Array:
-  """The codes of :func:`encode`, against given scales."""
+  """The codes of :func:`encode`, against its exact scales."""
   magnitude = jnp.abs(x) if kind == "first" else x
   levels = LEVELS[kind]
-  factor = encode_factor(scale.astype(jnp.float32), kind, storage)
-  factor = _group_expand(factor, x.shape, storage)
+  factor = _group_expand(encode_factor(scale, kind, storage), x.shape, storage)
   if storage.companding == "root":
     root = jnp.sqrt(magnitude) if kind == "first" else jnp.sqrt(jnp.sqrt(x))
     level = root * factor
@@ -125,9 +184,10 @@ def encode_codes(
     ratio = magnitude * factor
     level = levels * (2.0 * ratio / (1.0 + ratio))
   else:
-    level = jnp.minimum(levels * (jnp.sqrt(x) * factor), levels)
+    level = levels * (jnp.sqrt(x) * factor)
+  rounding = jnp.asarray(rounding if kind == "second" else 0.5, jnp.float32)
   # NaN fails the comparison, so that no NaN meets the integer conversion.
-  level = _where(level <= levels + 0.5, level + 0.5, 0.0)
+  level = _where(level <= levels + 0.5, level + rounding, 0.0)
   if kind == "first":
     level = _where(x < 0, -level, level)
   return level.astype(CODE_DTYPE[kind])
@@ -146,8 +206,8 @@ def encode_factor(s: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
   """What an element's root (or, for "paper", it) is multiplied by, once a group."""
   if storage.companding == "root":
     # sqrt(|x| / s) · levels, with the division done once per group.
-    return LEVELS[kind] * _inverse(jnp.sqrt(s))
-  return _inverse(s)
+    return LEVELS[kind] * _SLACK * _inverse(jnp.sqrt(s))
+  return _SLACK * _inverse(s)
 
 
 def decode_factor(s: jax.Array, kind: Kind, storage: Storage) -> jax.Array:

@@ -114,7 +114,7 @@ def compress(
         init_inner(params),
         dict(form().moments),
     )
-    return encode_inner(inner, correction, form())
+    return encode_inner(inner, jnp.zeros([], jnp.int32), correction, form())
 
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
@@ -150,7 +150,9 @@ def compress(
             for _, correction in stored
         ])
       results = [result for result, _ in stored]
-      return results, encode_inner(inner, correction, form())
+      rounding = codec.rounding_of(state.count)
+      count = optax.safe_increment(state.count)
+      return results, encode_inner(inner, count, correction, form(), rounding)
 
     args = (
         _gradients(updates, params),
@@ -254,7 +256,10 @@ def _check_state(state: Any, params: Any, layout: Any, form: Format) -> None:
     )
   expected = jax.eval_shape(
       lambda params, inner: encode_inner(
-          inner, state_lib.zero_correction(params, form.storage), form
+          inner,
+          jnp.zeros([], jnp.int32),
+          state_lib.zero_correction(params, form.storage),
+          form,
       ),
       params,
       layout,
@@ -273,16 +278,29 @@ def _stored_parts(state: CompressedState) -> dict[str, Any]:
       name: state_lib.subtree(state.inner, name)
       for name, _ in state.format.moments
   }
-  return {"inner": moments, "scales": state.scales, "correction": state.correction}
+  return {
+      "count": state.count,
+      "inner": moments,
+      "scales": state.scales,
+      "correction": state.correction,
+  }
 
 
-def encode_inner(inner: Any, correction: Any, form: Format) -> CompressedState:
+def encode_inner(
+    inner: Any,
+    count: jax.Array,
+    correction: Any,
+    form: Format,
+    rounding: codec.Rounding = codec.TO_NEAREST,
+) -> CompressedState:
   """Puts the moments in a transformation's state into their storage.
 
   Args:
     inner: The state, its moments in floats.
+    count: Updates done so far.
     correction: The corrections of the parameters.
     form: What to store, and how.
+    rounding: How scales and codes are rounded.
   """
   kinds, scales = dict(form.moments), {}
 
@@ -290,7 +308,9 @@ def encode_inner(inner: Any, correction: Any, form: Format) -> CompressedState:
     treedef: Any
     leaves, treedef = jax.tree.flatten(moment)
     pairs = [
-        codec.encode(jnp.asarray(leaf).astype(jnp.float32), kinds[name], form.storage)
+        codec.encode(
+            jnp.asarray(leaf).astype(jnp.float32), kinds[name], form.storage, rounding
+        )
         for leaf in leaves
     ]
     of_moment = treedef.unflatten([scale for _, scale in pairs])
@@ -299,7 +319,7 @@ def encode_inner(inner: Any, correction: Any, form: Format) -> CompressedState:
 
   if form.storage.moment_bits == 8:
     inner = state_lib.map_subtrees(encode, inner, kinds)
-  return CompressedState(inner, scales, correction, form)
+  return CompressedState(count, inner, scales, correction, form)
 
 
 def decode_inner(state: CompressedState, layout: Any) -> Any:

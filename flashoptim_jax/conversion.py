@@ -13,7 +13,6 @@ import optax
 from flashoptim_jax import codec, compression, counterpart, paths, precision
 from flashoptim_jax import state as state_lib
 from flashoptim_jax.state import AnyState, CompressedState, Format
-from flashoptim_jax.storage import Storage
 
 # Where Optax's states keep what a flash state calls mu and nu.
 _MOMENT_FIELDS = {"mu": "mu", "nu": "nu", "trace": "mu"}
@@ -406,7 +405,7 @@ def _take(layout: Any, plain: Any, params: dict, masters: dict) -> AnyState:
 
   correction = jax.tree.map_with_path(correct, layout.correction)
   if isinstance(layout, CompressedState):
-    return compression.encode_inner(plain, correction, layout.format)
+    return compression.encode_inner(plain, count, correction, layout.format)
   return layout._replace(
       count=count, correction=correction, **encode(found, layout.format)
   )
@@ -428,27 +427,7 @@ def encode(moments: dict[str, Any], form: Format) -> dict[str, Any]:
   return fields
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "storage"))
-def _encode_leaf(
-    x: jax.Array, kind: codec.Kind, storage: Storage
-) -> tuple[jax.Array, jax.Array]:
-  """``codec.encode``, which gives codes back as they were before decoding.
-
-  Its scale of a second moment in "paper" companding may be rounded up so far
-  that no code of the group is 255. The largest one is 254 then, and the group
-  is decoded to less than its scale.
-  """
-  scale = codec.encode_scale(x, kind, storage)
-  if storage.companding == "paper" and kind == "second":
-    larger = codec.encode_scale(x * (255 / 254) ** 2, kind, storage)
-
-    def error(scale):
-      codes = codec.encode_codes(x, scale, kind, storage)
-      distance = codec.decode(codes, scale, kind, storage) - x
-      return codec.encode_scale(distance, "first", storage)
-
-    scale = jnp.where(error(larger) < error(scale), larger, scale)
-  return codec.encode_codes(x, scale, kind, storage), scale
+_encode_leaf = jax.jit(codec.encode, static_argnames=("kind", "storage"))
 
 
 def _stored(state: Any, layout: Any) -> AnyState:
@@ -464,7 +443,7 @@ def _stored(state: Any, layout: Any) -> AnyState:
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.float32), state.inner
     )
     inner = compression.decode_inner(state, float32)
-    return compression.encode_inner(inner, correction, layout.format)
+    return compression.encode_inner(inner, state.count, correction, layout.format)
   if dataclasses.replace(new, master_bits=old.master_bits) == old:
     fields = {name: getattr(state, name) for name in _MOMENT_ARRAYS}
   else:

@@ -67,6 +67,7 @@ class CompressedState(NamedTuple):
   """State of :func:`flashoptim_jax.compress`.
 
   Attributes:
+    count: Updates done so far, int32 of shape ().
     inner: State of the transformation inside, for float32 parameters, with codes
       (int8 or uint8, of the same shapes) in the place of its moments.
     scales: Their scales, bfloat16: for each moment, by its path in ``inner`` with
@@ -76,6 +77,7 @@ class CompressedState(NamedTuple):
     format: What the arrays mean. Moments are named by their path in ``inner``.
   """
 
+  count: Any
   inner: Any
   scales: dict[str, Any]
   correction: Any

@@ -82,13 +82,18 @@ def flash_transformation(
         leaf._replace(decay=flag)
         for leaf, flag in zip(leaves, flags, strict=True)
     ]
+    rounding = codec.rounding_of(state.count)
     deferred_update = extra_args.get(DEFERRED, False)
     update = deferred.update_leaves if deferred_update else kernels.update_leaves
     updated = update(
         rule,
         form.storage,
         leaves,
-        scalars(state.count),
+        {
+            **scalars(state.count),
+            "scale_rounding": rounding.scale,
+            "code_rounding": rounding.code,
+        },
         implementation=implementation,
         new_params=new_params,
         shardings=extra_args.get(PARAM_SHARDINGS, {}),

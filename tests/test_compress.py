@@ -1,5 +1,6 @@
 """``compress``: the storage around any Optax transformation."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -84,10 +85,11 @@ def test_memory_report():
   params = cases.tree({"w": ((64, 64), jnp.bfloat16)})
   report = fo.memory_report(fo.compress(optax.adamw(1e-3)), params)
   desired = fo.memory_report(fo.adamw(1e-3), params)
-  assert report == desired
+  # Its count beside Adam's own.
+  assert report == dataclasses.replace(desired, other=desired.other + 4)
   report = fo.memory_report(fo.compress(contrib.prodigy()), params)
   kept = 2 * 4 * 64 * 64  # grad_sum and params0
-  assert (report.moments, report.other - kept) == (2 * 64 * 64, 12)
+  assert (report.moments, report.other - kept) == (2 * 64 * 64, 16)
 
 
 WRAPPED = {

@@ -115,15 +115,6 @@ def test_nestings_there_and_back(nesting):
   jax.eval_shape(plain.update, grads, optax_state, fo.to_fp32(params, state))
 
 
-def test_paper_scales_that_were_rounded_up():
-  """No code of such a group is 255."""
-  tx = fo.adam(1e-3, storage=cases.STORAGES["paper"])
-  params = {"w": jnp.ones((64, 40), jnp.bfloat16)}
-  state = cases.random_state(tx, params)
-  state = state._replace(nu={"w": jnp.minimum(state.nu["w"], 254)})
-  cases.assert_same(to_and_from(tx, params, state)[1], state)
-
-
 @pytest.mark.parametrize("nesting", ["schedule", "partition"])
 def test_the_state_is_the_one_that_optax_has(nesting):
   """At 32 bits and with the same gradients, Optax's own run ends up there."""

@@ -82,7 +82,8 @@ def update_leaves(
     storage: The state's storage.
     leaves: The leaves.
     scalars: The rule's hyperparameters, with ``learning_rate`` and
-      ``weight_decay``; numbers or arrays of shape ().
+      ``weight_decay``, and the parts of a :class:`flashoptim_jax.codec.Rounding`,
+      ``scale_rounding`` and ``code_rounding``; numbers or arrays of shape ().
     implementation: One of ``NAMES`` or None.
     new_params: Whether ``result`` is the new parameter or the update.
     shardings: Shardings of parameters by path, as far as the user gave them.

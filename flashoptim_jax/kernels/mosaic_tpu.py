@@ -326,10 +326,11 @@ class _Unit:
     largest = self.scratch[f"{moment.name}_max"]
     groups = _ROWS * _GROUPS
     parts = [largest[pl.ds(s, groups, stride=8), :] for s in range(8)]
-    s = codec.unrounded_scale(functools.reduce(jnp.maximum, parts), moment.kind)
-    bits = jnp.where(jnp.isnan(s), _NAN, _round_bfloat16(_as_bits(s))) & _HIGH_HALF
-    factor = codec.encode_factor(_as_float(bits), moment.kind, plan.storage)
+    s = codec.scale_of_largest(functools.reduce(jnp.maximum, parts), moment.kind)
+    factor = codec.encode_factor(s, moment.kind, plan.storage)
     self.scratch[f"{moment.name}_encoder"][...] = factor
+    rounding = self.h["scale_rounding"].astype(jnp.int32)
+    bits = _as_bits(codec.round_scale(s, rounding))
     kept = self.scratch[f"{moment.name}_scale"]
     for half in range(2):
       rows = [
@@ -438,7 +439,9 @@ class _Unit:
         if moment.kind == "first":
           level = levels * (2.0 * level / (1.0 + jnp.abs(level)))
         else:
-          level = jnp.minimum(levels * level, levels)
+          level = levels * level
+      if moment.kind == "second":
+        level = level + (self.h["code_rounding"] - 0.5)
       # A NaN's low bits are zero.
       numbers.append(_as_bits(level + _ROUND))
     word = _pack(numbers, 1, self.plan.interpret)

@@ -22,6 +22,8 @@ SCALARS = (
     "nu_scaling",
     "momentum",
     "one_minus_dampening",
+    "scale_rounding",
+    "code_rounding",
 )
 # Arrays of a leaf, in the order in which the kernel takes them.
 ARRAYS = (
@@ -48,8 +50,11 @@ _MU_SCALING_NEXT = tl.constexpr(9)
 _NU_SCALING = tl.constexpr(10)
 _MOMENTUM = tl.constexpr(11)
 _ONE_MINUS_DAMPENING = tl.constexpr(12)
+_SCALE_ROUNDING = tl.constexpr(13)
+_CODE_ROUNDING = tl.constexpr(14)
 
 _TINY = tl.constexpr(2.0**-126)
+_SLACK = tl.constexpr(1 + 2.0**-20)
 _GROUP = tl.constexpr(32)
 
 
@@ -71,12 +76,11 @@ def _group_max(x):
 
 
 @triton.jit
-def _round_scale(scale):
-  """To bfloat16, and NaN in an infinity's place."""
-  nan = scale * 0 != 0
-  scale = scale.to(tl.bfloat16)
-  infinite = (scale.to(tl.float32) * 0 != 0) | nan
-  return tl.where(infinite, float("nan"), scale.to(tl.float32))
+def _round_scale(scale, rounding):
+  """To bfloat16; a finite scale stays finite."""
+  bits = tl.minimum(_bits(scale).to(tl.int32) + rounding, 0x7F7FFFFF)
+  bits = tl.where(scale * 0 == 0, bits, 0x7FC00000)
+  return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -96,29 +100,30 @@ def _decode(codes, scale, SIGNED: tl.constexpr, ROOT: tl.constexpr):
 
 
 @triton.jit
-def _encode(x, SIGNED: tl.constexpr, ROOT: tl.constexpr):
-  """Codes, as int32, and scales, as float32."""
+def _encode(x, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr):
+  """Codes, as int32, and scales, as bfloat16."""
   largest = _group_max(x)
   largest = tl.where(largest < _TINY, 0.0, largest)
-  scale = _round_scale(largest if SIGNED else tl.sqrt_rn(largest))
+  scale = largest if SIGNED else tl.sqrt_rn(largest)
+  scale = tl.where(scale * 0 == 0, scale, float("nan"))
   levels: tl.constexpr = 127.0 if SIGNED else 255.0
   if ROOT:
-    factor = tl.where(scale == 0, 0.0, levels / tl.sqrt_rn(scale))[:, None]
+    factor = tl.where(scale == 0, 0.0, levels * _SLACK / tl.sqrt_rn(scale))[:, None]
     root = tl.sqrt(tl.abs(x)) if SIGNED else tl.sqrt(tl.sqrt(x))
     level = root * factor
   else:
-    factor = tl.where(scale == 0, 0.0, 1.0 / scale)[:, None]
+    factor = tl.where(scale == 0, 0.0, _SLACK / scale)[:, None]
     if SIGNED:
       ratio = tl.abs(x) * factor
       level = levels * (2.0 * ratio / (1.0 + ratio))
     else:
       level = levels * (tl.sqrt(x) * factor)
-      level = tl.where(level > levels, levels, level)
-  level = tl.where(level <= levels + 0.5, level + 0.5, 0.0)
+  rounding = 0.5 if SIGNED else tl.load(scalars + _CODE_ROUNDING)
+  level = tl.where(level <= levels + 0.5, level + rounding, 0.0)
   code = level.to(tl.int32)
   if SIGNED:
     code = tl.where(x < 0, -code, code)
-  return code, scale
+  return code, _round_scale(scale, tl.load(scalars + _SCALE_ROUNDING).to(tl.int32))
 
 
 @triton.jit
@@ -329,16 +334,16 @@ def _update_groups(
 
   if RULE != "sgd":
     if COMPRESSED:
-      codes, scale = _encode(mu, True, ROOT)
+      codes, scale = _encode(mu, scalars, True, ROOT)
       tl.store(mu_ptr + at, codes.to(tl.int8), mask=inside)
-      tl.store(mu_scale_ptr + local, scale.to(tl.bfloat16), mask=in_leaf)
+      tl.store(mu_scale_ptr + local, scale, mask=in_leaf)
     else:
       tl.store(mu_ptr + at, mu, mask=inside)
   if RULE == "adam":
     if COMPRESSED:
-      codes, scale = _encode(nu, False, ROOT)
+      codes, scale = _encode(nu, scalars, False, ROOT)
       tl.store(nu_ptr + at, codes.to(tl.uint8), mask=inside)
-      tl.store(nu_scale_ptr + local, scale.to(tl.bfloat16), mask=in_leaf)
+      tl.store(nu_scale_ptr + local, scale, mask=in_leaf)
     else:
       tl.store(nu_ptr + at, nu, mask=inside)
 
