@@ -56,7 +56,7 @@ STORAGES = {
 LEARNING_RATE = 2.0**-7  # Exact in bfloat16, for optax.inject_hyperparams.
 
 _ALL = [(name, storage) for storage in STORAGES for name in OPTIMIZERS]
-_SOME = [
+SOME = [
     ("adamw", "root"),
     ("adamw_nesterov", "none/8"),
     ("adam", "paper"),
@@ -79,7 +79,7 @@ def _parametrize(combinations):
 # Every optimizer with every storage: for tests that compile nothing large.
 every_case = _parametrize(_ALL)
 # Every optimizer and every storage: for tests that compile whole updates.
-some_cases = _parametrize(_SOME)
+some_cases = _parametrize(SOME)
 every_optimizer = pytest.mark.parametrize("name", list(OPTIMIZERS))
 
 

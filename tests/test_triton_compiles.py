@@ -1,7 +1,13 @@
-"""The Triton kernel compiles for real GPUs, on a machine without one."""
+"""The Triton kernel, on a machine without a GPU.
+
+It compiles for real GPUs, and does in Triton's interpreter what the XLA path does.
+"""
 
 import importlib.util
+import json
+import pathlib
 import platform
+import subprocess
 import sys
 
 import pytest
@@ -108,6 +114,20 @@ def test_memory_is_read_in_wide_words():
   ptx = build(90, True, COUNT=16).asm["ptx"]
   assert ptx.count("ld.global.v4.b32") >= 7
   assert ptx.count("st.global.v4.b32") >= 5
+
+
+def test_equals_xla_in_the_interpreter():
+  """Codes, scales and float32 moments bit for bit; masters within one unit."""
+  worker = pathlib.Path(__file__).with_name("triton_worker.py")
+  done = subprocess.run(
+      [sys.executable, worker], capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert len(found) > 8
+  for case, differ in found.items():
+    assert differ.pop("masters") <= 1, case
+    assert set(differ.values()) <= {0}, (case, differ)
 
 
 def test_triton_is_installed():

@@ -136,7 +136,7 @@ class _Launch(NamedTuple):
 
   def __call__(self, leaves: list[Leaf], scalars: jax.Array) -> list[UpdatedLeaf]:
     moment_names = [moment.name for moment in self.rule.moments]
-    tuned = _tuning(jax.local_devices()[0].compute_capability)
+    tuned = _tuning()
     names = [name for name, _ in self.dtypes]
     written = [n for n in names if n != "grad" and (n != "param" or self.new_params)]
     operands: list[Any] = [scalars, None]
@@ -208,11 +208,12 @@ def _layout(
 
 
 @functools.cache
-def _tuning(compute_capability: str) -> dict[str, int]:
-  """Block size and warps for a GPU, from the recorded tuning run."""
+def _tuning() -> dict[str, int]:
+  """Block size and warps for this process's GPUs, from the recorded tuning run."""
   path = pathlib.Path(__file__).with_name("triton_tuning.json")
   recorded = json.loads(path.read_text())["tuning"]
-  return recorded.get(compute_capability, recorded["default"])
+  capability = jax.local_devices()[0].compute_capability
+  return recorded.get(capability, recorded["default"])
 
 
 def _aliased_outputs_are_arguments() -> bool:
