@@ -94,7 +94,7 @@ def rounding_of(count: jax.Array) -> Rounding:
   Args:
     count: Updates done so far, int32 of shape ().
   """
-  count = jnp.asarray(count)
+  count = jnp.asarray(count, jnp.int32)
   golden = (count * 40503 + 0x8000) & 0xFFFF  # 0.6180 = 1 / 1.6180
   plastic = (count * 49471 + 0x8000) & 0xFFFF  # 0.7549 = 1 / 1.3247
   inner = plastic.astype(jnp.float32) * (2.0**-16 * (1 - 2.0**-9)) + 2.0**-10
