@@ -1,12 +1,12 @@
 """Temporaries of a step with ``fo.compress``, in copies of the largest leaf.
 
     python benchmarks/compress_memory.py
-    python benchmarks/compress_memory.py --only adamw --output /tmp/x.json
+    python benchmarks/compress_memory.py --only adamw --output memory.json
 
 Compiles ``fo.step`` for a 12-layer model, parameters and state donated, on this
 machine's first device, and divides what XLA plans besides them by the bytes of the
-largest leaf in float32. The same for Optax's own optimizer on
-float32 parameters. Nothing runs. Writes results/compress_memory.json.
+largest leaf in float32. The same for Optax's own optimizer on float32 parameters.
+Nothing runs. Writes results/compress_memory.json.
 """
 
 import argparse
