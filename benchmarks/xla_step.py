@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 import flashoptim_jax as fo
-from flashoptim_jax import kernels, optimizers, rules
+from flashoptim_jax import codec, kernels, optimizers, rules
 from flashoptim_jax.kernels import xla
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -163,7 +163,12 @@ def main():
     decay=True,
   )
   hyperparameters = optimizers._adam_scalars(jnp.int32(1), 0.9, 0.999, 1e-8, 0.0)
-  hyperparameters |= {"learning_rate": 1e-3, "weight_decay": 1e-4}
+  hyperparameters |= {
+    "learning_rate": 1e-3,
+    "weight_decay": 1e-4,
+    "scale_rounding": codec.TO_NEAREST.scale,
+    "code_rounding": codec.TO_NEAREST.code,
+  }
   result["profile_of_wide_seconds"] = profile(
     rules.ADAM, fo.Storage(), leaf, hyperparameters
   )
