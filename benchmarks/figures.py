@@ -36,6 +36,7 @@ TABLES = {
   "companding": tables.companding_table,
   "example-losses": tables.example_losses,
   "quality": tables.quality,
+  "moments": tables.moments,
   "compress-codecs": compress_tables.codecs,
   "compress-quality": compress_tables.quality,
   "compress-convergence": compress_tables.convergence,

@@ -157,6 +157,10 @@ def loss_curves(canvas, curves):
     ax.plot(steps, losses.mean(0), label=name, color=colour, **_line(baseline))
     if len(runs) > 1:
       ax.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.2)
+  # What diverges leaves the picture.
+  usual = np.array([run["losses"] for run in curves["runs"][curves["baseline"]]], float)
+  margin = 0.1 * np.ptp(usual)
+  ax.set_ylim(usual.min() - margin, usual.max() + margin)
   ax.set_xlabel("step")
   ax.set_ylabel(curves["metric"])
   ax.spines[["top", "right"]].set_visible(False)
@@ -344,23 +348,26 @@ def _example_curves():
   }
 
 
-def _quality_curves(path):
-  found = json.loads(path.read_text())
+def _quality_curves(name):
+  found = tables.load(name)
   runs: dict[str, list] = {}
   for run in found["runs"]:
-    if run.get("losses"):
-      runs.setdefault(run["name"], []).append(run)
-  return {"metric": found["metric"], "baseline": found["baseline"], "runs": runs}
+    kept = {key: run[key] for key in ("steps", "losses")}
+    runs.setdefault(run["name"], []).append(kept)
+  unit = found["metric"].partition(",")[2]
+  return {
+    "metric": f"training loss,{unit}",
+    "baseline": found["baseline"],
+    "runs": runs,
+  }
 
 
 def quality_figures() -> dict[str, Figure]:
   """The plots of results/quality_*.json, by their file's name."""
-  found = {}
-  for path in sorted(tables.RESULTS.glob("quality_*.json")):
-    curves = _quality_curves(path)
-    if curves["runs"]:
-      found[path.stem] = Figure(loss_curves, curves, (8, 4))
-  return found
+  return {
+    name.removesuffix(".json"): Figure(loss_curves, _quality_curves(name), (8, 4))
+    for name in tables.quality_files()
+  }
 
 
 def figures() -> dict[str, Figure]:

@@ -578,46 +578,95 @@ def example_losses():
 def quality():
   """One table for each results/quality_*.json.
 
-  Such a file has ``title``, ``metric``, ``date``, ``device``, and ``runs``: each
-  with ``name``, ``seed``, ``value`` of the metric (null if it is not finite) and,
-  for a picture, ``steps`` and ``losses``. ``baseline`` is the name of the runs
-  that the others are compared with, seed by seed.
+  Such a file has ``title``, ``metric``, ``learning_rate``, ``date``, ``device``, and
+  ``runs``: each with ``name``, ``seed``, ``value`` of the metric (null if it is not
+  finite) and, for a picture, ``steps`` and ``losses``. ``baseline`` is the name of the
+  runs that the others are compared with, seed by seed.
   """
   parts = []
-  for path in sorted(RESULTS.glob("quality_*.json")):
-    found = load(path.name)
-    parts.append(f"### {found['title']}\n\n{quality_table(found)}\n\n{_note(found)}")
-    if any(run.get("losses") for run in found["runs"]):
-      parts.append(f"![{found['title']}](figures/{path.stem}.svg)")
-  return "\n\n".join(parts) or "There are no longer runs, with several seeds, yet."
+  for name in quality_files():
+    found = load(name)
+    more = [f"peak learning rate {found['learning_rate']:g}"]
+    if tokens := found["runs"][0].get("tokens"):
+      text = found["data"]["python"]
+      more.append(
+        f"{tokens / 1e6:.1f} M tokens in a run, of {text['train_tokens'] / 1e6:.0f} M"
+        f" in {text['files']:,} Python files"
+      )
+    stem = name.removesuffix(".json")
+    parts += [
+      f"### {found['title']}",
+      quality_table(found),
+      _note(found, *more),
+      f"![{found['title']}](figures/{stem}.svg)",
+    ]
+  return "\n\n".join(parts)
+
+
+def quality_files():
+  """The files of :func:`quality`: large models first, then by name."""
+  names = [path.name for path in RESULTS.glob("quality_*.json")]
+  return sorted(
+    names,
+    key=lambda name: (-(load(name)["runs"][0].get("parameters") or 0), name),
+  )
+
+
+# What else a run may know, its heading and how it is written.
+_MORE = {
+  "accuracy": ("accuracy", "{:.1%}"),
+  "moved": ("weights that moved", "{:.1%}"),
+  "stalled_leaves": ("leaves that `check_numerics` lists", "{:.0f}"),
+}
 
 
 def quality_table(found):
   """Mean and spread over seeds, beside the baseline's."""
-  by_name: dict[str, dict[int, float | None]] = {}
+  by_name: dict[str, dict[int, dict]] = {}
   for run in found["runs"]:
-    by_name.setdefault(run["name"], {})[run["seed"]] = run["value"]
+    by_name.setdefault(run["name"], {})[run["seed"]] = run
+  more = [key for key in _MORE if key in found["runs"][0]]
   usual = by_name[found["baseline"]]
   rows = []
-  for name, values in by_name.items():
-    finite = [value for value in values.values() if value is not None]
+  for name, runs in by_name.items():
+    finite = {s: run["value"] for s, run in runs.items() if run["value"] is not None}
     differences = [
-      value - usual[seed]
-      for seed, value in values.items()
-      if value is not None and usual.get(seed) is not None
+      value - usual[seed]["value"]
+      for seed, value in finite.items()
+      if name != found["baseline"] and usual[seed]["value"] is not None
     ]
     rows.append((
       name,
-      f"{len(finite)} of {len(values)}",
-      *(_mean_and_spread(part) for part in (finite, differences)),
+      f"{len(finite)} of {len(runs)}",
+      _mean_and_spread(list(finite.values())),
+      _mean_and_spread(differences),
+      *(
+        _MORE[key][1].format(statistics.mean(run[key] for run in runs.values()))
+        for key in more
+      ),
     ))
   header = (
     found["metric"],
     "seeds that ended finite",
     "mean ± standard deviation over seeds",
     f"difference to {found['baseline']}, seed by seed",
+    *(_MORE[key][0] for key in more),
   )
   return markdown(header, rows)
+
+
+def moments():
+  """Errors of the update's direction with 8-bit moments, by kind of layer."""
+  found = load("moments.json")
+  rows = [
+    (layer, *(
+      f"{cells[name]['error']:.1%}, {cells[name]['collapsed']:.2%}"
+      for name in ("root", "paper", "linear")
+    ))
+    for layer, cells in found["layers"].items()
+  ]
+  header = ("", "root (default)", "paper", "no companding")
+  return f"{markdown(header, rows)}\n\n{_note(found)}"
 
 
 def _mean_and_spread(values):

@@ -211,10 +211,14 @@ def assert_same(actual, desired):
 
 def spacing(magnitude: float, dtype, master_bits: int | None) -> float:
   """Distance of neighbouring master weights at a magnitude."""
-  mantissa = ml_dtypes.finfo(dtype).nmant
-  if np.dtype(dtype).itemsize == 2 and master_bits is not None:
-    mantissa += master_bits - 16
-  return 2.0 ** (math.frexp(magnitude or 1e-30)[1] - 1 - mantissa)
+  binade = 2.0 ** (math.frexp(magnitude or 1e-30)[1] - 1)
+  unit = binade * 2.0 ** -ml_dtypes.finfo(dtype).nmant
+  if np.dtype(dtype).itemsize != 2 or master_bits is None:
+    return unit
+  if np.dtype(dtype) == np.float16:
+    # A correction is a share of half a unit; their sum is rounded to float32.
+    return unit / 2 / {24: 127, 32: 32767}[master_bits] + binade * 2.0**-23
+  return unit / 2.0 ** (master_bits - 16)
 
 
 def assert_within_units(actual, desired, units: int, dtype, master_bits):

@@ -12,6 +12,7 @@ gradient's dtype, within one unit of that; float32 moments bit for bit.
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,19 +70,7 @@ def random_tree(seed, dtype, scale):
   }
 
 
-def take_step(tx, via, grads, state, params):
-  if via == "step":
-    return fo.step(tx, grads, state, params)
-  updates, state = tx.update(grads, state, params)
-  return optax.apply_updates(params, updates), state
-
-
-def unit(dtype, storage):
-  """Relative spacing of master weights."""
-  if dtype == F32 or storage.master_bits == 32:
-    return 2.0**-23
-  extra = 8 if storage.master_bits == 24 else 0
-  return 2.0 ** -(jnp.finfo(dtype).nmant + extra)
+VIA = {"step": cases.step, "update": cases.update}
 
 
 def differences(ours, reference, dtype, storage, rounding=None):
@@ -111,7 +100,7 @@ def differences(ours, reference, dtype, storage, rounding=None):
   for a, b, before in zip(*map(jax.tree.leaves, (*masters, old)), strict=True):
     if a.size:
       exponent = jnp.floor(jnp.log2(jnp.max(jnp.abs(b))))
-      spacing = 2.0**exponent * unit(dtype, storage)
+      spacing = 2.0**exponent * cases.spacing(1.0, dtype, storage.master_bits)
       if rounding is not None:
         moved = jnp.max(jnp.abs(b - before.astype(F32)))
         spacing = jnp.maximum(spacing, moved * jnp.finfo(rounding[1]).eps)
@@ -132,8 +121,8 @@ def test_equals_xla(name, storage, dtype, grad_dtype, via):
 
   @jax.jit
   def both(grads, state, params):
-    ours = take_step(fused, via, grads, state, params)
-    reference = take_step(plain, via, grads, state, params)
+    ours = VIA[via](fused, grads, state, params)
+    reference = VIA[via](plain, grads, state, params)
     rounding = (params, grad_dtype) if via == "update" else None
     return ours, differences(ours, reference, dtype, storage, rounding)
 
@@ -162,7 +151,7 @@ def test_odd_shapes(via):
   tx = fo.adamw(1e-2)
   params, state = fo.from_fp32(tx, random_tree(0, F32, 1.0))
   grads = random_tree(1, BF16, 1.0)
-  params, state = jax.jit(functools.partial(take_step, tx, via))(
+  params, state = jax.jit(functools.partial(VIA[via], tx))(
       grads, state, params
   )
   assert all(jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params))

@@ -1,7 +1,7 @@
 """A small decoder-only transformer in Flax (linen)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ class Config:
       the caller's choice.
     unroll: Blocks per turn of the scan over blocks. 1 compiles fastest; on CPU,
       where a loop's body is optimised less, all of them run fastest.
+    attention: ``implementation`` of ``jax.nn.dot_product_attention``.
   """
 
   dim: int = 128
@@ -34,6 +35,7 @@ class Config:
   vocabulary: int = data.VOCABULARY
   dtype: Any = jnp.float32
   unroll: int = 1
+  attention: Literal["xla", "cudnn"] | None = None
 
   def __post_init__(self):
     if self.dim % (2 * self.heads):
@@ -79,7 +81,9 @@ class Block(nn.Module):
     h = nn.RMSNorm(dtype=c.dtype, name="attention_norm")(x)
     qkv = dense("qkv", (3, c.heads, c.dim // c.heads))(h)
     q, k, v = jnp.moveaxis(qkv, -3, 0)
-    h = jax.nn.dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
+    h = jax.nn.dot_product_attention(
+      rotary(q), rotary(k), v, is_causal=True, implementation=c.attention
+    )
     x = x + dense("attention_out", c.dim, axis=(-2, -1))(h)
 
     h = nn.RMSNorm(dtype=c.dtype, name="mlp_norm")(x)

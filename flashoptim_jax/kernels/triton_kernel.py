@@ -76,6 +76,12 @@ def _group_max(x):
 
 
 @triton.jit
+def _inverse(s):
+  """1 / s, and 0 where s is 0."""
+  return tl.where(s == 0, 0.0, 1.0 / s)
+
+
+@triton.jit
 def _round_scale(scale, rounding):
   """To bfloat16; a finite scale stays finite."""
   bits = tl.minimum(_bits(scale).to(tl.int32) + rounding, 0x7F7FFFFF)
@@ -104,15 +110,17 @@ def _encode(x, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr):
   """Codes, as int32, and scales, as bfloat16."""
   largest = _group_max(x)
   largest = tl.where(largest < _TINY, 0.0, largest)
-  scale = largest if SIGNED else tl.sqrt_rn(largest)
+  # The same approximate root and the same order of operations as in XLA's code for
+  # GPUs, so that both round alike.
+  scale = largest if SIGNED else tl.sqrt(largest)
   scale = tl.where(scale * 0 == 0, scale, float("nan"))
   levels: tl.constexpr = 127.0 if SIGNED else 255.0
   if ROOT:
-    factor = tl.where(scale == 0, 0.0, levels * _SLACK / tl.sqrt_rn(scale))[:, None]
+    factor = levels * _SLACK * _inverse(tl.sqrt(scale))[:, None]
     root = tl.sqrt(tl.abs(x)) if SIGNED else tl.sqrt(tl.sqrt(x))
     level = root * factor
   else:
-    factor = tl.where(scale == 0, 0.0, _SLACK / scale)[:, None]
+    factor = _SLACK * _inverse(scale)[:, None]
     if SIGNED:
       ratio = tl.abs(x) * factor
       level = levels * (2.0 * ratio / (1.0 + ratio))
