@@ -20,7 +20,7 @@ from flashoptim_jax.kernels import deferred
 from flashoptim_jax.transform import DEFERRED
 
 # Primitives that compute each element from the elements at the same place.
-_ELEMENTWISE = frozenset([
+ELEMENTWISE = frozenset([
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan",
     "atan2", "atanh", "cbrt", "ceil", "clamp", "convert_element_type", "copy",
     "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2",
@@ -198,7 +198,7 @@ class Leafwise:
       if (
           not leaves
           and _shape(eqn.outvars[0])
-          and (name == "broadcast_in_dim" or name in _ELEMENTWISE)
+          and (name == "broadcast_in_dim" or name in ELEMENTWISE)
           and all(v in uniform or not _shape(v) for v in variables(eqn))
       ):
         uniform.update(eqn.outvars)
@@ -239,7 +239,7 @@ class Leafwise:
         arrays, scalars = deferred.operands(eqn)
         apart = not self._union(scalars)
       else:
-        arrays, apart = eqn.invars, eqn.primitive.name in _ELEMENTWISE
+        arrays, apart = eqn.invars, eqn.primitive.name in ELEMENTWISE
       if apart and all(map(fits, arrays)):
         sliced.update(eqn.outvars)
     results = [self._new_params[leaf], *(self._new_state[i] for i in self.owned[leaf])]

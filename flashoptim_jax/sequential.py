@@ -5,13 +5,14 @@ all parameters, and XLA is free to have many of them at once. Here its trace is
 taken apart. What belongs to a group of parameters alone is computed when that
 group's turn comes, from its stored arrays, and waits for the group before it; so
 only one group's copies are alive. Numbers that depend on several groups, such as
-a global norm, are computed first, in passes of their own.
+a global norm, are computed first, in passes of their own. A group's turn has steps
+where one array is not computed element by element from others, such as a norm or a
+product of matrices: what elements are computed from is decoded again in each.
 """
 
 import functools
 import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +22,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
 from flashoptim_jax import leafwise
-
-_SMALL = 64  # Elements of an array that may as well be kept.
+from flashoptim_jax.program import SMALL, Part, Program, size
 
 
 def run(
@@ -65,6 +65,7 @@ class _Passes:
       overwritten: Sequence[bool],
   ):
     self._jaxpr, self._consts = closed.jaxpr, closed.consts
+    self._program = Program(self._jaxpr.eqns)
     self._group = dict(zip(self._jaxpr.invars, groups, strict=True))
     self._overwritten = set(
         itertools.compress(
@@ -72,13 +73,12 @@ class _Passes:
             (g is not None and o for g, o in zip(groups, overwritten, strict=True)),
         )
     )
-    self._producer: dict[Any, int] = {}
     # By stage: equations whose results are kept, and the values of each group
     # that joint equations read.
     self._kept: dict[int, list[core.JaxprEqn]] = {}
     self._read_jointly: dict[int, dict[int, dict[Any, None]]] = {}
     stages: dict[Any, int] = {}
-    for i, eqn in enumerate(self._jaxpr.eqns):
+    for eqn in self._jaxpr.eqns:
       operands = leafwise.variables(eqn)
       owned = [var for var in operands if self._group.get(var) is not None]
       found = {self._group[var] for var in owned}
@@ -86,7 +86,7 @@ class _Passes:
           stages.get(var, 0) for var in operands if self._group.get(var) is None
       )
       # A sum over groups goes on from one joint equation to the next.
-      partial = from_joint and all(_size(v) == 1 for v in (*owned, *eqn.outvars))
+      partial = from_joint and all(size(v) == 1 for v in (*owned, *eqn.outvars))
       joint = len(found) > 1 or bool(found and partial)
       stage = max((stages.get(var, 0) for var in operands), default=0) + joint
       for var in owned if joint else ():
@@ -94,118 +94,108 @@ class _Passes:
         by_group.setdefault(self._group[var], {})[var] = None
       for var in eqn.outvars:
         self._group[var] = None if joint or not owned else self._group[owned[0]]
-        self._producer[var], stages[var] = i, stage
-      if joint or (not found and all(_size(v) <= _SMALL for v in eqn.outvars)):
+        stages[var] = stage
+      if joint or (not found and all(size(v) <= SMALL for v in eqn.outvars)):
         self._kept.setdefault(stage, []).append(eqn)
 
   def run(self, args: Sequence[Any]) -> list[Any]:
     """The program's results."""
-    jaxpr = self._jaxpr
+    jaxpr, program = self._jaxpr, self._program
     self._env = dict(zip(jaxpr.constvars, self._consts, strict=True))
     self._env.update(zip(jaxpr.invars, args, strict=True))
     self._last: list[Any] = []
     for stage in range(max(self._kept, default=0) + 1):
       for eqn in self._kept.get(stage, ()):
-        values = self._compute(eqn.invars)
+        values = program.part(eqn.invars, self._env).of(self._env)
         self._env.update(
             zip(eqn.outvars, leafwise.bind(eqn, values), strict=True)
         )
       for wanted in self._read_jointly.get(stage, {}).values():
-        self._env.update(zip(wanted, self._pass(list(wanted)), strict=True))
+        self._pass(list(wanted), overwritten=())
     by_group: dict[int | None, list[Any]] = {}
     for var in jaxpr.outvars:
-      if not isinstance(var, core.Literal):
-        by_group.setdefault(self._group.get(var), []).append(var)
+      if not isinstance(var, core.Literal) and var not in self._env:
+        by_group.setdefault(self._group[var], []).append(var)
     for group, results in by_group.items():
-      compute = self._compute if group is None else self._pass
-      self._env.update(zip(results, compute(results), strict=True))
-    return self._compute(jaxpr.outvars)
+      if group is not None:
+        self._pass(results, self._overwritten)
+    return program.part(jaxpr.outvars, self._env).of(self._env)
 
-  def _pass(self, wanted: list[Any]) -> list[Any]:
-    """Values of a group, computed when those of the last pass are there."""
-    read, needed = self._trace_back(wanted)
-
-    def evaluate(values):
-      return self._evaluate(dict(zip(read, values, strict=True)), needed, wanted)
-
-    values = [self._env[var] for var in read]
+  def _pass(self, wanted: list[Any], overwritten: Container[Any]) -> None:
+    """Computes values of a group when those of the last pass are there."""
+    part = self._program.part(wanted, self._env)
+    values = [self._env[var] for var in part.read]
     if any(isinstance(value, jax.core.Tracer) for value in values):
-      values = _after(values, self._last)
-      state = [var in self._overwritten for var in read]
-      self._last = _in_turn(evaluate, values, state)
+      steps = list(self._program.steps(wanted, part.read))
+      self._last = _in_turn(part, steps, _after(values, self._last), overwritten)
     else:
-      self._last = evaluate(values)
-    return self._last
-
-  def _compute(self, wanted: Sequence[Any]) -> list[Any]:
-    """Values that belong to no group, or are known."""
-    read, needed = self._trace_back(wanted)
-    return self._evaluate({var: self._env[var] for var in read}, needed, wanted)
-
-  def _trace_back(self, wanted: Iterable[Any]) -> tuple[list[Any], list[int]]:
-    """The kept values that others are computed from, and the equations."""
-    read: dict[Any, None] = {}
-    needed: set[int] = set()
-    waiting = [var for var in wanted if not isinstance(var, core.Literal)]
-    while waiting:
-      var = waiting.pop()
-      if var in self._env:
-        read[var] = None
-      elif self._producer[var] not in needed:
-        needed.add(self._producer[var])
-        waiting += leafwise.variables(self._jaxpr.eqns[self._producer[var]])
-    return list(read), sorted(needed)
-
-  def _evaluate(
-      self, env: dict[Any, Any], equations: Iterable[int], wanted: Iterable[Any]
-  ) -> list[Any]:
-    for i in equations:
-      eqn = self._jaxpr.eqns[i]
-      values = [_value(env, var) for var in eqn.invars]
-      env.update(zip(eqn.outvars, leafwise.bind(eqn, values), strict=True))
-    return [_value(env, var) for var in wanted]
+      self._last = part.evaluate(values)
+    self._env.update(zip(wanted, self._last, strict=True))
 
 
 def _after(values: list[Any], others: list[Any]) -> list[Any]:
   """Values that are not known before others are."""
-  # A barrier takes no PRNG keys.
-  plain = [not jnp.issubdtype(value.dtype, jax.dtypes.extended) for value in values]
-  held, _ = lax.optimization_barrier((list(itertools.compress(values, plain)), others))
-  waiting = iter(held)
-  return [
-      next(waiting) if is_plain else value
-      for value, is_plain in zip(values, plain, strict=True)
-  ]
+  waiting = iter(
+      lax.optimization_barrier([
+          value for value in (*values, *others) if not _is_key(value)
+      ])
+  )
+  return [value if _is_key(value) else next(waiting) for value in values]
+
+
+def _is_key(value: Any) -> bool:
+  """Whether it is a PRNG key, which a barrier does not take."""
+  return jnp.issubdtype(value.dtype, jax.dtypes.extended)
 
 
 def _in_turn(
-    evaluate: Callable[[list[Any]], list[Any]],
-    values: list[Any],
-    overwritten: list[bool],
+    part: Part, steps: Sequence[Part], values: list[Any], overwritten: Container[Any]
 ) -> list[Any]:
-  """``evaluate(values)``, with temporaries that die with it.
+  """``part.evaluate(values)``, with temporaries that die with its steps.
 
   XLA's CPU backend drops barriers before it schedules. It keeps to the order of
   calls that it may not inline; but it partitions across them badly, so this is
   for a process with one device.
   """
   if jax.default_backend() != "cpu" or jax.device_count() > 1:
-    return evaluate(values)
+    return part.evaluate(values)
 
   def call(values, zero):
-    # Once what will be overwritten is copied, results are written in place;
-    # otherwise they wait in temporaries for the whole step's end.
-    return evaluate([
-        _outlined(_copy, value, zero) if over else value
-        for value, over in zip(values, overwritten, strict=True)
-    ])
+    env = dict(zip(part.read, values, strict=True))
+    last: list[Any] = []
+    for step in steps:
+      over = [step is steps[-1] and var in overwritten for var in step.read]
+      run_step = functools.partial(_run_step, step, over)
+      last = _outlined(run_step, [env[var] for var in step.read], zero, last)
+      env.update(zip(step.results, last, strict=True))
+    return last
 
   return lax.platform_dependent(
       values,
       lax.optimization_barrier(jnp.uint8(0)),
       cpu=functools.partial(_outlined, call),
-      default=lambda values, zero: evaluate(values),
+      default=lambda values, zero: part.evaluate(values),
   )
+
+
+def _run_step(
+    step: Part,
+    overwritten: list[bool],
+    values: list[Any],
+    zero: jax.Array,
+    last: list[Any],
+) -> list[Any]:
+  """``step.evaluate(values)``, not before ``last`` is known."""
+  # This keeps ``last`` among what the call takes, for which XLA has it wait.
+  values = _after(values, last)
+  if not any(overwritten):
+    return step.evaluate(values)
+  # Once what will be overwritten is copied, results are written in place;
+  # otherwise they wait in temporaries for the whole step's end.
+  return _outlined(step.evaluate, [
+      _outlined(_copy, value, zero) if over else value
+      for value, over in zip(values, overwritten, strict=True)
+  ])
 
 
 def _outlined(f: Callable[..., Any], *args: Any) -> Any:
@@ -219,11 +209,3 @@ def _copy(array: jax.Array, zero: jax.Array) -> jax.Array:
   bits = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
   copied = lax.bitcast_convert_type(array, bits) ^ zero.astype(bits)
   return lax.bitcast_convert_type(copied, array.dtype)
-
-
-def _value(env: dict[Any, Any], var: Any) -> Any:
-  return var.val if isinstance(var, core.Literal) else env[var]
-
-
-def _size(var: Any) -> int:
-  return math.prod(getattr(var.aval, "shape", ()))

@@ -1,0 +1,143 @@
+"""Parts of a traced program, as functions of values that are known."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from flashoptim_jax import leafwise
+
+SMALL = 64  # Elements of an array that may as well be kept.
+# Primitives that XLA fuses into loops that read their results.
+_CHEAP = leafwise.ELEMENTWISE | {
+    "bitcast_convert_type", "broadcast_in_dim", "concatenate", "expand_dims", "iota",
+    "reshape", "rev", "slice", "squeeze", "transpose",
+}
+
+
+class Part(NamedTuple):
+  """A part of a program.
+
+  Attributes:
+    read: The variables whose values it takes.
+    results: The variables that it computes.
+    evaluate: From the values of ``read`` to those of ``results``.
+  """
+
+  read: list[Any]
+  results: list[Any]
+  evaluate: Callable[[Sequence[Any]], list[Any]]
+
+  def of(self, env: dict[Any, Any]) -> list[Any]:
+    """Values of the results, given those of variables."""
+    return self.evaluate([env[var] for var in self.read])
+
+
+class Program:
+  """The equations of a program, in order."""
+
+  def __init__(self, equations: Sequence[core.JaxprEqn]):
+    self._equations = equations
+    self._producer = {var: i for i, eqn in enumerate(equations) for var in eqn.outvars}
+
+  def part(self, wanted: Sequence[Any], known: Container[Any]) -> Part:
+    """What computes the variables that are wanted from those that are known."""
+    read, needed = self._trace_back(wanted, known)
+
+    def evaluate(values):
+      env = dict(zip(read, values, strict=True))
+      for eqn in needed:
+        operands = [_value(env, var) for var in eqn.invars]
+        env.update(zip(eqn.outvars, leafwise.bind(eqn, operands), strict=True))
+      return [_value(env, var) for var in wanted]
+
+    return Part(read, list(wanted), evaluate)
+
+  def steps(self, wanted: Sequence[Any], known: Iterable[Any]) -> Iterator[Part]:
+    """The same in steps, each of which may read what those before it computed.
+
+    An equation that is not cheap is a step, and what is wanted the last one. What
+    is cheap is computed again in each step that needs it.
+    """
+    known = set(known)
+    for eqn in self._trace_back(wanted, known)[1]:
+      sizes = [size(var) for var in (*eqn.invars, *eqn.outvars)]
+      if eqn.primitive.name not in _CHEAP and max(sizes) > SMALL:
+        yield self._step(eqn, known)
+        known.update(eqn.outvars)
+    yield self.part(wanted, known)
+
+  def _step(self, eqn: core.JaxprEqn, known: Container[Any]) -> Part:
+    """An equation and what it reads."""
+    operands = self.part(eqn.invars, known)
+    kept = [not isinstance(var, core.DropVar) for var in eqn.outvars]
+    bind = _BIND.get(eqn.primitive.name, _bind)
+
+    def evaluate(values):
+      return list(itertools.compress(bind(eqn, operands, values), kept))
+
+    return Part(operands.read, list(itertools.compress(eqn.outvars, kept)), evaluate)
+
+  def _trace_back(
+      self, wanted: Iterable[Any], known: Container[Any]
+  ) -> tuple[list[Any], list[core.JaxprEqn]]:
+    """The known variables that others are computed from, and the equations."""
+    read: dict[Any, None] = {}
+    needed: set[int] = set()
+    waiting = [var for var in wanted if not isinstance(var, core.Literal)]
+    while waiting:
+      var = waiting.pop()
+      if var in known:
+        read[var] = None
+      elif self._producer[var] not in needed:
+        needed.add(self._producer[var])
+        waiting += leafwise.variables(self._equations[self._producer[var]])
+    return list(read), [self._equations[i] for i in sorted(needed)]
+
+
+def size(var: Any) -> int:
+  """How many elements a variable has."""
+  return math.prod(getattr(var.aval, "shape", ()))
+
+
+def _bind(eqn: core.JaxprEqn, operands: Part, values: Sequence[Any]) -> Sequence[Any]:
+  """Carries out an equation on what its operands are computed from."""
+  return leafwise.bind(eqn, operands.evaluate(values))
+
+
+def _bind_scan(
+    eqn: core.JaxprEqn, operands: Part, values: Sequence[Any]
+) -> Sequence[Any]:
+  """A loop that is not unrolled, whose iterations write in place."""
+  return _bind(eqn.replace(params={**eqn.params, "unroll": 1}), operands, values)
+
+
+def _bind_cond(
+    eqn: core.JaxprEqn, operands: Part, values: Sequence[Any]
+) -> Sequence[Any]:
+  """A conditional whose branches compute what they take.
+
+  Otherwise XLA would keep it until they end.
+  """
+
+  def branch(closed, *values):
+    _, *taken = operands.evaluate(values)
+    return core.jaxpr_as_fun(closed)(*taken)
+
+  index, *_ = operands.evaluate(values)
+  branches = tuple(
+      jax.make_jaxpr(functools.partial(branch, closed))(*values)
+      for closed in eqn.params["branches"]
+  )
+  return eqn.primitive.bind(index, *values, **{**eqn.params, "branches": branches})
+
+
+_BIND = {"scan": _bind_scan, "cond": _bind_cond}
+
+
+def _value(env: dict[Any, Any], var: Any) -> Any:
+  return var.val if isinstance(var, core.Literal) else env[var]
