@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from flashoptim_jax import leafwise
@@ -97,6 +98,84 @@ class Program:
         needed.add(self._producer[var])
         waiting += leafwise.variables(self._equations[self._producer[var]])
     return list(read), [self._equations[i] for i in sorted(needed)]
+
+
+def split_conditionals(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+  """The same program, with conditionals over whole trees in one for each leaf."""
+  jaxpr = closed.jaxpr
+  if all(eqn.primitive.name != "cond" for eqn in jaxpr.eqns):
+    return closed
+
+  def evaluate(*args):
+    env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+      operands = [_value(env, var) for var in eqn.invars]
+      bind = _bind_apart if eqn.primitive.name == "cond" else leafwise.bind
+      env.update(zip(eqn.outvars, bind(eqn, operands), strict=True))
+    return [_value(env, var) for var in jaxpr.outvars]
+
+  return jax.make_jaxpr(evaluate)(*closed.in_avals)
+
+
+def _bind_apart(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+  """A conditional in several, one for results that large operands are shared by."""
+  index, *taken = operands
+  branches = [_Branch(closed) for closed in eqn.params["branches"]]
+  components: list[tuple[set[int], list[int]]] = []
+  for i, _ in enumerate(eqn.outvars):
+    large = {
+        j
+        for branch in branches
+        for j in branch.operands([i])
+        if jnp.size(taken[j]) > SMALL
+    }
+    joined = [each for each in components if each[0] & large]
+    components = [each for each in components if not each[0] & large]
+    results = [*itertools.chain.from_iterable(each[1] for each in joined), i]
+    components.append((large.union(*(each[0] for each in joined)), results))
+  found: dict[int, Any] = {}
+  for _, results in components:
+    read = sorted(set().union(*(branch.operands(results) for branch in branches)))
+    values = [taken[j] for j in read]
+    parts = tuple(
+        jax.make_jaxpr(functools.partial(branch.evaluate, results, read))(*values)
+        for branch in branches
+    )
+    params = {**eqn.params, "branches": parts}
+    found.update(
+        zip(results, eqn.primitive.bind(index, *values, **params), strict=True)
+    )
+  return [found[i] for i, _ in enumerate(eqn.outvars)]
+
+
+class _Branch:
+  """A conditional's branch. Operands and results go by their positions."""
+
+  def __init__(self, closed: core.ClosedJaxpr):
+    inlined = leafwise.inline(closed)
+    self._jaxpr = inlined.jaxpr
+    self._consts = dict(zip(inlined.jaxpr.constvars, inlined.consts, strict=True))
+    self._position = {var: i for i, var in enumerate(inlined.jaxpr.invars)}
+    self._program = Program(inlined.jaxpr.eqns)
+
+  def _part(self, results: Iterable[int]) -> Part:
+    known = self._consts.keys() | self._position.keys()
+    return self._program.part([self._jaxpr.outvars[i] for i in results], known)
+
+  def operands(self, results: Iterable[int]) -> set[int]:
+    """What some results are computed from."""
+    return {
+        self._position[var] for var in self._part(results).read
+        if var in self._position
+    }
+
+  def evaluate(
+      self, results: Iterable[int], operands: Iterable[int], *values: Any
+  ) -> list[Any]:
+    """Some results, given the operands that are needed."""
+    names = [self._jaxpr.invars[i] for i in operands]
+    return self._part(results).of(self._consts | dict(zip(names, values, strict=True)))
 
 
 def size(var: Any) -> int:

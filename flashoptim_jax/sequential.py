@@ -22,7 +22,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
 from flashoptim_jax import leafwise
-from flashoptim_jax.program import SMALL, Part, Program, size
+from flashoptim_jax.program import SMALL, Part, Program, size, split_conditionals
 
 
 def run(
@@ -44,7 +44,8 @@ def run(
   traced, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
   if traced.effects:  # What happens, and in which order, must stay as it is.
     return f(*args)
-  passes = _Passes(leafwise.inline(traced), groups, overwritten)
+  program = split_conditionals(leafwise.inline(traced))
+  passes = _Passes(program, groups, overwritten)
   return jax.tree.unflatten(
       jax.tree.structure(shapes), passes.run(jax.tree.leaves(args))
   )
