@@ -128,7 +128,7 @@ class _Passes:
     values = [self._env[var] for var in part.read]
     if any(isinstance(value, jax.core.Tracer) for value in values):
       steps = list(self._program.steps(wanted, part.read))
-      self._last = _in_turn(part, steps, _after(values, self._last), overwritten)
+      self._last = _in_turn(part, steps, values, self._last, overwritten)
     else:
       self._last = part.evaluate(values)
     self._env.update(zip(wanted, self._last, strict=True))
@@ -150,38 +150,45 @@ def _is_key(value: Any) -> bool:
 
 
 def _in_turn(
-    part: Part, steps: Sequence[Part], values: list[Any], overwritten: Container[Any]
+    part: Part,
+    steps: Sequence[Part],
+    values: list[Any],
+    last: list[Any],
+    overwritten: Container[Any],
 ) -> list[Any]:
-  """``part.evaluate(values)``, with temporaries that die with its steps.
+  """``part.evaluate(values)`` after ``last``, with temporaries that die with steps.
 
   XLA's CPU backend drops barriers before it schedules. It keeps to the order of
   calls that it may not inline; but it partitions across them badly, so this is
   for a process with one device.
   """
   if jax.default_backend() != "cpu" or jax.device_count() > 1:
-    return part.evaluate(values)
+    return part.evaluate(_after(values, last))
 
-  def call(values, zero):
+  def call(values, last, zero):
     env = dict(zip(part.read, values, strict=True))
-    last: list[Any] = []
     for step in steps:
-      over = [step is steps[-1] and var in overwritten for var in step.read]
-      run_step = functools.partial(_run_step, step, over)
+      copied = [
+          step is steps[-1] and (var in overwritten or var in step.results)
+          for var in step.read
+      ]
+      run_step = functools.partial(_run_step, step, copied)
       last = _outlined(run_step, [env[var] for var in step.read], zero, last)
       env.update(zip(step.results, last, strict=True))
     return last
 
   return lax.platform_dependent(
       values,
+      last,
       lax.optimization_barrier(jnp.uint8(0)),
       cpu=functools.partial(_outlined, call),
-      default=lambda values, zero: part.evaluate(values),
+      default=lambda values, last, zero: part.evaluate(_after(values, last)),
   )
 
 
 def _run_step(
     step: Part,
-    overwritten: list[bool],
+    copied: list[bool],
     values: list[Any],
     zero: jax.Array,
     last: list[Any],
@@ -189,13 +196,13 @@ def _run_step(
   """``step.evaluate(values)``, not before ``last`` is known."""
   # This keeps ``last`` among what the call takes, for which XLA has it wait.
   values = _after(values, last)
-  if not any(overwritten):
+  if not any(copied):
     return step.evaluate(values)
   # Once what will be overwritten is copied, results are written in place;
   # otherwise they wait in temporaries for the whole step's end.
   return _outlined(step.evaluate, [
-      _outlined(_copy, value, zero) if over else value
-      for value, over in zip(values, overwritten, strict=True)
+      _outlined(_copy, value, zero) if copy else value
+      for value, copy in zip(values, copied, strict=True)
   ])
 
 
