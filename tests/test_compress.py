@@ -17,9 +17,17 @@ import optax
 import optax_optimizers
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import AxisType
 from optax import contrib
 from optax_optimizers import OPTIMIZERS
-from test_sharding import COLLECTIVE, KINDS, SHAPES, make_mesh, shardings_on
+from test_sharding import (
+  COLLECTIVE,
+  KINDS,
+  SHAPES,
+  SPECS,
+  make_mesh,
+  shardings_on,
+)
 
 import flashoptim_jax as fo
 from flashoptim_jax import compression
@@ -290,6 +298,45 @@ def test_sharded(kind):
       params,
       24,
       1,
+  )
+
+
+@pytest.mark.parametrize(
+    ("tx", "kind"),
+    [
+        (optax.lion(1e-2), "manual"),
+        (optax.sgd(1e-2, momentum=0.9), "manual"),
+        (optax.sgd(1e-2, momentum=0.9), "explicit"),
+    ],
+    ids=["lion, manual", "momentum, manual", "momentum, explicit"],
+)
+def test_sharded_one_moment(tx, kind):
+  tx = fo.compress(tx)
+  names = ["tensor", "mixed"]
+  mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
+  shardings = shardings_on(mesh, {name: SPECS[name] for name in names})
+  params = cases.tree({name: SHAPES[name] for name in names})
+  grads, state = cases.grads_like(params), tx.init(params)
+  placed = fo.state_shardings(tx, params, shardings)
+  step = functools.partial(fo.step, tx)
+  if kind == "manual":
+    own, of_state = jax.tree.map(lambda each: each.spec, (shardings, placed))
+    step = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(own, of_state, own),
+        out_specs=(own, of_state),
+        check_vma=False,
+    )
+  args = jax.device_put((grads, state, params), (shardings, placed, shardings))
+  compiled = jax.jit(step).lower(*args).compile()
+  assert not COLLECTIVE.search(compiled.as_text())
+  new, new_state = jax.device_get(compiled(*args))
+  desired, desired_state = jax.device_get(cases.step(tx, grads, state, params))
+  cases.assert_same(new_state.inner, desired_state.inner)
+  cases.assert_same(new_state.scales, desired_state.scales)
+  cases.assert_masters_close(
+      fo.to_fp32(new, new_state), fo.to_fp32(desired, desired_state), params, 24, 1
   )
 
 
