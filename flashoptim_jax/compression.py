@@ -14,6 +14,7 @@ from flashoptim_jax import (
   buffers,
   codec,
   counterpart,
+  explicit_axes,
   host_memory,
   paths,
   sequential,
@@ -308,7 +309,7 @@ def encode_inner(
     treedef: Any
     leaves, treedef = jax.tree.flatten(moment)
     pairs = [
-        codec.encode(
+        explicit_axes.encode(
             jnp.asarray(leaf).astype(jnp.float32), kinds[name], form.storage, rounding
         )
         for leaf in leaves
@@ -333,7 +334,7 @@ def decode_inner(state: CompressedState, layout: Any) -> Any:
 
   def decode(name, moment):
     return jax.tree.map(
-        lambda codes, scale, like: codec.decode(
+        lambda codes, scale, like: explicit_axes.decode(
             codes, scale, kinds[name], storage
         ).astype(like.dtype),
         moment,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import codec, host_memory, paths
+from flashoptim_jax import codec, explicit_axes, host_memory, paths
 from flashoptim_jax import state as state_lib
 from flashoptim_jax.state import AnyState, CompressedState
 
@@ -183,7 +183,7 @@ def moments(opt_state: optax.OptState) -> dict[str, Any]:
       if scales is not None:
         values = jax.tree.map(
             lambda codes, scale, kind=kind, storage=state.format.storage: (
-                codec.decode(codes, scale, kind, storage)
+                explicit_axes.decode(codes, scale, kind, storage)
             ),
             values,
             host_memory.to_device(scales),

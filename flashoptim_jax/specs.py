@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flashoptim_jax import codec
 
@@ -52,3 +52,19 @@ def cut_groups(
   if codec.group_axis(shard_shape, group_size) != axis:
     return f"groups of shape {shape} lie along another axis than those of {shard_shape}"
   return None
+
+
+def is_explicit(sharding: NamedSharding) -> bool:
+  """Whether it is part of an array's type."""
+  return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def uncut(
+    sharding: NamedSharding, shape: tuple[int, ...], group_size: int
+) -> NamedSharding:
+  """The sharding, with the axis of the groups whole if it cuts them."""
+  if cut_groups(shape, sharding.shard_shape(shape), group_size) is None:
+    return sharding
+  axis = codec.group_axis(shape, group_size)
+  entries = [None if i == axis else entry for i, entry in enumerate(sharding.spec)]
+  return sharding.update(spec=PartitionSpec(*entries))

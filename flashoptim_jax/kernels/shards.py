@@ -116,7 +116,7 @@ def _known_sharding(
     ValueError: If the sharding in ``shardings`` does not fit the leaf.
   """
   sharding = jax.typeof(leaf.param).sharding
-  if _is_explicit(sharding):
+  if specs.is_explicit(sharding):
     return sharding
   sharding = shardings.get(leaf.path)
   if sharding is not None and len(sharding.spec) > leaf.param.ndim:
@@ -135,7 +135,7 @@ def _update_known(
     shardings: Sequence[NamedSharding],
 ) -> list[UpdatedLeaf]:
   mesh = shardings[0].mesh
-  explicit = _is_explicit(shardings[0])
+  explicit = specs.is_explicit(shardings[0])
   move = jax.sharding.reshard if explicit else lax.with_sharding_constraint
   original = [
       _of_arrays(leaf, sharding, group_size)
@@ -234,10 +234,6 @@ def _sharding_rule(
   )
 
 
-def _is_explicit(sharding: NamedSharding) -> bool:
-  return AxisType.Explicit in sharding.mesh.axis_types
-
-
 def _arrays(leaf: Leaf) -> _Arrays:
   return _Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
 
@@ -292,9 +288,7 @@ def _cuts_groups(leaf: Leaf, sharding: NamedSharding, group_size: int) -> bool:
 def _uncut(
     leaf: Leaf, sharding: NamedSharding, group_size: int
 ) -> NamedSharding:
-  """The sharding, with the axis of the groups whole if it cuts them."""
-  if not _cuts_groups(leaf, sharding, group_size):
+  """The sharding, with the axis of the groups whole if there are any."""
+  if _cuttable_axis(leaf, group_size) is None:
     return sharding
-  axis = _cuttable_axis(leaf, group_size)
-  entries = [None if i == axis else entry for i, entry in enumerate(sharding.spec)]
-  return sharding.update(spec=PartitionSpec(*entries))
+  return specs.uncut(sharding, leaf.param.shape, group_size)

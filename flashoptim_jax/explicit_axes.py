@@ -1,0 +1,45 @@
+"""Moments on explicit mesh axes, whose shards may cut groups.
+
+JAX does not guess how the parts of a cut group lie, so that such moments are
+gathered along the axis of their groups first.
+"""
+
+import jax
+
+from flashoptim_jax import codec, specs
+from flashoptim_jax.storage import Storage
+
+
+def encode(
+    x: jax.Array, kind: codec.Kind, storage: Storage, rounding: codec.Rounding
+) -> tuple[jax.Array, jax.Array]:
+  """:func:`flashoptim_jax.codec.encode`; codes are sharded as x is."""
+  own = jax.typeof(x).sharding
+  if not specs.is_explicit(own):
+    return codec.encode(x, kind, storage, rounding)
+  whole = specs.uncut(own, x.shape, storage.group_size)
+  encoded = codec.encode(jax.sharding.reshard(x, whole), kind, storage, rounding)
+  return _placed(own, *encoded)
+
+
+def decode(
+    codes: jax.Array, scale: jax.Array, kind: codec.Kind, storage: Storage
+) -> jax.Array:
+  """:func:`flashoptim_jax.codec.decode`; the moment is sharded as its codes are."""
+  own = jax.typeof(codes).sharding
+  if not specs.is_explicit(own):
+    return codec.decode(codes, scale, kind, storage)
+  whole = specs.uncut(own, codes.shape, storage.group_size)
+  x = codec.decode(*_placed(whole, codes, scale), kind, storage)
+  return jax.sharding.reshard(x, own)
+
+
+def _placed(
+    sharding: jax.sharding.NamedSharding, codes: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Codes with that sharding, and scales as far as it divides them."""
+  spec = specs.divisible(sharding.mesh, sharding.spec, scale.shape)
+  return (
+      jax.sharding.reshard(codes, sharding),
+      jax.sharding.reshard(scale, sharding.update(spec=spec)),
+  )
