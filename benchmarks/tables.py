@@ -54,6 +54,27 @@ def loss_rows():
   return rows
 
 
+def quality_rows():
+  """Mean validation losses of the large language models, over seeds."""
+  rows = []
+  for name in ("adamw", "lion"):
+    found = load(f"quality_lm_{name}.json")
+    values = {
+      method: [run["value"] for run in found["runs"] if run["name"] == method]
+      for method in (f"fo.{name} 24/8 root", found["baseline"])
+    }
+    ours, usual = map(statistics.mean, values.values())
+    label = {"adamw": "AdamW", "lion": "Lion, beside `optax.lion`"}[name]
+    seeds = len(values[found["baseline"]])
+    rows.append((
+      f"language model of 124 M, {label}: validation loss, {seeds} seeds",
+      f"{ours:.3f}",
+      f"{usual:.3f} ± {statistics.stdev(values[found['baseline']]):.3f}",
+      f"{round(100 * (ours / usual - 1), 2) + 0.0:+.2f} %",
+    ))
+  return rows
+
+
 def step_row():
   step = load("xla_step_cpu.json")
   flash, usual = (
@@ -121,7 +142,7 @@ def checkpoint_row():
 def readme():
   """The table of README."""
   header = ("", "`fo.adamw`, bf16", "`optax.adamw`, fp32", "difference")
-  rows = [memory_row(), release_row(), fsdp_row(), checkpoint_row()]
+  rows = [memory_row(), release_row(), fsdp_row(), checkpoint_row(), *quality_rows()]
   return markdown(header, [*rows, *loss_rows(), *gpu_rows(), step_row()])
 
 
