@@ -31,6 +31,7 @@ TABLES = {
   "tpu-kernel": tables.tpu_kernel,
   "tpu-tried": tables.tpu_tried,
   "tpu-sharding": tables.tpu_sharding,
+  "tpu-train-step": tables.tpu_train_step,
   "checkpoints": tables.checkpoints,
   "storage-bytes": tables.storage_bytes,
   "companding": tables.companding_table,

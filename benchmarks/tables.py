@@ -401,6 +401,44 @@ def tpu_sharding():
   return f"{markdown(header, rows)}\n\n{_note(found)}"
 
 
+def tpu_train_step():
+  """A whole training step's memory, compiled ahead of time."""
+  found = load("tpu_train_step.json")
+  names = {"flash": "`fo.adamw`", "optax": "`optax.adamw`, fp32"}
+  kinds = (
+    "params",
+    "state",
+    "gradients",
+    "temporaries",
+    "temporaries_of_gradients_alone",
+    "all_but_activations",
+  )
+  rows = [
+    (
+      label,
+      *(f"{found['steps'][name]['per_device_bytes'][k] / 1e6:,.1f}" for k in kinds),
+    )
+    for name, label in names.items()
+  ]
+  header = (
+    "MB per device",
+    "parameters",
+    "state",
+    "gradients",
+    "temporaries",
+    "of gradients alone",
+    "all but activations",
+  )
+  return (
+    f"{markdown(header, rows)}\n\n{found['parameters'] / 1e6:,.0f} M parameters on"
+    f" {found['topology']}, each matrix divided over {found['devices']} chips;"
+    f" {found['tokens_per_device']:,} tokens on each. In the step of `fo.adamw` are"
+    f" {found['steps']['flash']['kernels']} kernels; all but activations is"
+    f" {found['saved_share_of_all_but_activations']:.1%} smaller. libtpu"
+    f" {found['libtpu']}, {_note(found)}"
+  )
+
+
 def fsdp():
   """Training steps over several GPUs, and how they differ from one GPU's."""
   found = load("fsdp_gpu.json")
