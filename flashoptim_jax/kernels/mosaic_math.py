@@ -2,12 +2,13 @@
 
 Before its sixth generation a TPU has no accurate division or square root; each
 takes a dozen operations, most of them for infinities, zeros and the last bit. An
-update's direction needs none of these where it is rounded to a 24-bit weight.
+update's direction needs none of these where it is rounded to a 24-bit weight. Nor does
+it need its scalar factors one by one: they are multiplied together first.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,43 +24,84 @@ def inverse_root(x: jax.Array) -> jax.Array:
   return jnp.minimum(lax.rsqrt(x), _LARGEST)
 
 
-def roots_of_square(x: jax.Array, has_fast_roots: bool) -> tuple[jax.Array, jax.Array]:
-  """``x ** (1/2)`` and ``x ** (1/4)`` of a mean of squares.
+class Multiples(NamedTuple):
+  """What the roots of this module come multiplied by, powers of two.
 
-  Where ``lax.rsqrt`` costs many operations, one Newton step for
-  ``g = x ** (-1/4)``, ``g <- g (5 - x g^4) / 4``, gives both roots for less.
+  Attributes:
+    signed_root: Of :func:`signed_root`.
+    root: Of the first of :func:`roots_of_square`.
+    fourth_root: Of the second.
+  """
+
+  signed_root: float
+  root: float
+  fourth_root: float
+
+
+def multiples(has_fast_roots: bool) -> Multiples:
+  """Those of a TPU whose ``lax.rsqrt`` costs one operation, or many."""
+  return Multiples(1.0, 1.0, 1.0) if has_fast_roots else Multiples(2.0, 16.0, 64.0)
+
+
+def signed_root(
+    x: jax.Array, magnitude: jax.Array, has_fast_roots: bool
+) -> jax.Array:
+  """``sign(x) * |x| ** (1/2)``, multiplied.
+
+  Where ``lax.rsqrt`` costs many operations, this is one Newton step for
+  ``g = |x| ** (-1/2)``, ``2 g <- g (3 - |x| g^2)``.
+  """
+  if has_fast_roots:
+    return x * inverse_root(magnitude)
+  guess = _power(magnitude, -0.5)
+  return (x * guess) * (3.0 - magnitude * (guess * guess))
+
+
+def roots_of_square(x: jax.Array, has_fast_roots: bool) -> tuple[jax.Array, jax.Array]:
+  """``x ** (1/2)`` and ``x ** (1/4)`` of a mean of squares, multiplied.
+
+  The Newton step is for ``g = x ** (-1/4)``, ``4 g <- g (5 - x g^4)``.
   """
   if has_fast_roots:
     fourth = lax.rsqrt(lax.rsqrt(x))
     return fourth * fourth, fourth
-  guess = jnp.exp2(jnp.log(jnp.maximum(x, _TINY)) * (-0.25 / math.log(2.0)))
+  guess = _power(x, -0.25)
   squared = guess * guess
-  guess = guess * (1.25 - 0.25 * (x * (squared * squared)))
+  guess = guess * (5.0 - x * (squared * squared))
   root = x * (guess * guess)
   return root, root * guess
+
+
+def _power(x: jax.Array, exponent: float) -> jax.Array:
+  """A guess at ``x ** exponent``; a large finite number where x is 0."""
+  x = jnp.maximum(x, _TINY)
+  log2 = getattr(lax, "log2", None)  # JAX before 0.12 has none.
+  if log2 is None:
+    return jnp.exp2(jnp.log(x) * (exponent / math.log(2.0)))
+  return jnp.exp2(log2(x) * exponent)
 
 
 def evaluate(
     f: Callable[..., jax.Array],
     args: Any,
-    roots: list[tuple[jax.Array, jax.Array]],
+    roots: list[tuple[jax.Array, jax.Array, float]],
     reciprocal: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
-  """``f(*args)``, cheaper.
+) -> tuple[jax.Array, Any]:
+  """``f(*args)``, cheaper, as an array and a number that it is to be multiplied by.
 
   Args:
     f: Computes one array from arrays and scalars.
     args: Its arguments.
-    roots: Pairs of an argument and its square root, where that is at hand. The
-      root of its multiples is then a multiple of it.
+    roots: Arguments whose square roots are at hand, with the roots and what these
+      come multiplied by. The root of an argument's multiple is a multiple of its.
     reciprocal: Used in divisions by arrays.
   """
   leaves, tree = jax.tree.flatten(args)
   closed = jax.make_jaxpr(lambda *x: f(*jax.tree.unflatten(tree, x)))(*leaves)
   known = {
-      i: root
+      i: (root, 1.0 / multiple)
       for i, leaf in enumerate(leaves)
-      for value, root in roots
+      for value, root, multiple in roots
       if leaf is value
   }
   return _run(closed, leaves, known, reciprocal)
@@ -68,15 +110,25 @@ def evaluate(
 def _run(
     closed: Any,
     args: list[Any],
-    known: dict[int, jax.Array],
+    known: dict[int, tuple[jax.Array, Any]],
     reciprocal: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+) -> tuple[jax.Array, Any]:
   values: dict[Any, Any] = {}
+  # Arrays times scalars, multiplied where they are needed.
+  products: dict[Any, tuple[jax.Array, Any]] = {}
   scalars: dict[Any, Any] = {}  # what a variable is a broadcast of
-  roots: dict[Any, jax.Array] = {}
+  roots: dict[Any, tuple[jax.Array, Any]] = {}
 
   def read(atom):
-    return atom.val if isinstance(atom, core.Literal) else values[atom]
+    if isinstance(atom, core.Literal):
+      return atom.val
+    if atom not in values:
+      array, factor = products[atom]
+      values[atom] = array * factor
+    return values[atom]
+
+  def parts(atom):
+    return products[atom] if atom in products else (read(atom), 1.0)
 
   def scalar(atom):
     """The scalar that all elements are equal to, or None."""
@@ -94,22 +146,29 @@ def _run(
     if name == "broadcast_in_dim" and not atoms[0].aval.shape:
       scalars[out] = read(atoms[0])
     if name == "div" and out.aval.shape:
-      divisor = scalar(atoms[1])
+      (array, factor), divisor = parts(atoms[0]), scalar(atoms[1])
       if divisor is None:
-        values[out] = read(atoms[0]) * reciprocal(read(atoms[1]))
+        products[out] = array * reciprocal(read(atoms[1])), factor
         continue
       inverse = 1.0 / divisor
-      values[out] = read(atoms[0]) * inverse
+      products[out] = array, factor * inverse
       if root is not None:
-        roots[out] = root * jnp.sqrt(inverse)
+        roots[out] = root[0], root[1] * jnp.sqrt(inverse)
       continue
     if name == "sqrt" and out.aval.shape:
-      x = read(atoms[0])
-      values[out] = x * inverse_root(x) if root is None else root
+      if root is None:
+        x = read(atoms[0])
+        values[out] = x * inverse_root(x)
+      else:
+        products[out] = root
+      continue
+    if name == "sign":
+      # A normal number is at least 1 when multiplied by it.
+      values[out] = jnp.clip(read(atoms[0]) * _LARGEST, -1.0, 1.0)
       continue
     adds_zero = name == "add" and isinstance(atoms[1], core.Literal)
     if root is not None and adds_zero and atoms[1].val == 0:
       values[out], roots[out] = read(atoms[0]), root
       continue
     values[out] = eqn.primitive.bind(*map(read, atoms), **eqn.params)
-  return read(jaxpr.outvars[0])
+  return parts(jaxpr.outvars[0])

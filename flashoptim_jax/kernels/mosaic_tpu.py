@@ -34,8 +34,9 @@ from flashoptim_jax import codec
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf
 from flashoptim_jax.kernels.mosaic_math import (
     evaluate,
-    inverse_root,
+    multiples,
     roots_of_square,
+    signed_root,
 )
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.storage import Storage
@@ -188,13 +189,20 @@ def _quiet(x: jax.Array) -> jax.Array:
   return jnp.where(jnp.isnan(x), _NAN, _as_bits(x))
 
 
-def _merge(param: jax.Array, correction: jax.Array | None, master_bits) -> jax.Array:
-  """As ``codec.merge``, for the parameter's value in float32."""
+def _merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
+  """As ``codec.merge``, for a parameter in float32 and a correction of its bits."""
   if correction is None:
     return param
-  shift = 8 if master_bits == 24 else 0
-  master = _as_float(_as_bits(param) + (correction << shift))
+  master = _as_float(_as_bits(param) + correction)
   return jnp.where(param == 0, param, master)
+
+
+def _take_correction(word: jax.Array, k: int, itemsize: int) -> jax.Array:
+  """Correction ``k`` of a word, as what is added to a parameter's bits."""
+  if itemsize == 2:
+    return _take(word, k, itemsize)
+  shifted = (word << 24 - 8 * k if k < 3 else word) >> 16
+  return shifted & -0x100 if k else shifted
 
 
 class _Unit:
@@ -202,6 +210,7 @@ class _Unit:
 
   def __init__(self, plan: _Plan, fields, outputs, scalars, inputs, results, scratch):
     self.plan = plan
+    self.multiples = multiples(plan.has_fast_roots)
     self.fields = fields
     self.outputs = outputs
     self.h = {name: scalars[i] for i, name in enumerate(plan.hyperparameters)}
@@ -247,7 +256,7 @@ class _Unit:
       out[i] = self._turn(stage[pl.ds(i, _LANES, stride=field.itemsize), :])
 
   def write(self, field: _Field, unit) -> None:
-    """The inverse of ``read``."""
+    """The inverse of ``read``, but for what is left to ``flush``."""
     plan, ref = self.plan, self.results[field.name]
     words = self.scratch[self._written(field.name)]
     per_tile = plan.words * field.itemsize
@@ -260,9 +269,22 @@ class _Unit:
     stage = self.scratch[f"{field.name}_written"]
     for i in range(field.itemsize):
       stage[pl.ds(i, _LANES, stride=field.itemsize), :] = self._turn(words[i])
+
+  def flush(self, field: _Field, unit) -> None:
+    """Brings what ``write`` left in scratch memory to its place."""
+    if field.itemsize == 1:
+      return
+    plan, ref = self.plan, self.results[field.name]
+    per_tile = plan.words * field.itemsize
+    stage = self.scratch[f"{field.name}_written"]
     for tile in range(plan.tiles):
       part = stage[pl.ds(tile * per_tile, per_tile), :]
-      ref[:, self._columns(unit, tile)] = _unwords(part, field.dtype)
+      if field.itemsize == 2 and not plan.interpret:
+        # As words: the compiler would unpack and pack numbers to store them.
+        # Interpret mode has no rule for this before JAX 0.12.
+        ref.bitcast(jnp.int32)[:, self._columns(unit, tile)] = part
+      else:
+        ref[:, self._columns(unit, tile)] = _unwords(part, field.dtype)
 
   def word(self, name: str, k: int, rows) -> tuple[jax.Array, int]:
     """The words that hold row ``k`` of four, and their numbers' size."""
@@ -328,6 +350,7 @@ class _Unit:
     parts = [largest[pl.ds(s, groups, stride=8), :] for s in range(8)]
     s = codec.scale_of_largest(functools.reduce(jnp.maximum, parts), moment.kind)
     factor = codec.encode_factor(s, moment.kind, plan.storage)
+    factor *= 1.0 / self._code_multiple(moment)
     self.scratch[f"{moment.name}_encoder"][...] = factor
     rounding = self.h["scale_rounding"].astype(jnp.int32)
     bits = _as_bits(codec.round_scale(s, rounding))
@@ -388,7 +411,7 @@ class _Unit:
           continue
         magnitude, root, code_root = self._roots(moment, new[-1])
         if root is not None:
-          roots.append((new[-1], root))
+          roots.append((new[-1], root, self.multiples.root))
         if inside is not None:
           magnitude = jnp.where(inside, magnitude, 0.0)
         parts = [magnitude[i : i + 8] for i in range(0, _CHUNK, 8)]
@@ -414,13 +437,21 @@ class _Unit:
 
   def _roots(self, moment, value):
     """A moment's magnitude, its square root, and what its codes are made of."""
+    fast = self.plan.has_fast_roots
     is_root = self.plan.storage.companding == "root"
     if moment.kind == "first":
       magnitude = jnp.abs(value)
-      scaled = value * inverse_root(magnitude) if is_root else value
+      scaled = signed_root(value, magnitude, fast) if is_root else value
       return magnitude, None, scaled
-    root, fourth_root = roots_of_square(value, self.plan.has_fast_roots)
+    root, fourth_root = roots_of_square(value, fast)
     return value, root, fourth_root if is_root else root
+
+  def _code_multiple(self, moment) -> float:
+    """What ``_roots`` multiplies by what codes are made of."""
+    is_root = self.plan.storage.companding == "root"
+    if moment.kind == "first":
+      return self.multiples.signed_root if is_root else 1.0
+    return self.multiples.fourth_root if is_root else self.multiples.root
 
   def encode(self, moment, group) -> None:
     """Writes a group's codes."""
@@ -449,26 +480,27 @@ class _Unit:
 
   def _master(self, k, rows, grad, old, new, roots) -> jax.Array:
     plan, h = self.plan, self.h
-    if self._is_coarse:
-      scalars = {name: value for name, value in h.items() if name not in plan.zeros}
-      zeros = dict.fromkeys(plan.zeros, 0.0)
-      direction = evaluate(
-          lambda *args: plan.rule.direction(*args[:-1], args[-1] | zeros),
-          (grad, old, new, scalars),
-          roots,
-          functools.partial(pl.reciprocal, approx=not plan.interpret),
-      )
-    else:
-      direction = plan.rule.direction(grad, old, new, h)
     correction = None
     if "correction" in self.fields:
       word, itemsize = self.word("correction", k, rows)
-      correction = _take(word, k, itemsize)
-    param = self.floats("param", k, rows)
-    master = _merge(param, correction, plan.storage.master_bits)
+      correction = _take_correction(word, k, itemsize)
+    master = _merge(self.floats("param", k, rows), correction)
+    rate, decay = -h["learning_rate"], h["weight_decay"]
+    if not self._is_coarse:
+      direction = plan.rule.direction(grad, old, new, h)
+      return master + rate * (direction + decay * master if plan.decay else direction)
+    scalars = {name: value for name, value in h.items() if name not in plan.zeros}
+    zeros = dict.fromkeys(plan.zeros, 0.0)
+    direction, factor = evaluate(
+        lambda *args: plan.rule.direction(*args[:-1], args[-1] | zeros),
+        (grad, old, new, scalars),
+        roots,
+        functools.partial(pl.reciprocal, approx=not plan.interpret),
+    )
+    step = (rate * factor) * direction
     if plan.decay:
-      direction = direction + h["weight_decay"] * master
-    return master + -h["learning_rate"] * direction
+      step = step + (rate * decay) * master
+    return master + step
 
   @property
   def _is_coarse(self) -> bool:
@@ -618,12 +650,12 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
       each_group(functools.partial(block.encode, moment))
     for field in codes:
       block.write(field, u)
+    for field in others:
+      block.flush(field, u)
 
   # A unit's codes have to wait for its scales, and everything for the transpose
-  # unit; so this encodes the unit before and reads the one after.
+  # unit; so this encodes and flushes the unit before and reads the one after.
   def unit(u, carry):
-    for group in range(_GROUPS):
-      block.take_next(group)
     encode(jnp.maximum(u - 1, 0))
     for field in fields.values():
       block.read(field, jnp.minimum(u + 1, units - 1))
@@ -634,10 +666,14 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
       block.write(field, u)
     for moment in moments:
       block.new_scales(moment, step, u)
+    for group in range(_GROUPS):
+      block.take_next(group)
     return carry
 
   for field in fields.values():
     block.read(field, 0)
+  for group in range(_GROUPS):
+    block.take_next(group)
   lax.fori_loop(0, units, unit, None)
   encode(units - 1)
 
