@@ -279,9 +279,10 @@ class _Unit:
     stage = self.scratch[f"{field.name}_written"]
     for tile in range(plan.tiles):
       part = stage[pl.ds(tile * per_tile, per_tile), :]
-      if field.itemsize == 2 and not plan.interpret:
+      if field.itemsize == 2 and not (plan.interpret or plan.leading):
         # As words: the compiler would unpack and pack numbers to store them.
-        # Interpret mode has no rule for this before JAX 0.12.
+        # Interpret mode has no rule for this before JAX 0.12, and Pallas can't
+        # do it to a block without its leading axes.
         ref.bitcast(jnp.int32)[:, self._columns(unit, tile)] = part
       else:
         ref[:, self._columns(unit, tile)] = _unwords(part, field.dtype)
