@@ -30,6 +30,8 @@ TABLES = {
   "speed": tables.speed,
   "tpu-kernel": tables.tpu_kernel,
   "tpu-tried": tables.tpu_tried,
+  "tpu-compile": tables.tpu_compile,
+  "tpu-interpret": tables.tpu_interpret,
   "tpu-sharding": tables.tpu_sharding,
   "tpu-train-step": tables.tpu_train_step,
   "checkpoints": tables.checkpoints,

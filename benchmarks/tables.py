@@ -378,6 +378,74 @@ def tpu_tried():
   return markdown(("step", *found["chips"]), rows)
 
 
+def tpu_compile():
+  """What of the TPU kernel was compiled, chip by chip."""
+  found = load("tpu_compile.json")
+  rows = []
+  for chip in dict.fromkeys(row["chip"] for row in found["rows"]):
+    cells = [row for row in found["rows"] if row["chip"] == chip]
+    pairs = {(row["optimizer"], row["storage"]) for row in cells}
+    shapes = {tuple(shape) for row in cells for shape in row["shapes"]}
+    rows.append((
+      chip,
+      str(len(pairs)),
+      str(len(shapes)),
+      f"{sum(row['kernels'] for row in cells)} of {sum(r['leaves'] for r in cells)}",
+      f"{sum(row['aliased'] for row in cells)} of {sum(r['outputs'] for r in cells)}",
+      str(sum(len(row["copies"]) for row in cells)),
+    ))
+  header = (
+    "chip",
+    "optimizers × storages",
+    "shapes",
+    "leaves that are kernels",
+    "arrays in place",
+    "copies",
+  )
+  done = len(found["rows"])
+  copied = {tuple(s) for row in found["rows"] if row["copies"] for s in row["shapes"]}
+  shapes = ", ".join("×".join(map(str, s)) for s in sorted(copied)) or "no shape"
+  return (
+    f"{markdown(header, rows)}\n\n{done} of {found['cases']} cases; copies with"
+    f" {shapes}. libtpu {found['libtpu']}, {_note(found)}"
+  )
+
+
+def tpu_interpret():
+  """The TPU kernel in interpret mode, against XLA and under gradient release."""
+  found = load("tpu_interpret.json")
+  rows = []
+  for released in found["released"]:
+    name = released["optimizer"]
+    cells = [row for row in found["against_xla"] if row["optimizer"] == name]
+    codes, differing, scales = (
+      sum(row.get(key, 0) for row in cells)
+      for key in ("codes", "codes_differing", "scales_differing")
+    )
+    together = sum(value for key, value in released.items() if "differing" in key)
+    rows.append((
+      name,
+      str(len(cells)),
+      f"{differing} of {codes:,}",
+      str(max(row.get("largest_code_gap", 0) for row in cells)),
+      str(scales),
+      f"{max(row['master_units'] for row in cells):.2f}",
+      f"{max(row.get('float32_moment_units', 0) for row in cells):.2f}",
+      str(together),
+    ))
+  header = (
+    "optimizer",
+    "storages",
+    "codes that differ",
+    "by at most",
+    "scales that differ",
+    "masters, units",
+    "float32 moments, units",
+    "all that differs after 20 released steps",
+  )
+  return f"{markdown(header, rows)}\n\n{_note(found)}"
+
+
 def tpu_sharding():
   """Sharded steps, compiled ahead of time."""
   found = load("tpu_sharding.json")
