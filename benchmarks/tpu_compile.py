@@ -165,7 +165,9 @@ def main():
       for i, pair in enumerate(pairs)
   ]
   for i, case in enumerate(cases):
-    row = check(*case, [every[(i * count + j) % len(every)] for j in range(count)])
+    # One more for each round, or a chip would meet the same shapes in all of them.
+    first = (i + i // len(pairs)) * count
+    row = check(*case, [every[(first + j) % len(every)] for j in range(count)])
     print(*case, {k: row[k] for k in ("kernels", "leaves", "copies", "seconds")})
     rows.append(row)
     write(rows, len(cases))
