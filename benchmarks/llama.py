@@ -71,6 +71,7 @@ class Config:
 
 
 LLAMA3_8B = Config(4096, 32, 32, 8, 14336, 128256)
+LLAMA3_70B = Config(8192, 80, 64, 8, 28672, 128256)
 ONE_BILLION = Config(2048, 16, 32, 8, 8192, 32768)
 
 

@@ -470,41 +470,41 @@ def tpu_sharding():
 
 
 def tpu_train_step():
-  """A whole training step's memory, compiled ahead of time."""
+  """Whole training steps' memory, compiled ahead of time."""
   found = load("tpu_train_step.json")
-  names = {"flash": "`fo.adamw`", "optax": "`optax.adamw`, fp32"}
-  kinds = (
-    "params",
-    "state",
-    "gradients",
-    "temporaries",
-    "temporaries_of_gradients_alone",
-    "all_but_activations",
-  )
-  rows = [
-    (
-      label,
-      *(f"{found['steps'][name]['per_device_bytes'][k] / 1e6:,.1f}" for k in kinds),
+  names = {
+    "flash": "`fo.adamw`",
+    "released": "`fo.adamw`, gradient release",
+    "optax": "`optax.adamw`, fp32",
+  }
+  kinds = ("params", "state", "temporaries", "all", "all_but_activations")
+  rows, notes = [], []
+  for model, cells in found["models"].items():
+    for name, label in names.items():
+      sizes = cells["steps"][name]["per_device_bytes"]
+      rows.append((
+        f"{model}, {cells['topology']}",
+        label,
+        *(f"{sizes[kind] / 1e6:,.1f}" for kind in kinds),
+      ))
+    notes.append(
+      f"{model}: {cells['steps']['flash']['kernels']} kernels in the step of"
+      f" `fo.adamw`; all but activations is"
+      f" {cells['saved_share_of_all_but_activations']:.1%} smaller than with"
+      f" `optax.adamw`; {cells['tokens_per_device']:,} tokens on each of"
+      f" {cells['devices']} chips."
     )
-    for name, label in names.items()
-  ]
   header = (
     "MB per device",
+    "",
     "parameters",
     "state",
-    "gradients",
     "temporaries",
-    "of gradients alone",
+    "all",
     "all but activations",
   )
-  return (
-    f"{markdown(header, rows)}\n\n{found['parameters'] / 1e6:,.0f} M parameters on"
-    f" {found['topology']}, each matrix divided over {found['devices']} chips;"
-    f" {found['tokens_per_device']:,} tokens on each. In the step of `fo.adamw` are"
-    f" {found['steps']['flash']['kernels']} kernels; all but activations is"
-    f" {found['saved_share_of_all_but_activations']:.1%} smaller. libtpu"
-    f" {found['libtpu']}, {_note(found)}"
-  )
+  notes.append(f"libtpu {found['libtpu']}, {_note(found)}")
+  return f"{markdown(header, rows)}\n\n{' '.join(notes)}"
 
 
 def fsdp():

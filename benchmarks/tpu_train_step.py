@@ -1,13 +1,14 @@
-"""Train steps of a 1 B model over a TPU slice, compiled ahead of time: memory.
+"""Train steps of Llama-shaped models over TPU slices, compiled ahead of time: memory.
 
     python benchmarks/tpu_train_step.py
+    python benchmarks/tpu_train_step.py --only "Llama-3-70B"
 
-Needs libtpu, and no TPU: nothing runs. A Llama-shaped model and its batch are split
-over 16 v5e chips. Its ordinary step, gradients and then the update, is compiled with
-``fo.adamw``, updated by the TPU kernel, and with ``optax.adamw`` on float32 weights.
-Each step's gradients are compiled alone too: what that program needs beside its
-arguments and results are activations, gathered weights among them, which the
-optimizer has no part in. Writes results/tpu_train_step.json.
+Needs libtpu, and no TPU: nothing runs. A model and its batch are split over a slice.
+Its step is compiled with ``fo.adamw``, updated by the TPU kernel, ordinary (gradients
+and then the update) and released, and with ``optax.adamw`` on float32 weights. The
+gradients are compiled alone too: what that program needs beside its arguments and
+results are activations, gathered weights among them, which the optimizer has no part
+in. Writes results/tpu_train_step.json.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import json
 import os
 import pathlib
 import re
+from typing import NamedTuple
 from unittest import mock
 
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
@@ -37,8 +39,21 @@ from release_memory import per_device
 import flashoptim_jax as fo
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-TOPOLOGY = "v5e:4x4"
 SEQUENCE = 2048
+
+
+class Model(NamedTuple):
+  """A model and the slice that it is split over."""
+
+  config: llama.Config
+  topology: str
+
+
+MODELS = {
+    "Llama, 1.1 B": Model(llama.ONE_BILLION, "v5e:4x4"),
+    "Llama-3-70B": Model(llama.LLAMA3_70B, "v5e:16x16"),
+}
+STEPS = ("flash", "released", "optax")
 
 
 def place(mesh, config, struct):
@@ -54,7 +69,7 @@ def held(*trees) -> int:
 
 
 def measure(name, mesh, config):
-  """Compiles one optimizer's step, and its gradients alone."""
+  """Compiles a step, and its gradients alone."""
   params = llama.structs(config, jnp.float32 if name == "optax" else jnp.bfloat16)
   shardings = jax.tree.map(functools.partial(place, mesh, config), params)
   params = llama.placed(params, shardings)
@@ -77,8 +92,9 @@ def measure(name, mesh, config):
       (mesh.size, SEQUENCE), jnp.int32, sharding=NamedSharding(mesh, P("fsdp"))
   )
   loss = functools.partial(llama.ordinary_loss, config)
+  released = name == "released"
   step = jax.jit(
-      llama.train_step(loss, tx),
+      llama.released_step(config, tx) if released else llama.train_step(loss, tx),
       donate_argnums=(0, 1),
       out_shardings=(None, shardings, state_shardings),
   )
@@ -106,40 +122,52 @@ def measure(name, mesh, config):
   }
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
-  arguments = parser.parse_args()
-  arguments.output.mkdir(parents=True, exist_ok=True)
+def measure_model(model: Model):
+  """Every step of a model; its part of the result."""
   devices = topologies.get_topology_desc(
-      topology_name=TOPOLOGY, platform="tpu"
+      topology_name=model.topology, platform="tpu"
   ).devices
   mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
   config = dataclasses.replace(
-      llama.ONE_BILLION, activations=NamedSharding(mesh, P("fsdp"))
+      model.config, activations=NamedSharding(mesh, P("fsdp"))
   )
   # Leaves are given to the kernel as they are where the default backend is a TPU.
   with mock.patch.object(jax, "default_backend", lambda: "tpu"):
-    steps = {name: measure(name, mesh, config) for name in ("flash", "optax")}
+    steps = {name: measure(name, mesh, config) for name in STEPS}
   flash, plain = (
-      steps[name]["per_device_bytes"]["all_but_activations"] for name in steps
+      steps[name]["per_device_bytes"]["all_but_activations"]
+      for name in ("flash", "optax")
   )
-  result = {
-      "date": datetime.date.today().isoformat(),
-      "topology": TOPOLOGY,
+  return {
+      "topology": model.topology,
       "device": devices[0].device_kind,
       "devices": len(devices),
-      "jax": jax.__version__,
-      "libtpu": importlib.metadata.version("libtpu"),
-      "optax": optax.__version__,
       "parameters": sum(leaf.size for leaf in jax.tree.leaves(llama.structs(config))),
       "tokens_per_device": SEQUENCE,
       "steps": steps,
       "saved_share_of_all_but_activations": 1 - flash / plain,
   }
-  print(json.dumps(result, indent=1))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--only", choices=MODELS)
+  parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
+  arguments = parser.parse_args()
+  arguments.output.mkdir(parents=True, exist_ok=True)
   path = arguments.output / "tpu_train_step.json"
-  path.write_text(json.dumps(result, indent=1) + "\n")
+  known = json.loads(path.read_text()).get("models", {}) if path.exists() else {}
+  for name in [arguments.only] if arguments.only else MODELS:
+    known[name] = measure_model(MODELS[name])
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+        "optax": optax.__version__,
+        "models": known,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(name, json.dumps(known[name], indent=1), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,18 @@ import os
 import shutil
 import tempfile
 
-# Before JAX starts: eight CPU devices, beside whatever flags the user gave.
+# Before JAX starts: eight CPU devices, and programs that compile fast for they run
+# only a few steps; beside whatever flags the user gave.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAG = "--xla_force_host_platform_device_count"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    "--xla_backend_optimization_level": "0",
+    "--xla_llvm_disable_expensive_passes": "true",
+}
+for _name, _value in _FLAGS.items():
+  _given = os.environ.get("XLA_FLAGS", "")
+  if _name not in _given:
+    os.environ["XLA_FLAGS"] = f"{_given} {_name}={_value}".strip()
 
 # Tests compile many of the same programs, in two processes: keep them for the run.
 _CACHE = "JAX_COMPILATION_CACHE_DIR"

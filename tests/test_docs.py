@@ -117,6 +117,7 @@ def test_quality_runs_have_a_section_and_a_picture(tmp_path, monkeypatch):
       "baseline": "optax",
       "device": "cpu",
       "date": "2026-01-01",
+      "learning_rate": 1e-3,
       "runs": [run("optax", s, 2.0) | losses for s in range(2)]
       + [run("fo", s, 2.1) | losses for s in range(2)],
   }
