@@ -485,14 +485,17 @@ def tpu_train_step():
       rows.append((
         f"{model}, {cells['topology']}",
         label,
-        *(f"{sizes[kind] / 1e6:,.1f}" for kind in kinds),
+        *(
+          "–" if sizes[kind] is None else f"{sizes[kind] / 1e6:,.1f}"
+          for kind in kinds
+        ),
       ))
+    saved = cells["saved_share_of_all_but_activations"]
+    less = saved and f" all but activations is {saved:.1%} less than with Optax;"
     notes.append(
       f"{model}: {cells['steps']['flash']['kernels']} kernels in the step of"
-      f" `fo.adamw`; all but activations is"
-      f" {cells['saved_share_of_all_but_activations']:.1%} smaller than with"
-      f" `optax.adamw`; {cells['tokens_per_device']:,} tokens on each of"
-      f" {cells['devices']} chips."
+      f" `fo.adamw`;{less or ''} {cells['tokens_per_device']:,} tokens on"
+      f" each of {cells['devices']} chips."
     )
   header = (
     "MB per device",
