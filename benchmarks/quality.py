@@ -97,6 +97,13 @@ class Variant:
   make: Callable[..., optax.GradientTransformation]
   dtype: Any = jnp.bfloat16
 
+  def start(self, tx, masters):
+    """Parameters and state from float32 parameters."""
+    if self.dtype == jnp.float32:
+      # A copy, for steps are donated what they are given.
+      return jax.tree.map(jnp.copy, masters), tx.init(masters)
+    return fo.from_fp32(tx, masters, self.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -209,14 +216,6 @@ def valid_loss(setting, params, tokens, batches=40):
   return float(evaluate(params, jnp.asarray(tokens), starts))
 
 
-def start(variant: Variant, tx, masters):
-  """Parameters and state from float32 parameters."""
-  if variant.dtype == jnp.float32:
-    # A copy, for steps are donated what they are given.
-    return jax.tree.map(jnp.copy, masters), tx.init(masters)
-  return fo.from_fp32(tx, masters, variant.dtype)
-
-
 def finite(value):
   """JSON has no NaN."""
   return float(value) if np.isfinite(value) else None
@@ -236,7 +235,7 @@ def train_lm(experiment: Experiment, name: str, seed: int, folder) -> dict:
   variant, setting = experiment.variants[name], experiment.setting
   text = quality_data.text(folder, "python")
   tx = variant.make(schedule(setting, experiment.learning_rate))
-  params, state = start(variant, tx, initial(setting.config, seed))
+  params, state = variant.start(tx, initial(setting.config, seed))
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   began = time.perf_counter()
   params, state, losses = train_tokens(setting, tx, params, state, text.train, seed)
@@ -268,7 +267,7 @@ def train_finetune(experiment: Experiment, name: str, seed: int, folder) -> dict
   headers = quality_data.text(folder, "headers")
   before = valid_loss(setting, masters, headers.valid)
   tx = variant.make(experiment.learning_rate)
-  params, state = start(variant, tx, masters)
+  params, state = variant.start(tx, masters)
   stalled = ()
   if variant.dtype != jnp.float32:
     masters = fo.to_fp32(params, state)

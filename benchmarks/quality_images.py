@@ -95,11 +95,7 @@ def train_images(experiment, name, seed, folder):
   rate = optax.cosine_decay_schedule(experiment.learning_rate, steps)
   tx = variant.make(rate)
   variables = ResNet18().init(jax.random.key(seed), train.images[:1], train=False)
-  masters, averages = variables["params"], variables["batch_stats"]
-  if variant.dtype == jnp.float32:
-    params, state = masters, tx.init(masters)
-  else:
-    params, state = fo.from_fp32(tx, masters, variant.dtype)
+  params, state = variant.start(tx, variables["params"])
 
   @jax.jit
   def run(params, state, averages, images, labels, order, key):
@@ -122,7 +118,12 @@ def train_images(experiment, name, seed, folder):
     for _ in range(setting.epochs)
   ]).reshape(steps, setting.batch)
   params, state, averages, losses = run(
-    params, state, averages, *map(jnp.asarray, train), order, jax.random.key(seed)
+    params,
+    state,
+    variables["batch_stats"],
+    *map(jnp.asarray, train),
+    order,
+    jax.random.key(seed),
   )
   loss, (_, right) = loss_of(params, averages, *test, False)
   means = np.asarray(losses).reshape(setting.epochs, -1).mean(1)

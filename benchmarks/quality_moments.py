@@ -50,17 +50,15 @@ COMPANDINGS = {
 }
 
 
-def _adam_state(state):
-  is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)  # noqa: E731
-  found = [s for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s)]
-  return found[0]
+def _is_adam(node):
+  return isinstance(node, optax.ScaleByAdamState)
 
 
 def linear_8bit(tx: optax.GradientTransformation) -> optax.GradientTransformation:
   """Adam whose moments go through 8 bits without companding after each update."""
 
   def quantized(node):
-    if not isinstance(node, optax.ScaleByAdamState):
+    if not _is_adam(node):
       return node
     return node._replace(
       mu=jax.tree.map(lambda x: linear(x, "first"), node.mu),
@@ -69,9 +67,7 @@ def linear_8bit(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
   def update(grads, state, params=None):
     updates, state = tx.update(grads, state, params)
-    return updates, jax.tree.map(
-      quantized, state, is_leaf=lambda n: isinstance(n, optax.ScaleByAdamState)
-    )
+    return updates, jax.tree.map(quantized, state, is_leaf=_is_adam)
 
   return optax.GradientTransformation(tx.init, update)
 
@@ -117,7 +113,7 @@ def moment_errors(state):
     error over the direction's; ``largest``, of the direction's elements; and
     ``collapsed``, the share of v that is not zero and becomes zero.
   """
-  adam = _adam_state(state)
+  (adam,) = filter(_is_adam, jax.tree.leaves(state, is_leaf=_is_adam))
   totals: dict[str, dict[str, dict[str, float]]] = {}
   for (path, mu), nu in zip(
     jax.tree.leaves_with_path(adam.mu), jax.tree.leaves(adam.nu), strict=True

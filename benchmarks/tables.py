@@ -469,18 +469,21 @@ def tpu_sharding():
   return f"{markdown(header, rows)}\n\n{_note(found)}"
 
 
+# Whole training steps that are compared.
+STEPS = {
+  "optax": "`optax.adamw`, fp32",
+  "flash": "`fo.adamw`",
+  "released": "`fo.adamw`, gradient release",
+}
+
+
 def tpu_train_step():
   """Whole training steps' memory, compiled ahead of time."""
   found = load("tpu_train_step.json")
-  names = {
-    "flash": "`fo.adamw`",
-    "released": "`fo.adamw`, gradient release",
-    "optax": "`optax.adamw`, fp32",
-  }
   kinds = ("params", "state", "temporaries", "all", "all_but_activations")
   rows, notes = [], []
   for model, cells in found["models"].items():
-    for name, label in names.items():
+    for name, label in STEPS.items():
       sizes = cells["steps"][name]["per_device_bytes"]
       rows.append((
         f"{model}, {cells['topology']}",
@@ -513,12 +516,7 @@ def tpu_train_step():
 def fsdp():
   """Training steps over several GPUs, and how they differ from one GPU's."""
   found = load("fsdp_gpu.json")
-  optimizers = {
-    "optax": "`optax.adamw`, fp32",
-    "flash": "`fo.adamw`",
-    "released": "`fo.adamw`, gradient release",
-  }
-  order = [*optimizers]
+  order = [*STEPS]
   cells = sorted(
     ((name.split(), cell) for name, cell in found["train"].items()),
     key=lambda item: (item[0][0], int(item[0][2]), order.index(item[0][1])),
@@ -526,7 +524,7 @@ def fsdp():
   rows = [
     (
       f"{cell['parameters'] / 1e9:.1f} B, {gpus} × GPU",
-      optimizers[optimizer],
+      STEPS[optimizer],
       str(cell["sequences"]),
       _gib(cell["params_and_state_bytes"]),
       _gib(cell["peak_bytes"]),
@@ -554,17 +552,17 @@ def fsdp():
     for case, cell in parts["update"].items()
   ]
   worst = {
-    optimizers[optimizer]: max(
+    STEPS[optimizer]: max(
       parts["training"][optimizer]["relative_difference_of_parameters"]
       for _, parts in equality
     )
-    for optimizer in optimizers
+    for optimizer in STEPS
   }
   batches = {name.split()[1]: cell for name, cell in found["batch"].items()}
   (gpus,) = {name.split(maxsplit=2)[2] for name in found["batch"]}
   largest = ", ".join(
     f"{batches[optimizer]['sequences_per_gpu']} with {title}"
-    for optimizer, title in optimizers.items()
+    for optimizer, title in STEPS.items()
   )
   return (
     f"{markdown(header, rows)}\n\nMost sequences per GPU that fit by XLA's plan, 8 B"
@@ -710,8 +708,8 @@ def quality():
 
   Such a file has ``title``, ``metric``, ``learning_rate``, ``date``, ``device``, and
   ``runs``: each with ``name``, ``seed``, ``value`` of the metric (null if it is not
-  finite) and, for a picture, ``steps`` and ``losses``. ``baseline`` is the name of the
-  runs that the others are compared with, seed by seed.
+  finite), ``steps`` and ``losses``. ``baseline`` is the name of the runs that the
+  others are compared with, seed by seed.
   """
   parts = []
   for name in quality_files():
@@ -756,14 +754,14 @@ def quality_table(found):
   for run in found["runs"]:
     by_name.setdefault(run["name"], {})[run["seed"]] = run
   more = [key for key in _MORE if key in found["runs"][0]]
-  usual = by_name[found["baseline"]]
+  usual = {seed: run["value"] for seed, run in by_name[found["baseline"]].items()}
   rows = []
   for name, runs in by_name.items():
     finite = {s: run["value"] for s, run in runs.items() if run["value"] is not None}
     differences = [
-      value - usual[seed]["value"]
+      value - usual[seed]
       for seed, value in finite.items()
-      if name != found["baseline"] and usual[seed]["value"] is not None
+      if name != found["baseline"] and usual.get(seed) is not None
     ]
     rows.append((
       name,

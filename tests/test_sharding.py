@@ -121,6 +121,18 @@ def train_sharded(step, tx, shapes, shardings, steps=STEPS, out=False):
   return jax.device_get((params, state)), compiled.as_text()
 
 
+def with_manual_axes(step, mesh, shardings, placed):
+  """The step of each shard, given the parameters' and the state's shardings."""
+  specs, state_specs = jax.tree.map(lambda s: s.spec, (shardings, placed))
+  return jax.shard_map(
+      step,
+      mesh=mesh,
+      in_specs=(specs, state_specs, specs),
+      out_specs=(specs, state_specs),
+      check_vma=False,
+  )
+
+
 def combinations():
   """All meshes and kinds of axes for the first, every pair for the others."""
   kinds = [*KINDS, "manual"]
@@ -139,14 +151,7 @@ def test_update_stays_on_the_shard(name, mesh, kind):
   step = functools.partial(fo.step, tx)
   if kind == "manual":
     placed = fo.state_shardings(tx, cases.tree(SHAPES), shardings)
-    specs, state_specs = jax.tree.map(lambda s: s.spec, (shardings, placed))
-    step = jax.shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(specs, state_specs, specs),
-        out_specs=(specs, state_specs),
-        check_vma=False,
-    )
+    step = with_manual_axes(step, mesh, shardings, placed)
   actual, text = train_sharded(step, tx, SHAPES, shardings)
   assert not COLLECTIVE.search(text)
   cases.assert_equal(actual, alone(name), STEPS)

@@ -98,7 +98,7 @@ def xla_can_partition(
   if _is_manual():
     return True
   sharding = _known_sharding(leaf, shardings)
-  return sharding is None or not _cuts_groups(leaf, sharding, group_size)
+  return sharding is None or _uncut(leaf, sharding, group_size) == sharding
 
 
 def _is_manual() -> bool:
@@ -275,14 +275,6 @@ def _cuttable_axis(leaf: Leaf, group_size: int) -> int | None:
   if all(scale is None for _, scale in leaf.moments):
     return None
   return codec.group_axis(leaf.param.shape, group_size)
-
-
-def _cuts_groups(leaf: Leaf, sharding: NamedSharding, group_size: int) -> bool:
-  if _cuttable_axis(leaf, group_size) is None:
-    return False
-  shape = leaf.param.shape
-  shard = sharding.shard_shape(shape)
-  return specs.cut_groups(shape, shard, group_size) is not None
 
 
 def _uncut(
