@@ -19,6 +19,8 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import triton
+import triton.language as tl
 from triton.runtime import interpreter, jit
 
 import flashoptim_jax as fo
@@ -31,7 +33,9 @@ STEPS = 2
 CASES = [
     *((name, storage, BF16, BF16, fo.step) for name, storage in cases.SOME),
     *(("adamw", "root", *dtypes, fo.step) for dtypes in ((F32, BF16), (F16, F16))),
-    *((name, "root", BF16, F32, cases.update) for name in ("adamw", "lion")),
+    *(("adamw", "root", BF16, grad, cases.update) for grad in (F32, BF16)),
+    ("lion", "root", BF16, F32, cases.update),
+    ("adamw", "32/32", BF16, BF16, cases.update),
 ]
 _TYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8",
@@ -103,8 +107,41 @@ def check(name, storage, dtype, grad_dtype, take_step):
     cases.assert_equal(ours, (params, state), 1)
 
 
+@triton.jit
+def store_residual(
+    master, param, result, MASTER_BITS: tl.constexpr, SIZE: tl.constexpr
+):
+  at = tl.arange(0, SIZE)
+  loaded = tl.load(master + at), tl.load(param + at)
+  rest = triton_kernel._residual(*loaded, MASTER_BITS)
+  tl.store(result + at, rest)
+
+
+def check_residual(master_bits):
+  """Compares corrections of parameters that may lie anywhere."""
+  size = 4096
+  rng = np.random.default_rng(1)
+  bits = rng.integers(0, 2**32, size, np.uint32)
+  bits[:64] = np.array([0, 1 << 31, 0x7F800000, 0xFF800000, 0x7FC00000] * 13)[:64]
+  near = (bits >> 16) + rng.integers(-2, 3, size)
+  near[::3] ^= 0x8000
+  near[::7] = rng.integers(0, 2**16, len(near[::7]))
+  master = bits.view(np.float32)
+  param = near.astype(np.uint16).view(jnp.bfloat16)
+  expected = fo.codec.residual(jnp.asarray(master), jnp.asarray(param), master_bits)
+  result = Buffer(np.zeros(size, np.int32))
+  store_residual[(1,)](
+      Buffer(master), Buffer(param), result, MASTER_BITS=master_bits, SIZE=size
+  )
+  # A master weight that is NaN never meets a parameter that is not.
+  possible = ~np.isnan(master) | np.isnan(param.astype(np.float32))
+  np.testing.assert_array_equal(result.array[possible], expected[possible])
+
+
 if __name__ == "__main__":
   run_in_interpreter()
+  for master_bits in (24, 32):
+    check_residual(master_bits)
   for case in CASES:
     check(*case)
   print(len(CASES))

@@ -65,7 +65,7 @@ def _bits(x):
 
 @triton.jit
 def _is_nan(x):
-  return (_bits(x) & 0x7FFFFFFF) > 0x7F800000
+  return x != x  # noqa: PLR0124
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def _decode(codes, scale, SIGNED: tl.constexpr, ROOT: tl.constexpr):
   if SIGNED:
     y = c * (1.0 / 127.0)
     return y / (2.0 - tl.abs(y)) * s[:, None]
-  root = c * (1.0 / 255.0) * s[:, None]
+  root = c * (s * (1.0 / 255.0))[:, None]
   return root * root
 
 
@@ -126,11 +126,11 @@ def _encode(x, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr):
       level = levels * (2.0 * ratio / (1.0 + ratio))
     else:
       level = levels * (tl.sqrt(x) * factor)
-  rounding = 0.5 if SIGNED else tl.load(scalars + _CODE_ROUNDING)
-  level = tl.where(level <= levels + 0.5, level + rounding, 0.0)
-  code = level.to(tl.int32)
+  level += 0.5 if SIGNED else tl.load(scalars + _CODE_ROUNDING)
   if SIGNED:
-    code = tl.where(x < 0, -code, code)
+    level = (_bits(level) | (_bits(x) & 0x80000000)).to(tl.float32, bitcast=True)
+  # A NaN gives some code or other, in a group whose scale is NaN.
+  code = level.to(tl.int32)
   return code, _round_scale(scale, tl.load(scalars + _SCALE_ROUNDING).to(tl.int32))
 
 
@@ -205,15 +205,17 @@ def _residual(master, param, MASTER_BITS: tl.constexpr):
   elif param.dtype == tl.float16:
     rest = _residual_float16(master, param, MASTER_BITS)
   else:
-    discarded: tl.constexpr = MASTER_BITS - 16
-    sign: tl.constexpr = 1 << (MASTER_BITS - 1)
-    lowest: tl.constexpr = -(1 << (discarded - 1))
-    top = _top_bits(master, MASTER_BITS)
-    p = param.to(tl.uint16, bitcast=True).to(tl.uint32) << discarded
-    rest = (top & (sign - 1)).to(tl.int32) - (p & (sign - 1)).to(tl.int32)
-    rest = tl.where(((top ^ p) & sign) == 0, rest, lowest)
-    rest = tl.where(_is_nan(master) | _is_nan(param.to(tl.float32)), 0, rest)
-    rest = tl.minimum(tl.maximum(rest, lowest), -lowest - 1)
+    shift: tl.constexpr = 32 - MASTER_BITS
+    largest: tl.constexpr = (1 << (MASTER_BITS - 17)) - 1
+    p = param.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    # Negative where signs differ, and far below any magnitude.
+    m = ((_top_bits(master, MASTER_BITS) << shift) ^ (p & 0x80000000)).to(tl.int32)
+    rest = (m >> shift) - ((p & 0x7FFFFFFF) >> shift).to(tl.int32)
+    if MASTER_BITS == 32:  # The difference may have wrapped around.
+      rest = tl.where(m < 0, -largest - 1, rest)
+    rest = tl.minimum(tl.maximum(rest, -largest - 1), largest)
+    # A master weight that is NaN makes the parameter NaN too.
+    rest = tl.where(_is_nan(p.to(tl.float32, bitcast=True)), 0, rest)
   return rest
 
 
