@@ -58,7 +58,8 @@ def roundtrip(x, kind, variant, count):
     return codec.decode(*encoded, kind, storage)
   exact = codec.exact_scale(x, kind, storage)
   scale = codec.round_scale(exact, codec.TO_NEAREST.scale)
-  codes = codec.encode_codes(x, scale, kind, storage)
+  factor = codec.encode_factor(scale, kind, storage)
+  codes = codec.encode_codes(x, factor, kind, storage)
   return codec.decode(codes, scale, kind, storage)
 
 

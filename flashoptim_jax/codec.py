@@ -143,12 +143,13 @@ def encode(
   """
   scale = exact_scale(x, kind, storage)
   stored = round_scale(scale, rounding.scale).astype(SCALE_DTYPE)
-  return encode_codes(x, scale, kind, storage, rounding.code), stored
+  factor = encode_factor(scale, kind, storage)
+  return encode_codes(x, factor, kind, storage, rounding.code), stored
 
 
 def exact_scale(x: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
   """The scales of :func:`encode`, in float32."""
-  return scale_of_largest(_group_max(x, storage.group_size), kind)
+  return scale_of_largest(group_max(x, storage.group_size), kind)
 
 
 def scale_of_largest(largest: jax.Array, kind: Kind) -> jax.Array:
@@ -168,15 +169,15 @@ def round_scale(scale: jax.Array, rounding: jax.Array | int) -> jax.Array:
 
 def encode_codes(
     x: jax.Array,
-    scale: jax.Array,
+    factor: jax.Array,
     kind: Kind,
     storage: Storage,
     rounding: jax.Array | float = 0.5,
 ) -> jax.Array:
-  """The codes of :func:`encode`, against its exact scales."""
+  """The codes of :func:`encode`, given the groups' :func:`encode_factor`."""
   magnitude = jnp.abs(x) if kind == "first" else x
   levels = LEVELS[kind]
-  factor = _group_expand(encode_factor(scale, kind, storage), x.shape, storage)
+  factor = _group_expand(factor, x.shape, storage)
   if storage.companding == "root":
     root = jnp.sqrt(magnitude) if kind == "first" else jnp.sqrt(jnp.sqrt(x))
     level = root * factor
@@ -203,7 +204,10 @@ def decode(
 
 
 def encode_factor(s: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
-  """What an element's root (or, for "paper", it) is multiplied by, once a group."""
+  """What an element's root (or, for "paper", it) is multiplied by, once a group.
+
+  ``s`` is the :func:`exact_scale`.
+  """
   if storage.companding == "root":
     # sqrt(|x| / s) · levels, with the division done once per group.
     return LEVELS[kind] * _SLACK * _inverse(jnp.sqrt(s))
@@ -214,7 +218,7 @@ def decode_factor(s: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
   """What :func:`decode_element` takes in the scale's place, once a group."""
   if storage.companding == "root":
     return s * (1.0 / LEVELS[kind] ** 2)
-  return s
+  return s if kind == "first" else s * (1.0 / LEVELS[kind])
 
 
 def decode_element(
@@ -228,7 +232,7 @@ def decode_element(
   if kind == "first":
     y = c * (1.0 / 127.0)
     return y / (2.0 - jnp.abs(y)) * factor
-  return lax.square(c * (1.0 / 255.0) * factor)
+  return lax.square(c * factor)
 
 
 def _inverse(s: jax.Array) -> jax.Array:
@@ -249,7 +253,7 @@ def _where(condition: jax.Array, x, y) -> jax.Array:
   return lax.select(condition, x, y)
 
 
-def _group_max(x: jax.Array, group_size: int) -> jax.Array:
+def group_max(x: jax.Array, group_size: int) -> jax.Array:
   """Largest magnitude of each group, NaN where the group holds one."""
   # As integers, the bits of magnitudes are in order, NaN above all others. XLA's
   # float maximum, which has to look for NaN, is many times slower on a CPU.

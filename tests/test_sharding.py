@@ -209,9 +209,7 @@ class Kernel:
     table = jnp.asarray(np.zeros((2, len(leaves)), np.float32))
     rate = scalars["learning_rate"] + table[0, -1]
     scalars = dict(scalars) | {"learning_rate": rate}
-    return [
-        xla.update(rule, storage, leaf, scalars, new_params) for leaf in leaves
-    ]
+    return xla.update(rule, storage, leaves, scalars, new_params)
 
 
 @pytest.fixture

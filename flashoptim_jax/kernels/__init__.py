@@ -133,9 +133,7 @@ def _update_resident(
     ]
 
   def with_xla(leaves, scalars):
-    return [
-        xla.update(rule, storage, leaf, scalars, new_params) for leaf in leaves
-    ]
+    return xla.update(rule, storage, leaves, scalars, new_params)
 
   on_shards = {"triton": with_triton, "mosaic_tpu": with_mosaic_tpu, "xla": with_xla}
   members: dict[str, list[int]] = {name: [] for name in on_shards}

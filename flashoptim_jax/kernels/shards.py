@@ -92,13 +92,16 @@ def xla_can_partition(
 ) -> bool:
   """Whether to leave the partitioning of a leaf's plain jnp update to XLA.
 
-  Where groups are cut, it refuses to guess how their parts lie with explicit
-  axes, and with others returns scales that are sharded in another way.
+  Not where there is nothing to partition. And where groups are cut, it refuses to
+  guess how their parts lie with explicit axes, and with others returns scales that
+  are sharded in another way.
   """
   if _is_manual():
-    return True
+    return False
   sharding = _known_sharding(leaf, shardings)
-  return sharding is None or _uncut(leaf, sharding, group_size) == sharding
+  if sharding is None:
+    return jax.device_count() > 1
+  return _uncut(leaf, sharding, group_size) == sharding
 
 
 def _is_manual() -> bool:

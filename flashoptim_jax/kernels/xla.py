@@ -1,7 +1,7 @@
 """The fused update in plain jnp: runs on every backend, and is the reference."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,9 @@ from flashoptim_jax.storage import Storage
 
 # Below this size a leaf's temporaries stay in the caches of a CPU.
 _OUTLINED_FROM = 1 << 16
+# From this size on a leaf is updated alone on a GPU, and below it in batches.
+_ALONE_FROM = 1 << 18
+_MOST_LEAVES = 32
 
 
 class _Config(NamedTuple):
@@ -36,17 +39,95 @@ class _Arrays(NamedTuple):
   moments: tuple[tuple[jax.Array, jax.Array | None], ...]
 
 
+class _Scaled(NamedTuple):
+  """What the second pass over a leaf reads.
+
+  Attributes:
+    arrays: What the first pass read.
+    scales: The new scale of each moment; None where the moment is float32.
+    encode_factors: :func:`flashoptim_jax.codec.encode_factor` of each exact scale.
+  """
+
+  arrays: _Arrays
+  scales: tuple[jax.Array | None, ...]
+  encode_factors: tuple[jax.Array | None, ...]
+
+
 def update(
     rule: Rule,
     storage: Storage,
-    leaf: Leaf,
+    leaves: Sequence[Leaf],
     scalars: Scalars,
     new_params: bool,
+) -> list[UpdatedLeaf]:
+  """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`."""
+  batches: dict[Any, list[int]] = {}
+  for i, leaf in enumerate(leaves):
+    batches.setdefault(_batch_key(leaf, storage) or i, []).append(i)
+  updated: dict[int, UpdatedLeaf] = {}
+  for members in batches.values():
+    config = _Config(rule, storage, leaves[members[0]].decay, new_params)
+    for start in range(0, len(members), _MOST_LEAVES):
+      batch = members[start : start + _MOST_LEAVES]
+      arrays = [_arrays(leaves[i]) for i in batch]
+      results = (
+          _update_batch(config, arrays, scalars)
+          if len(batch) > 1
+          else [_update_alone(config, arrays[0], scalars)]
+      )
+      updated.update(zip(batch, results, strict=True))
+  return [updated[i] for i in range(len(leaves))]
+
+
+def _arrays(leaf: Leaf) -> _Arrays:
+  return _Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
+
+
+def _batch_key(leaf: Leaf, storage: Storage) -> Any:
+  """Leaves of equal keys can be updated in one batch, those of none alone.
+
+  On a GPU the kernels of a small leaf take longer to launch than to run.
+  """
+  shape = leaf.param.shape
+  if jax.default_backend() != "gpu" or not 0 < leaf.param.size < _ALONE_FROM:
+    return None
+  if storage.moment_bits == 8 and (not shape or shape[-1] % storage.group_size):
+    return None
+  return leaf.decay, *(array.dtype for array in jax.tree.leaves(_arrays(leaf)))
+
+
+def _update_batch(
+    config: _Config, leaves: Sequence[_Arrays], scalars: Scalars
+) -> list[UpdatedLeaf]:
+  """Updates leaves without partial groups, as rows of one array.
+
+  They part before the second pass, of which XLA makes one kernel for all leaves of a
+  shape. Parted after it, each of their arrays would be copied by a kernel of its own.
+  """
+  compressed = config.storage.moment_bits == 8
+  row = config.storage.group_size if compressed else 1
+  rows = [leaf.param.size // row for leaf in leaves]
+  flat = [
+      jax.tree.map(lambda array, n=n: array.reshape(n, -1), leaf)
+      for leaf, n in zip(leaves, rows, strict=True)
+  ]
+  joined = jax.tree.map(lambda *arrays: lax.concatenate(arrays, 0), *flat)
+  arrays, treedef = jax.tree.flatten(_first_pass(config, joined, scalars))
+  parts = zip(*(lax.split(array, rows) for array in arrays), strict=True)
+  return [
+      jax.tree.map(
+          lambda old, new: new.reshape(old.shape),
+          UpdatedLeaf(*leaf[1:]),
+          _second_pass(config, jax.tree.unflatten(treedef, part), scalars),
+      )
+      for leaf, part in zip(leaves, parts, strict=True)
+  ]
+
+
+def _update_alone(
+    config: _Config, arrays: _Arrays, scalars: Scalars
 ) -> UpdatedLeaf:
-  """Updates one leaf; see :func:`flashoptim_jax.kernels.update_leaves`."""
-  config = _Config(rule, storage, leaf.decay, new_params)
-  arrays = _Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
-  large = leaf.param.size >= _OUTLINED_FROM and storage.moment_bits == 8
+  large = arrays.param.size >= _OUTLINED_FROM and config.storage.moment_bits == 8
   if not large or jax.default_backend() != "cpu" or jax.device_count() > 1:
     return _update(config, arrays, scalars)
   return lax.platform_dependent(
@@ -59,16 +140,34 @@ def update(
 
 def _update(config: _Config, arrays: _Arrays, scalars: Scalars) -> UpdatedLeaf:
   """In two passes: first the new scales, then everything else."""
-  pairs = list(zip(config.rule.moments, arrays.moments, strict=True))
-  compressed = config.storage.moment_bits == 8
-  scales: list[jax.Array | None] = [None] * len(pairs)
-  if compressed:
-    for i, (moment, stored) in enumerate(pairs):
-      scales[i] = _scale_pass(config, moment, arrays.grad, stored, scalars)
-    # Without it a GPU keeps what the passes share in memory, or fuses them into
-    # a kernel with poor access patterns: 4.9 ms in place of 1.7 for 268 M
-    # parameters on an H100.
-    arrays, scales = lax.optimization_barrier((arrays, scales))
+  return _second_pass(config, _first_pass(config, arrays, scalars), scalars)
+
+
+def _first_pass(config: _Config, arrays: _Arrays, scalars: Scalars) -> _Scaled:
+  if config.storage.moment_bits == 32:
+    nothing = (None,) * len(arrays.moments)
+    return _Scaled(arrays, nothing, nothing)
+  moments = tuple(zip(config.rule.moments, arrays.moments, strict=True))
+  exact = [
+      _scale_pass(config, moment, arrays.grad, stored, scalars)
+      for moment, stored in moments
+  ]
+  factors = tuple(
+      codec.encode_factor(scale, moment.kind, config.storage)
+      for (moment, _), scale in zip(moments, exact, strict=True)
+  )
+  # Without it a GPU keeps what the passes share in memory, or fuses them into
+  # a kernel with poor access patterns: 4.9 ms in place of 1.7 for 268 M
+  # parameters on an H100.
+  arrays, factors = lax.optimization_barrier((arrays, factors))
+  scales = tuple(_rounded(scale, scalars) for scale in exact)
+  return _Scaled(arrays, scales, factors)
+
+
+def _second_pass(
+    config: _Config, scaled: _Scaled, scalars: Scalars
+) -> UpdatedLeaf:
+  arrays = scaled.arrays
   master = _master(config, arrays, scalars)
   result, correction = codec.store(
       master,
@@ -77,15 +176,17 @@ def _update(config: _Config, arrays: _Arrays, scalars: Scalars) -> UpdatedLeaf:
       config.storage.master_bits,
   )
   moments: list[tuple[jax.Array, jax.Array | None]] = []
-  for moment, stored, scale in zip(
-      config.rule.moments, arrays.moments, scales, strict=True
+  for moment, stored, scale, factor in zip(
+      config.rule.moments,
+      arrays.moments,
+      scaled.scales,
+      scaled.encode_factors,
+      strict=True,
   ):
     new = _moment(config, moment, arrays.grad, stored, scalars)
-    if scale is None:
-      moments.append((new, None))
-    else:
-      codes = _encoded(config, moment, new, scale, scalars)
-      moments.append((codes, _rounded(scale, scalars)))
+    if factor is not None:
+      new = _encoded(config, moment, new, factor, scalars)
+    moments.append((new, scale))
   return UpdatedLeaf(result, correction, tuple(moments))
 
 
@@ -135,9 +236,9 @@ def _scale_pass(config, moment, grad, stored, scalars):
   return codec.exact_scale(new, moment.kind, config.storage)
 
 
-def _encoded(config, moment, new, scale, scalars):
+def _encoded(config, moment, new, factor, scalars):
   rounding = scalars["code_rounding"]
-  return codec.encode_codes(new, scale, moment.kind, config.storage, rounding)
+  return codec.encode_codes(new, factor, moment.kind, config.storage, rounding)
 
 
 def _rounded(scale: jax.Array, scalars: Scalars) -> jax.Array:
@@ -174,7 +275,8 @@ def _codes_pass(config, moment, grad, stored, scalars, scale, zero):
   codes, old_scale = stored
   stored = (codes + zero.astype(codes.dtype), old_scale)
   new = _moment(config, moment, grad, stored, scalars)
-  return _encoded(config, moment, new, scale, scalars)
+  factor = codec.encode_factor(scale, moment.kind, config.storage)
+  return _encoded(config, moment, new, factor, scalars)
 
 
 def _zero_after(array: jax.Array) -> jax.Array:

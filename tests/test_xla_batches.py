@@ -1,0 +1,84 @@
+"""Small leaves that XLA updates in batches on a GPU."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flashoptim_jax.kernels import xla
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+WHOLE = {  # Without partial groups, and small.
+    "matrix": ((4, 64), BF16),
+    "bias": ((32,), BF16),
+    "other bias": ((32,), BF16),
+    "stack": ((2, 3, 32), BF16),
+}
+ALONE = {"empty": ((0, 64), BF16), "large": ((64, 4096), BF16)}
+# Without groups, those of one dtype go together whatever their shapes.
+PARTIAL = {"ragged": ((3, 40), BF16), "few": ((5,), BF16), "scalar": ((), BF16)}
+OTHERS = {"norm": ((64,), F32), "undecayed": ((64,), BF16)}
+SHAPES = WHOLE | ALONE | PARTIAL | OTHERS
+
+
+def is_decayed(params):
+  return {name: name != "undecayed" for name in params}
+
+
+def train(tx, params, via):
+  """Two steps, traced anew."""
+
+  def step(*args):
+    return via(*args)
+
+  return cases.train(tx, params, 2, jax.jit(step, static_argnums=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "storage", "via"),
+    [
+        ("adamw", "root", cases.step),
+        ("adamw", "root", cases.update),
+        ("adam", "paper", cases.step),
+        ("adam_nesterov", "32/32", cases.step),
+        ("lion", "none/8", cases.step),
+    ],
+)
+def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
+  has_decay = "weight_decay" in cases.OPTIMIZERS[name].kwargs
+  kwargs = {"mask": is_decayed} if has_decay else {}
+  tx = cases.make(name, storage, implementation="xla", **kwargs)
+  params = cases.tree(SHAPES)
+  alone = train(tx, params, via)
+
+  batches = []
+
+  def update_batch(config, leaves, scalars):
+    batches.append(sorted(leaf.param.shape for leaf in leaves))
+    return update(config, leaves, scalars)
+
+  update = xla._update_batch
+  monkeypatch.setattr(xla, "_update_batch", update_batch)
+  # As on one GPU.
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  together = train(tx, params, via)
+
+  cases.assert_same(together, alone)
+  expected = dict(WHOLE)
+  if cases.STORAGES[storage].moment_bits == 32:
+    expected |= PARTIAL
+  if not has_decay:
+    expected["undecayed"] = OTHERS["undecayed"]
+  assert batches == [sorted(shape for shape, _ in expected.values())]
+
+
+def test_batches_hold_a_limited_number_of_leaves(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  monkeypatch.setattr(xla, "_MOST_LEAVES", 3)
+  params = cases.tree({str(i): ((2, 32), BF16) for i in range(7)})
+  tx = cases.make("lion", implementation="xla")
+  together = cases.train(tx, params, steps=1)
+  monkeypatch.setattr(xla, "_ALONE_FROM", 0)
+  cases.assert_same(together, cases.train(tx, params, steps=1))
