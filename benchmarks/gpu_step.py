@@ -114,9 +114,8 @@ def copy_ceiling():
   return 2 * x.nbytes / found["milliseconds"] * 1e3
 
 
-def ours(shapes, steps, tx, via="step"):
-  """Our optimizers, through ``step`` or ``update``."""
-  import jax.numpy as jnp
+def flash_step(tx, via="step"):
+  """A step of our optimizers, through ``step`` or ``update``."""
   import optax
 
   import flashoptim_jax as fo
@@ -128,22 +127,23 @@ def ours(shapes, steps, tx, via="step"):
     updates, state = tx.update(grads, state, params)
     return grads, optax.apply_updates(params, updates), state
 
+  return step
+
+
+def flash_carry(tx, shapes):
+  """What :func:`flash_step` takes."""
+  import jax.numpy as jnp
+
+  import flashoptim_jax as fo
+
   grads = random_tree(shapes, jnp.bfloat16, 0.01)
-  return time_jax(
-      step, (grads, *fo.from_fp32(tx, random_tree(shapes, jnp.float32, 0.02))), steps
-  )
+  return grads, *fo.from_fp32(tx, random_tree(shapes, jnp.float32, 0.02))
 
 
-def optax_adamw(shapes, steps):
-  """optax.adamw on float32 masters, and the cast to bfloat16."""
-  import jax
+def optax_step(tx):
+  """A step of one of Optax's on float32 masters, and the cast to bfloat16."""
   import jax.numpy as jnp
   import optax
-
-  tx = optax.adamw(1e-3)
-
-  def cast(tree, dtype):
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
   def step(carry):
     grads, masters, _, state = carry
@@ -151,10 +151,22 @@ def optax_adamw(shapes, steps):
     masters = optax.apply_updates(masters, updates)
     return grads, masters, cast(masters, jnp.bfloat16), state
 
+  return step
+
+
+def optax_carry(tx, shapes):
+  """What :func:`optax_step` takes."""
+  import jax.numpy as jnp
+
   masters = random_tree(shapes, jnp.float32, 0.02)
   grads = random_tree(shapes, jnp.bfloat16, 0.01)
-  carry = (grads, masters, cast(masters, jnp.bfloat16), tx.init(masters))
-  return time_jax(step, carry, steps)
+  return grads, masters, cast(masters, jnp.bfloat16), tx.init(masters)
+
+
+def cast(tree, dtype):
+  import jax
+
+  return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 def peer_flashoptim_jax(shapes, steps):
@@ -236,7 +248,10 @@ def measure(leaf_set, row):
   if row in PEERS:
     return PEERS[row](shapes, steps)
   if row == "optax.adamw fp32":
-    return optax_adamw(shapes, steps)
+    import optax
+
+    tx = optax.adamw(1e-3)
+    return time_jax(optax_step(tx), optax_carry(tx, shapes), steps)
   import flashoptim_jax as fo
 
   rows = {
@@ -246,7 +261,8 @@ def measure(leaf_set, row):
       "lion": (fo.lion(1e-3), "step"),
       "sgd momentum": (fo.sgd(1e-3, 0.9), "step"),
   }
-  return ours(shapes, steps, *rows[row])
+  tx, via = rows[row]
+  return time_jax(flash_step(tx, via), flash_carry(tx, shapes), steps)
 
 
 OURS = (
@@ -283,19 +299,23 @@ def in_subprocess(arguments, path):
 
 
 def save(results, folder):
-  """Writes what has been measured so far."""
+  """Writes what has been measured, beside earlier runs of other leaf sets."""
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / "gpu_step.json").write_text(json.dumps(results, indent=2))
+  path = folder / "gpu_step.json"
+  earlier = json.loads(path.read_text()) if path.exists() else {}
+  found = {**earlier, **results}
+  ordered = {name: found[name] for name in LEAF_SETS if name in found}
+  path.write_text(json.dumps(ordered, indent=2) + "\n")
 
 
 def table(results):
   """Markdown: device time, and the share of the copy ceiling."""
-  lines = ["| " + " | ".join(["", *results["leaf_sets"]]) + " |"]
-  lines.append("|---" * (len(results["leaf_sets"]) + 1) + "|")
+  lines = ["| " + " | ".join(["", *results]) + " |"]
+  lines.append("|---" * (len(results) + 1) + "|")
   for row in (*OURS, *PEERS):
     cells = [row]
-    for found in results["leaf_sets"].values():
-      cell = found.get(row, {})
+    for found in results.values():
+      cell = found["rows"].get(row, {})
       time = cell.get("device_milliseconds", cell.get("milliseconds"))
       text = "–" if time is None else f"{time:.3f} ms"
       if "of_copy" in cell:
@@ -332,26 +352,28 @@ def main():
   import flashoptim_jax as fo
 
   ceiling = copy_ceiling()
-  results = {
-      "device": jax.devices()[0].device_kind,
-      "date": datetime.date.today().isoformat(),
-      "versions": {
-          "jax": jax.__version__,
-          "optax": optax.__version__,
-          "flashoptim_jax": fo.__version__,
-      },
-      "copy_bytes_per_second": ceiling,
-      "leaf_sets": peers,
-  }
-  for leaf_set, found in results["leaf_sets"].items():
+  results = {}
+  for leaf_set, rows in peers.items():
+    results[leaf_set] = {
+        "device": jax.devices()[0].device_kind,
+        "date": datetime.date.today().isoformat(),
+        "versions": {
+            "jax": jax.__version__,
+            "optax": optax.__version__,
+            "flashoptim_jax": fo.__version__,
+        },
+        "copy_bytes_per_second": ceiling,
+    }
     shapes = LEAF_SETS[leaf_set]()
     count = sum(map(math.prod, shapes.values()))
     for row in OURS:
-      cell = found[row] = measure(leaf_set, row)
+      cell = rows[row] = measure(leaf_set, row)
       if row in BYTES:
         seconds = cell["device_milliseconds"] / 1e3
         cell["of_copy"] = BYTES[row] * count / seconds / ceiling
       print(leaf_set, row, cell, flush=True)
+      ordered = {row: rows[row] for row in (*OURS, *PEERS) if row in rows}
+      results[leaf_set]["rows"] = ordered
       save(results, arguments.output)
   print(table(results))
 

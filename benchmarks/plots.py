@@ -100,10 +100,10 @@ def speed_bars(canvas, leaf_sets):
   width = 0.8 / len(names)
   for i, (name, label) in enumerate(names.items()):
     ratios = []
-    for cells in leaf_sets.values():
-      cell = cells.get(name, {})
+    for found in leaf_sets.values():
+      cell = found["rows"].get(name, {})
       time = cell.get("device_milliseconds", cell.get("milliseconds"))
-      usual = cells["optax.adamw fp32"]["device_milliseconds"]
+      usual = found["rows"]["optax.adamw fp32"]["device_milliseconds"]
       ratios.append(float("nan") if time is None else time / usual)
     places = np.arange(len(leaf_sets)) + (i - len(names) / 2 + 0.5) * width
     bars = ax.bar(places, ratios, width, label=label, color=colours[i])
@@ -373,7 +373,7 @@ def quality_figures() -> dict[str, Figure]:
 def figures() -> dict[str, Figure]:
   """Every plot, by its file's name."""
   plans = [tables.load(f"plan_{name}.json") for name in tables.PLANS]
-  sets = tables.load("gpu_step.json")["leaf_sets"]
+  sets = tables.load("gpu_step.json")
   return {
     "memory": Figure(memory_bars, plans, (7.5, 6)),
     "speed": Figure(speed_bars, sets, (9, 4.2)),

@@ -90,10 +90,9 @@ def step_row():
 
 def gpu_rows():
   """One row per leaf set, of the device's time."""
-  found = load("gpu_step.json")
   rows = []
-  for name, cells in found["leaf_sets"].items():
-    flash, usual = cells["adamw"], cells["optax.adamw fp32"]
+  for name, found in load("gpu_step.json").items():
+    flash, usual = found["rows"]["adamw"], found["rows"]["optax.adamw fp32"]
     times = [cell["device_milliseconds"] for cell in (flash, usual)]
     rows.append((
       f"H100: update of {name}, ms ({flash['of_copy']:.0%} of a copy's speed)",
@@ -316,9 +315,8 @@ def host_offload():
 
 def speed():
   """Every optimizer of the GPU benchmark, on every leaf set."""
-  found = load("gpu_step.json")
-  sets = found["leaf_sets"]
-  names = list(dict.fromkeys(name for cells in sets.values() for name in cells))
+  sets = load("gpu_step.json")
+  names = list(dict.fromkeys(name for found in sets.values() for name in found["rows"]))
 
   def cell(measured):
     if "milliseconds" not in measured:
@@ -328,13 +326,16 @@ def speed():
     return f"{measured['milliseconds']:.2f}*"
 
   rows = [
-    (name, *(cell(cells.get(name, {})) for cells in sets.values())) for name in names
+    (name, *(cell(found["rows"].get(name, {})) for found in sets.values()))
+    for name in names
   ]
-  copy = found["copy_bytes_per_second"] / 1e12
+  copies = [f"{found['copy_bytes_per_second'] / 1e12:.2f}" for found in sets.values()]
+  notes = dict.fromkeys(_note(found) for found in sets.values())
   return (
     f"{markdown(('ms per update', *sets), rows)}\n\nDevice time; * from start to"
     " end, with PyTorch's launches. Names without a library are this one's."
-    f" Memory copies at {copy:.2f} TB/s. {_note(found)}"
+    f" Memory copies at {' to '.join(sorted({min(copies), max(copies)}))} TB/s."
+    f" {' '.join(notes)}"
   )
 
 
