@@ -347,7 +347,8 @@ def tpu_kernel():
       row["chip"],
       row["optimizer"],
       row["backend"],
-      f"{row['bytes_per_parameter']:g}",
+      "×".join(map(str, row["shape"])),
+      f"{round(row['bytes_per_parameter'], 3):g}",
       f"{row['over_hbm_cycles']:.2f}",
       f"{row['temporary_bytes'] / 2**20:.1f}",
     )
@@ -357,13 +358,13 @@ def tpu_kernel():
     "chip",
     "optimizer",
     "backend",
+    "leaf",
     "bytes per parameter",
     "cycles over memory's",
     "temporaries, MiB",
   )
   return (
-    f"{markdown(header, rows)}\n\nOne leaf of {found['shape'][0]:,} ×"
-    f" {found['shape'][1]:,}. On the same scale `optax.adamw` in float32 is at"
+    f"{markdown(header, rows)}\n\nOn the same scale `optax.adamw` in float32 is at"
     f" {found['fp32_adamw_over_hbm_cycles']:.2f} if it is bound by memory alone."
     f" libtpu {found['libtpu']}, {_note(found)}"
   )

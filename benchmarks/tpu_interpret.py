@@ -37,7 +37,10 @@ LAYERS, DIM = 3, 32
 
 
 def random_leaves(rng) -> dict[str, jax.Array]:
-  """Parameters of two to four axes, ragged more often than not."""
+  """Parameters of two to four axes, ragged more often than not.
+
+  One is such that XLA keeps it in a TPU's memory with groups along rows.
+  """
   params = {}
   for i in range(LEAVES):
     leading = rng.integers(1, 4, rng.integers(0, 3))
@@ -45,6 +48,8 @@ def random_leaves(rng) -> dict[str, jax.Array]:
     shape = (*map(int, leading), int(rows), int(rng.integers(32, 400)))
     dtype = (jnp.bfloat16, jnp.float32)[i]
     params[f"leaf {i}"] = jnp.asarray(rng.normal(size=shape), dtype)
+  tall = int(rng.integers(100, 129)), int(rng.integers(32, 97))
+  params["tall"] = jnp.asarray(rng.normal(size=tall), jnp.bfloat16)
   return params
 
 

@@ -38,27 +38,33 @@ CHIPS = {
     "v4": (1228e9, 1.05e9, 2),
 }
 SHAPE = (8192, 4096)
+# XLA keeps these with the axis of their groups along rows.
+ODD_SHAPES = [(16384, 1000), (8, 14336, 64)]
 FP32_ADAMW_BYTES = 28  # optax.adamw: read 16, write 12
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--case", nargs=3, metavar=("CHIP", "OPTIMIZER", "BACKEND"))
+  names = ("CHIP", "OPTIMIZER", "BACKEND", "SHAPE")
+  parser.add_argument("--case", nargs=4, metavar=names)
   args = parser.parse_args()
   if args.case:
-    print(json.dumps(measure(*args.case)))
+    *case, shape = args.case
+    print(json.dumps(measure(*case, tuple(json.loads(shape)))))
     return
   optimizers = ("adamw", "lion", "momentum", "sgd")
-  cases = [(chip, name, "mosaic_tpu") for chip in CHIPS for name in optimizers]
+  cases = [(chip, name, "mosaic_tpu", SHAPE) for chip in CHIPS for name in optimizers]
+  cases += [
+      (chip, "adamw", "mosaic_tpu", shape) for chip in CHIPS for shape in ODD_SHAPES
+  ]
   rows = []
   # XLA takes minutes to compile its form, so it is compared on one chip.
-  for case in [*cases, ("v5e", "adamw", "xla")]:
+  for case in [*cases, ("v5e", "adamw", "xla", SHAPE)]:
     rows.append(run(*case))
     result = {
         "date": datetime.date.today().isoformat(),
         "jax": importlib.metadata.version("jax"),
         "libtpu": importlib.metadata.version("libtpu"),
-        "shape": SHAPE,
         "fp32_adamw_over_hbm_cycles": round(FP32_ADAMW_BYTES / 12.25, 3),
         "rows": rows,
     }
@@ -67,11 +73,12 @@ def main():
 
 def run(*case):
   """Measures one case in a process of its own."""
-  command = [sys.executable, __file__, "--case", *case]
+  *names, shape = case
+  command = [sys.executable, __file__, "--case", *names, json.dumps(shape)]
   found = subprocess.run(command, check=True, capture_output=True, text=True)
   row = json.loads(found.stdout.splitlines()[-1])
   print(
-      f"{row['chip']:4} {row['optimizer']:9} {row['backend']:10}"
+      f"{row['chip']:4} {row['optimizer']:9} {row['backend']:10} {row['shape']}"
       f" {row['cycles']:>10,} cycles, over HBM's {row['over_hbm_cycles']:6.2f}"
       f" (inner loop {row['loop_over_hbm_cycles'] or 0:5.2f})"
       f" compile {row['compile_seconds']:5.1f} s"
@@ -81,7 +88,7 @@ def run(*case):
   return row
 
 
-def measure(chip: str, optimizer: str, backend: str) -> dict:
+def measure(chip: str, optimizer: str, backend: str, shape: tuple[int, ...]) -> dict:
   """Compiles the update of one leaf; returns a row of the table."""
   dump = tempfile.mkdtemp(prefix="llo_")
   flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
@@ -94,7 +101,7 @@ def measure(chip: str, optimizer: str, backend: str) -> dict:
 
   bandwidth, clock, cores = CHIPS[chip]
   tx = tpu_compile.OPTIMIZERS[optimizer](implementation=backend)
-  params = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16)}
+  params = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
   state = jax.eval_shape(tx.init, params)
   start = time.perf_counter()
   compiled = tpu_compile.compile_step(tx, params, chip)
@@ -106,11 +113,15 @@ def measure(chip: str, optimizer: str, backend: str) -> dict:
   counts = loop = vmem = None
   if backend == "mosaic_tpu":
     counts = bundles_by_depth(dump)
+    storage = tpu_compile.STORAGES["24/8"]
     with jax.sharding.use_abstract_mesh(tpu_compile.mesh(chip).abstract_mesh):
-      block = mosaic_tpu.block(*SHAPE, nbytes / math.prod(SHAPE))
-    steps = math.prod(SHAPE) // math.prod(block)
-    vmem = round(2 * nbytes * math.prod(block) / math.prod(SHAPE))
-    loop = math.prod(SHAPE) // mosaic_tpu.UNIT * counts[2] / cores
+      cut = mosaic_tpu.cut(shape, 2, nbytes / math.prod(shape), storage)
+    rows = math.prod(cut.leading) * math.ceil(cut.rows / cut.block_rows)
+    units = rows * math.ceil(cut.columns / (mosaic_tpu.UNIT // cut.block_rows))
+    steps = rows * math.ceil(cut.columns / cut.block_columns)
+    block = cut.block_rows * cut.block_columns
+    vmem = round(2 * nbytes * block / math.prod(shape))
+    loop = units * counts[2] / cores
     total = steps * counts[1] / cores + loop
   else:
     estimates = re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())
@@ -119,7 +130,8 @@ def measure(chip: str, optimizer: str, backend: str) -> dict:
       "chip": chip,
       "optimizer": optimizer,
       "backend": backend,
-      "bytes_per_parameter": round(nbytes / math.prod(SHAPE), 4),
+      "shape": shape,
+      "bytes_per_parameter": round(nbytes / math.prod(shape), 4),
       "hbm_cycles": round(cycles),
       "cycles": round(total),
       "over_hbm_cycles": round(total / cycles, 3),

@@ -19,8 +19,15 @@ from flashoptim_jax.state import flash_states
 STEPS = 3
 # Interpret mode compiles slowly, so each leaf has something that no other has:
 # partial groups and rows (and many tiles of columns to a unit), leading axes that
-# the grid runs over.
-SHAPES = {"ragged": (5, 168), "experts": (2, 3, 64)}
+# the grid runs over, groups along rows, several blocks of such rows, leading axes
+# in another order.
+SHAPES = {
+    "ragged": (5, 168),
+    "experts": (2, 3, 64),
+    "tall experts": (2, 104, 40),
+    "tall": (112, 522),
+    "kernel": (4, 5, 72),
+}
 FUNCTIONS = {"step": fo.step, "update": cases.update}
 COMBINATIONS = [
     ("adamw", "root", "ragged", "step", jnp.bfloat16),
@@ -29,6 +36,9 @@ COMBINATIONS = [
     ("lion", "root", "ragged", "step", jnp.float32),
     ("adam_nesterov", "32/32", "experts", "step", jnp.bfloat16),
     ("sgd", "root", "ragged", "update", jnp.bfloat16),
+    ("adamw", "root", "tall experts", "step", jnp.bfloat16),
+    ("lion", "paper", "tall", "update", jnp.float32),
+    ("lion", "none/8", "kernel", "update", jnp.bfloat16),
 ]
 
 
@@ -54,14 +64,15 @@ def test_equals_xla(name, storage, leaf, function, dtype):
   cases.assert_equal(kernel, xla, STEPS)
 
 
-def test_a_nan_stays_in_its_group():
-  params = cases.tree({"w": (SHAPES["ragged"], jnp.bfloat16)})
+@pytest.mark.parametrize("leaf", ["ragged", "tall"])
+def test_a_nan_stays_in_its_group(leaf):
+  params = cases.tree({"w": (SHAPES[leaf], jnp.bfloat16)})
   tx = cases.make("adamw", implementation="mosaic_tpu")
   grads = {"w": cases.grads_like(params)["w"].at[2, 40].set(jnp.nan)}
   params, state = jax.jit(lambda g, s, p: fo.step(tx, g, s, p))(
       grads, tx.init(params), params
   )
-  expected = np.zeros(SHAPES["ragged"], bool)
+  expected = np.zeros(SHAPES[leaf], bool)
   expected[2, 40] = True
   np.testing.assert_array_equal(np.isnan(np.asarray(params["w"], np.float32)), expected)
   (state,) = flash_states(state)
@@ -103,7 +114,10 @@ def test_compiles_for_tpus():
       env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
   )
   assert found.returncode == 0, found.stderr[-4000:]
-  rows = json.loads(found.stdout.splitlines()[-1])
+  result = json.loads(found.stdout.splitlines()[-1])
+  for order in result["orders"]:
+    assert order["kept"] == order["expected"], order
+  rows = result["rows"]
   assert {row["chip"] for row in rows} == {"v4", "v5e", "v5p", "v6e"}
   for row in rows:
     assert row["kernels"] == row["leaves"], row

@@ -18,6 +18,11 @@ last step, and its scale reaches its elements by a load that repeats a sublane.
 a time.
 
 Where a block has few rows, a unit holds several of its tiles of 128 columns.
+
+*Order of axes.* A leaf is taken in the order of axes in which XLA keeps it
+(:mod:`flashoptim_jax.kernels.mosaic_layout`). Where that makes rows of the axis of
+the groups, nothing is transposed: a group is 8 rows of words, and scales lie in
+memory as they are computed.
 """
 
 import functools
@@ -32,6 +37,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from flashoptim_jax import codec
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf
+from flashoptim_jax.kernels.mosaic_layout import axis_order
 from flashoptim_jax.kernels.mosaic_math import (
     evaluate,
     multiples,
@@ -45,6 +51,7 @@ GROUP_SIZE = 32
 _LANES = 128
 _ROWS = 4  # rows of an 8-bit array that share a word
 _GROUPS = _LANES // GROUP_SIZE  # groups in a tile of 128 columns
+_GROUP_WORDS = GROUP_SIZE // _ROWS  # rows of words of a group that lies along rows
 _SCALE_COLUMNS = _LANES * GROUP_SIZE  # columns whose scales fill 128 lanes
 _DTYPES = ("bfloat16", "float32")
 UNIT = _ROWS * _LANES * _LANES  # elements
@@ -56,6 +63,7 @@ _NAN = 0x7FC00000
 _ROUND = 1.5 * 2.0**23
 _EVERY_SIGN = 0x80808080 - 2**32
 _CHUNK = 32
+_LEAST_ROWS = 8 * GROUP_SIZE  # whose scales fill a tile, where groups lie along rows
 
 
 class _Field(NamedTuple):
@@ -74,8 +82,30 @@ class _Field(NamedTuple):
     return jnp.dtype(self.dtype).itemsize
 
 
+class Cut(NamedTuple):
+  """How a leaf is cut into blocks.
+
+  Attributes:
+    order: The order in which its axes are passed.
+    leading: Leading axes that the grid runs over.
+    rows: Rows of the leaf.
+    columns: Columns of the leaf.
+    block_rows: Rows of a block, a multiple of 32.
+    block_columns: Columns of a block, a multiple of 128.
+    along_rows: Whether groups lie along the rows, not the columns.
+  """
+
+  order: tuple[int, ...]
+  leading: tuple[int, ...]
+  rows: int
+  columns: int
+  block_rows: int
+  block_columns: int
+  along_rows: bool
+
+
 class _Plan(NamedTuple):
-  """How a leaf is cut up. All static.
+  """How a leaf is updated. All static.
 
   Attributes:
     rule: The optimizer's arithmetic.
@@ -84,11 +114,8 @@ class _Plan(NamedTuple):
     new_params: Whether parameters or updates are written.
     hyperparameters: Names of the scalars, in the order in which they are passed.
     zeros: Names of the scalars that are known to be 0.
-    leading: Leading axes that the grid runs over.
-    rows: Rows of the leaf.
-    columns: Columns of the leaf.
-    block_rows: Rows of a block, a multiple of 32.
-    block_columns: Columns of a block, a multiple of 128.
+    order, leading, rows, columns, block_rows, block_columns, along_rows: As in
+      :class:`Cut`.
     has_fast_roots: Whether the TPU has accurate square roots.
     interpret: Whether to run in interpret mode.
   """
@@ -99,11 +126,13 @@ class _Plan(NamedTuple):
   new_params: bool
   hyperparameters: tuple[str, ...]
   zeros: tuple[str, ...]
+  order: tuple[int, ...]
   leading: tuple[int, ...]
   rows: int
   columns: int
   block_rows: int
   block_columns: int
+  along_rows: bool
   has_fast_roots: bool
   interpret: bool
 
@@ -128,8 +157,19 @@ class _Plan(NamedTuple):
 
   @property
   def ragged(self) -> bool:
-    """Whether the last group is a partial one."""
-    return self.columns % GROUP_SIZE != 0
+    """Whether the last group of moments is a partial one."""
+    axis = self.rows if self.along_rows else self.columns
+    return self.compressed and axis % GROUP_SIZE != 0
+
+  @property
+  def compressed(self) -> bool:
+    """Whether moments have groups."""
+    return self.storage.moment_bits == 8
+
+  @property
+  def turned(self) -> bool:
+    """Whether units are transposed."""
+    return self.compressed and not self.along_rows
 
 
 def _as_float(bits: jax.Array) -> jax.Array:
@@ -215,6 +255,7 @@ class _Unit:
     self.outputs = outputs
     self.h = {name: scalars[i] for i, name in enumerate(plan.hyperparameters)}
     self.h |= dict.fromkeys(plan.zeros, 0.0)
+    self.first_row = pl.program_id(len(plan.leading)) * plan.block_rows
     self.inputs = inputs
     self.results = results
     self.scratch = scratch
@@ -224,7 +265,7 @@ class _Unit:
     return pl.ds(pl.multiple_of(start, _LANES), _LANES)
 
   def _turn(self, words):
-    return words.T if self.plan.storage.moment_bits == 8 else words
+    return words.T if self.plan.turned else words
 
   def _next(self, field: _Field):
     return self.scratch[f"{field.name}_next"]
@@ -295,7 +336,13 @@ class _Unit:
   def floats(self, name: str, k: int, rows) -> jax.Array:
     return _as_float(_take_high(*_swap(self.word(name, k, rows), k)))
 
-  # Scales.
+  # Scales. Factors and maxima have a row of scratch memory for each group of a lane.
+
+  def _index(self, group, which: int):
+    """The row of one of the four groups that a lane has in 32 rows of words."""
+    if self.plan.along_rows:
+      return group * _GROUPS + which
+    return which * _GROUPS + group
 
   def read_scales(self, moment) -> None:
     """Turns a block of scales around, once for the blocks that share it."""
@@ -327,9 +374,26 @@ class _Unit:
     first = (step % plan.steps_per_scale_block) * (plan.block_columns // _LANES)
     return first + unit * plan.tiles + tile
 
+  def _scales_of_rows(self, ref, unit):
+    """For each tile, its scales' place, and their rows among a unit's groups."""
+    per_tile = self.plan.words // _GROUP_WORDS
+    # A leaf of few rows has fewer groups than a block.
+    groups = ref.shape[0]
+    return [
+        ((slice(None), self._columns(unit, tile)), slice(start, start + groups))
+        for tile, start in enumerate(range(0, _ROWS * _GROUPS, per_tile))
+    ]
+
   def old_scales(self, moment, step, unit) -> None:
     """Computes the factors by which a unit's codes are decoded."""
     plan = self.plan
+    if plan.along_rows:
+      ref = self.inputs[f"{moment.name}_scale"]
+      decoder = self.scratch[f"{moment.name}_decoder"]
+      for place, rows in self._scales_of_rows(ref, unit):
+        decoder[rows, :] = ref[place].astype(jnp.float32)
+      decoder[...] = codec.decode_factor(decoder[...], moment.kind, plan.storage)
+      return
     kept = self.scratch[f"{moment.name}_scale"]
     for half in range(2):
       tiles = [
@@ -354,7 +418,13 @@ class _Unit:
     factor *= 1.0 / self._code_multiple(moment)
     self.scratch[f"{moment.name}_encoder"][...] = factor
     rounding = self.h["scale_rounding"].astype(jnp.int32)
-    bits = _as_bits(codec.round_scale(s, rounding))
+    rounded = codec.round_scale(s, rounding)
+    if plan.along_rows:
+      ref = self.results[f"{moment.name}_scale"]
+      for place, rows in self._scales_of_rows(ref, unit):
+        ref[place] = rounded[rows].astype(ref.dtype)
+      return
+    bits = _as_bits(rounded)
     kept = self.scratch[f"{moment.name}_scale"]
     for half in range(2):
       rows = [
@@ -367,39 +437,45 @@ class _Unit:
         index = self._tile(step, unit, tile)
         kept[half, index, :, 0 : plan.words] = word[:, lanes]
 
-  def factor(self, moment, use: str, k: int, group) -> jax.Array:
-    row = self.scratch[f"{moment.name}_{use}"][pl.ds(k * _GROUPS + group, 1), :]
-    return jnp.broadcast_to(row, (_CHUNK, _LANES))
+  def factors(self, moment, use: str, group) -> list[jax.Array]:
+    """Each row of four's factors, for 32 rows of words."""
+    ref = self.scratch[f"{moment.name}_{use}"]
+    rows = [ref[pl.ds(self._index(group, i), 1), :] for i in range(_GROUPS)]
+    if self.plan.along_rows:
+      shape = (_GROUP_WORDS, _LANES)
+      return [_stack([jnp.broadcast_to(row, shape) for row in rows])] * _ROWS
+    return [jnp.broadcast_to(row, (_CHUNK, _LANES)) for row in rows]
 
   # The elements of one group.
 
   def update(self, step, unit, group) -> None:
     """Updates everything but the codes of 32 rows of a unit."""
-    largest: dict[tuple[str, int], jax.Array] = {}
+    largest: dict[tuple[str, int], jax.Array] = {}  # by name and which group
     for chunk in range(GROUP_SIZE // _CHUNK):
       row = pl.multiple_of(group * GROUP_SIZE + chunk * _CHUNK, _CHUNK)
       self._update_rows(step, unit, group, row, largest)
-    for (name, k), parts in largest.items():
-      start = pl.multiple_of((k * _GROUPS + group) * 8, 8)
+    for (name, which), parts in largest.items():
+      start = pl.multiple_of(self._index(group, which) * 8, 8)
       self.scratch[f"{name}_max"][pl.ds(start, 8), :] = parts
 
   def _update_rows(self, step, unit, group, row, largest) -> None:
     plan, h = self.plan, self.h
     rows = pl.ds(row, _CHUNK)
-    compressed = plan.storage.moment_bits == 8
     written: dict[str, list[jax.Array]] = {name: [] for name in self.outputs}
-    inside = self._inside(step, unit, row) if plan.ragged and compressed else None
+    moments = plan.rule.moments if plan.compressed else ()
+    decoders = {m.name: self.factors(m, "decoder", group) for m in moments}
+    inside = self._inside(step, unit, row) if plan.ragged else None
     for k in range(_ROWS):
       grad = self.floats("grad", k, rows)
       old, new, roots = [], [], []
       for moment in plan.rule.moments:
-        if compressed:
+        if plan.compressed:
           word, itemsize = self.word(moment.name, k, rows)
           code = _take(word, k, itemsize, moment.kind == "first")
           old.append(
               codec.decode_element(
                   code.astype(jnp.float32),
-                  self.factor(moment, "decoder", k, group),
+                  decoders[moment.name][k],
                   moment.kind,
                   plan.storage,
               )
@@ -407,18 +483,18 @@ class _Unit:
         else:
           old.append(self.floats(moment.name, k, rows))
         new.append(moment.update(grad, old[-1], h))
-        if not compressed:
+        if not plan.compressed:
           self.scratch[moment.name][k, rows, :] = _as_bits(new[-1])
           continue
         magnitude, root, code_root = self._roots(moment, new[-1])
         if root is not None:
           roots.append((new[-1], root, self.multiples.root))
         if inside is not None:
-          magnitude = jnp.where(inside, magnitude, 0.0)
-        parts = [magnitude[i : i + 8] for i in range(0, _CHUNK, 8)]
-        if (moment.name, k) in largest:
-          parts.append(largest[moment.name, k])
-        largest[moment.name, k] = functools.reduce(jnp.maximum, parts)
+          magnitude = jnp.where(inside[k], magnitude, 0.0)
+        for i in range(_CHUNK // 8):
+          key = moment.name, i if plan.along_rows else k
+          part = magnitude[8 * i : 8 * (i + 1)]
+          largest[key] = jnp.maximum(largest[key], part) if key in largest else part
         start = pl.multiple_of(k * _LANES + row, 8)
         self.scratch[f"{moment.name}_root"][pl.ds(start, _CHUNK), :] = code_root
       master = self._master(k, rows, grad, old, new, roots)
@@ -427,14 +503,17 @@ class _Unit:
     for name, numbers in written.items():
       self._put(name, rows, numbers)
 
-  def _inside(self, step, unit, row) -> jax.Array:
-    """Whether elements lie inside the leaf."""
+  def _inside(self, step, unit, row) -> list[jax.Array]:
+    """Whether elements lie inside the leaf, for each row of four."""
     plan = self.plan
     shape = (_CHUNK, _LANES)
-    column = lax.broadcasted_iota(jnp.int32, shape, 0) + row
+    number = lax.broadcasted_iota(jnp.int32, shape, 0) + row
+    if plan.along_rows:
+      first = self.first_row + _ROWS * (number & (plan.words - 1))
+      return [first < plan.rows - k for k in range(_ROWS)]
     tile = lax.broadcasted_iota(jnp.int32, shape, 1) // plan.words
-    column += (unit * plan.tiles + tile) * _LANES + step * plan.block_columns
-    return column < plan.columns
+    column = number + (unit * plan.tiles + tile) * _LANES + step * plan.block_columns
+    return [column < plan.columns] * _ROWS
 
   def _roots(self, moment, value):
     """A moment's magnitude, its square root, and what its codes are made of."""
@@ -463,10 +542,11 @@ class _Unit:
   def _encode_rows(self, moment, group, row) -> None:
     levels = codec.LEVELS[moment.kind]
     numbers = []
+    encoders = self.factors(moment, "encoder", group)
     for k in range(_ROWS):
       start = pl.multiple_of(k * _LANES + row, 8)
       root = self.scratch[f"{moment.name}_root"][pl.ds(start, _CHUNK), :]
-      level = root * self.factor(moment, "encoder", k, group)
+      level = root * encoders[k]
       if self.plan.storage.companding == "paper":
         if moment.kind == "first":
           level = levels * (2.0 * level / (1.0 + jnp.abs(level)))
@@ -621,14 +701,14 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
       for n in written
       if not n.endswith("_scale")
   }
-  moments = plan.rule.moments if plan.storage.moment_bits == 8 else ()
+  moments = plan.rule.moments if plan.compressed else ()
   averages = {moment.name for moment in plan.rule.moments}
   computed = {n: field for n, field in outputs.items() if n not in averages}
   block = _Unit(plan, fields, computed, scalars.at[0], inputs, results, scratch)
   step = pl.program_id(len(plan.leading) + 1)
   per = plan.steps_per_scale_block
 
-  if moments:
+  if plan.turned:
     @pl.when(step % per == 0)
     def _():
       for moment in moments:
@@ -678,7 +758,7 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
   lax.fori_loop(0, units, unit, None)
   encode(units - 1)
 
-  if moments:
+  if plan.turned:
     @pl.when((step % per == per - 1) | (step == plan.steps - 1))
     def _():
       for moment in moments:
@@ -699,10 +779,12 @@ def _scratch(plan: _Plan, dtypes, written) -> dict[str, Any]:
     shapes["update"] = shapes["grad"]
     shapes["update_written"] = shapes["grad_stage"]
   shapes["stage"] = ((4 * _LANES, _LANES), jnp.int32)
-  if plan.storage.moment_bits == 8:
+  if plan.compressed:
     for moment in plan.rule.moments:
+      if plan.turned:
+        kept = (2, _LANES // _GROUPS, _GROUPS, _LANES)
+        shapes[f"{moment.name}_scale"] = (kept, jnp.int32)
       shapes |= {
-          f"{moment.name}_scale": ((2, _LANES // _GROUPS, _GROUPS, _LANES), jnp.int32),
           f"{moment.name}_decoder": ((_ROWS * _GROUPS, _LANES), jnp.float32),
           f"{moment.name}_encoder": ((_ROWS * _GROUPS, _LANES), jnp.float32),
           f"{moment.name}_max": ((8 * _ROWS * _GROUPS, _LANES), jnp.float32),
@@ -745,13 +827,40 @@ def unsupported(leaf: Leaf, storage: Storage) -> str | None:
   return None
 
 
-def _view(shape: tuple[int, ...]) -> tuple[int, ...]:
+def cut(
+    shape: tuple[int, ...], itemsize: int, element_bytes: float, storage: Storage
+) -> Cut:
+  """Cuts a leaf into blocks.
+
+  Args:
+    shape: The leaf's shape.
+    itemsize: Bytes of one of its numbers.
+    element_bytes: Bytes of all arrays, in and out, that an element takes.
+    storage: Its state's storage.
+  """
+  order, last = axis_order(shape, itemsize), len(shape) - 1
+  grouped = storage.moment_bits == 8
+  if grouped and last not in order[-2:]:
+    order = tuple(range(len(shape)))
+  along_rows = grouped and order[-1] != last
+  # Tiles have up to 32 rows, and those of scales up to 8.
+  filling = _LEAST_ROWS if along_rows else 32
+  *leading, rows, columns = _view(tuple(shape[axis] for axis in order), filling)
+  block = _block(rows, columns, element_bytes, along_rows)
+  return Cut(order, tuple(leading), rows, columns, *block, along_rows)
+
+
+def _view(shape: tuple[int, ...], filling: int) -> tuple[int, ...]:
   """The shape in which a leaf is passed: as few leading axes as cost nothing.
 
-  In memory the last two axes are cut into tiles of up to 32 rows. Where the
-  rows fill them, leading axes continue the rows.
+  In memory the last two axes are cut into tiles. Where the rows fill them,
+  leading axes continue the rows.
+
+  Args:
+    shape: The leaf's shape, its axes in order.
+    filling: Rows that fill the tiles of all arrays.
   """
-  while len(shape) > 2 and shape[-2] % 32 == 0:
+  while len(shape) > 2 and shape[-2] % filling == 0:
     shape = (*shape[:-3], shape[-3] * shape[-2], shape[-1])
   return shape
 
@@ -797,27 +906,33 @@ def _call(
 ) -> dict[str, jax.Array]:
   """Calls the kernel; takes and gives a leaf's arrays by name."""
   names = tuple(arrays)
-  shape = _view(arrays["param"].shape)
-  *leading, rows, columns = shape
   written = [n for n in names if n != "grad" and (n != "param" or new_params)]
   if not new_params:
     written.append("update")
   generation, vmem = _chip()
   source = {"update": "grad"}
-  semantics: Any = ("parallel",) * (len(leading) + 1) + ("arbitrary",)
   moved = [*arrays.values(), *(arrays[source.get(n, n)] for n in written)]
-  row_bytes = sum(a.size * a.dtype.itemsize for a in moved) / arrays["param"].size
-  block_rows, block_columns = block(rows, columns, row_bytes)
+  param = arrays["param"]
+  element_bytes = sum(a.size * a.dtype.itemsize for a in moved) / param.size
   plan = _Plan(
-      rule, storage, decay, new_params, hyper, zeros, tuple(leading), rows, columns,
-      block_rows, block_columns, generation >= 6, interpret,
+      rule, storage, decay, new_params, hyper, zeros,
+      *cut(param.shape, param.dtype.itemsize, element_bytes, storage),
+      generation >= 6, interpret,
   )
+  leading, block_rows, block_columns = plan.leading, plan.block_rows, plan.block_columns
   dtypes = {n: a.dtype for n, a in arrays.items()}
-  viewed = {n: a.reshape((*leading, rows, a.shape[-1])) for n, a in arrays.items()}
+  ordered = {n: a.transpose(plan.order) for n, a in arrays.items()}
+  viewed = {n: a.reshape((*leading, -1, a.shape[-1])) for n, a in ordered.items()}
+  # Where they share blocks of scales, a row's blocks come one after the other.
+  columns_are = "arbitrary" if plan.turned else "parallel"
+  semantics: Any = (*("parallel",) * (len(leading) + 1), columns_are)
   per = plan.steps_per_scale_block
 
   def spec(name):
     lead = (None,) * len(leading)
+    if name.endswith("_scale") and plan.along_rows:
+      groups = min(block_rows // GROUP_SIZE, viewed[name].shape[-2])
+      return pl.BlockSpec((*lead, groups, block_columns), lambda *i: i)
     if name.endswith("_scale"):
       lanes = min(_LANES, viewed[name].shape[-1])
       return pl.BlockSpec(
@@ -827,7 +942,7 @@ def _call(
 
   results = pl.pallas_call(
       functools.partial(_kernel, plan, names, tuple(written), dtypes),
-      grid=(*leading, pl.cdiv(rows, block_rows), plan.steps),
+      grid=(*leading, pl.cdiv(plan.rows, block_rows), plan.steps),
       in_specs=[
           pl.BlockSpec(memory_space=pltpu.SMEM), *(spec(n) for n in names)
       ],
@@ -850,8 +965,9 @@ def _call(
       interpret=interpret,
       name="flashoptim_update",
   )(packed, *(viewed[n] for n in names))
+  back = sorted(range(param.ndim), key=plan.order.__getitem__)
   return {
-      n: a.reshape(arrays[source.get(n, n)].shape)
+      n: a.reshape(ordered[source.get(n, n)].shape).transpose(back)
       for n, a in zip(written, results, strict=True)
   }
 
@@ -869,24 +985,24 @@ def _chip() -> tuple[int, int]:
   return info.generation, info.vmem_capacity_bytes
 
 
-def block(rows: int, columns: int, row_bytes: float) -> tuple[int, int]:
-  """Rows and columns of a block: the fewest units, then the most rows.
-
-  Args:
-    rows: Rows of the leaf.
-    columns: Columns of the leaf.
-    row_bytes: Columns times this are the bytes of one row of all arrays.
-  """
+def _block(
+    rows: int, columns: int, element_bytes: float, along_rows: bool
+) -> tuple[int, int]:
+  """Rows and columns of a block: the fewest units, then the most rows."""
   tiles = pl.cdiv(columns, _LANES)
 
   def units(block_rows):
     return pl.cdiv(rows, block_rows) * pl.cdiv(tiles * block_rows, 4 * _LANES)
 
   choices = [4 * _LANES >> i for i in range(5)]
+  if along_rows:
+    # A block of scales has 8 rows or more, or all there are.
+    choices = [r for r in choices if r >= min(rows, _LEAST_ROWS)]
   block_rows = min(choices, key=lambda r: (units(r), -r))
   block_columns = 4 * _LANES * _LANES // block_rows
   # A block is in memory twice while the next one arrives.
-  most = (_chip()[1] - _SCRATCH_BYTES) / (2 * row_bytes * block_rows)
-  while 2 * block_columns <= min(most, _SCALE_COLUMNS, columns):
+  most = (_chip()[1] - _SCRATCH_BYTES) / (2 * element_bytes * block_rows)
+  most = min(most, columns if along_rows else min(columns, _SCALE_COLUMNS))
+  while 2 * block_columns <= most:
     block_columns *= 2
   return block_rows, block_columns
