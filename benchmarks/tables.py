@@ -406,10 +406,11 @@ def tpu_compile():
   )
   done = len(found["rows"])
   copied = {tuple(s) for row in found["rows"] if row["copies"] for s in row["shapes"]}
-  shapes = ", ".join("×".join(map(str, s)) for s in sorted(copied)) or "no shape"
+  shapes = ", ".join("×".join(map(str, s)) for s in sorted(copied))
+  copies = f"copies with {shapes}" if copied else "no copies"
   return (
-    f"{markdown(header, rows)}\n\n{done} of {found['cases']} cases; copies with"
-    f" {shapes}. libtpu {found['libtpu']}, {_note(found)}"
+    f"{markdown(header, rows)}\n\n{done} of {found['cases']} cases; {copies}."
+    f" libtpu {found['libtpu']}, {_note(found)}"
   )
 
 

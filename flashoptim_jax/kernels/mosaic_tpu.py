@@ -437,14 +437,14 @@ class _Unit:
         index = self._tile(step, unit, tile)
         kept[half, index, :, 0 : plan.words] = word[:, lanes]
 
-  def factors(self, moment, use: str, group) -> list[jax.Array]:
-    """Each row of four's factors, for 32 rows of words."""
+  def factor(self, moment, use: str, k: int, group) -> jax.Array:
+    """What row ``k`` of four is multiplied by, for 32 rows of words."""
     ref = self.scratch[f"{moment.name}_{use}"]
-    rows = [ref[pl.ds(self._index(group, i), 1), :] for i in range(_GROUPS)]
     if self.plan.along_rows:
+      rows = [ref[pl.ds(self._index(group, i), 1), :] for i in range(_GROUPS)]
       shape = (_GROUP_WORDS, _LANES)
-      return [_stack([jnp.broadcast_to(row, shape) for row in rows])] * _ROWS
-    return [jnp.broadcast_to(row, (_CHUNK, _LANES)) for row in rows]
+      return _stack([jnp.broadcast_to(row, shape) for row in rows])
+    return jnp.broadcast_to(ref[pl.ds(self._index(group, k), 1), :], (_CHUNK, _LANES))
 
   # The elements of one group.
 
@@ -462,8 +462,6 @@ class _Unit:
     plan, h = self.plan, self.h
     rows = pl.ds(row, _CHUNK)
     written: dict[str, list[jax.Array]] = {name: [] for name in self.outputs}
-    moments = plan.rule.moments if plan.compressed else ()
-    decoders = {m.name: self.factors(m, "decoder", group) for m in moments}
     inside = self._inside(step, unit, row) if plan.ragged else None
     for k in range(_ROWS):
       grad = self.floats("grad", k, rows)
@@ -475,7 +473,7 @@ class _Unit:
           old.append(
               codec.decode_element(
                   code.astype(jnp.float32),
-                  decoders[moment.name][k],
+                  self.factor(moment, "decoder", k, group),
                   moment.kind,
                   plan.storage,
               )
@@ -542,11 +540,10 @@ class _Unit:
   def _encode_rows(self, moment, group, row) -> None:
     levels = codec.LEVELS[moment.kind]
     numbers = []
-    encoders = self.factors(moment, "encoder", group)
     for k in range(_ROWS):
       start = pl.multiple_of(k * _LANES + row, 8)
       root = self.scratch[f"{moment.name}_root"][pl.ds(start, _CHUNK), :]
-      level = root * encoders[k]
+      level = root * self.factor(moment, "encoder", k, group)
       if self.plan.storage.companding == "paper":
         if moment.kind == "first":
           level = levels * (2.0 * level / (1.0 + jnp.abs(level)))
