@@ -114,8 +114,7 @@ class _Plan(NamedTuple):
     new_params: Whether parameters or updates are written.
     hyperparameters: Names of the scalars, in the order in which they are passed.
     zeros: Names of the scalars that are known to be 0.
-    order, leading, rows, columns, block_rows, block_columns, along_rows: As in
-      :class:`Cut`.
+    cut: How the leaf is cut into blocks.
     has_fast_roots: Whether the TPU has accurate square roots.
     interpret: Whether to run in interpret mode.
   """
@@ -126,20 +125,14 @@ class _Plan(NamedTuple):
   new_params: bool
   hyperparameters: tuple[str, ...]
   zeros: tuple[str, ...]
-  order: tuple[int, ...]
-  leading: tuple[int, ...]
-  rows: int
-  columns: int
-  block_rows: int
-  block_columns: int
-  along_rows: bool
+  cut: Cut
   has_fast_roots: bool
   interpret: bool
 
   @property
   def words(self) -> int:
     """Words of 8-bit numbers in a column of a block."""
-    return self.block_rows // _ROWS
+    return self.cut.block_rows // _ROWS
 
   @property
   def tiles(self) -> int:
@@ -149,16 +142,16 @@ class _Plan(NamedTuple):
   @property
   def steps(self) -> int:
     """Blocks along the columns."""
-    return pl.cdiv(self.columns, self.block_columns)
+    return pl.cdiv(self.cut.columns, self.cut.block_columns)
 
   @property
   def steps_per_scale_block(self) -> int:
-    return _SCALE_COLUMNS // self.block_columns
+    return _SCALE_COLUMNS // self.cut.block_columns
 
   @property
   def ragged(self) -> bool:
     """Whether the last group of moments is a partial one."""
-    axis = self.rows if self.along_rows else self.columns
+    axis = self.cut.rows if self.cut.along_rows else self.cut.columns
     return self.compressed and axis % GROUP_SIZE != 0
 
   @property
@@ -169,7 +162,7 @@ class _Plan(NamedTuple):
   @property
   def turned(self) -> bool:
     """Whether units are transposed."""
-    return self.compressed and not self.along_rows
+    return self.compressed and not self.cut.along_rows
 
 
 def _as_float(bits: jax.Array) -> jax.Array:
@@ -255,7 +248,7 @@ class _Unit:
     self.outputs = outputs
     self.h = {name: scalars[i] for i, name in enumerate(plan.hyperparameters)}
     self.h |= dict.fromkeys(plan.zeros, 0.0)
-    self.first_row = pl.program_id(len(plan.leading)) * plan.block_rows
+    self.first_row = pl.program_id(len(plan.cut.leading)) * plan.cut.block_rows
     self.inputs = inputs
     self.results = results
     self.scratch = scratch
@@ -320,7 +313,7 @@ class _Unit:
     stage = self.scratch[f"{field.name}_written"]
     for tile in range(plan.tiles):
       part = stage[pl.ds(tile * per_tile, per_tile), :]
-      if field.itemsize == 2 and not (plan.interpret or plan.leading):
+      if field.itemsize == 2 and not (plan.interpret or plan.cut.leading):
         # As words: the compiler would unpack and pack numbers to store them.
         # Interpret mode has no rule for this before JAX 0.12, and Pallas can't
         # do it to a block without its leading axes.
@@ -340,7 +333,7 @@ class _Unit:
 
   def _index(self, group, which: int):
     """The row of one of the four groups that a lane has in 32 rows of words."""
-    if self.plan.along_rows:
+    if self.plan.cut.along_rows:
       return group * _GROUPS + which
     return which * _GROUPS + group
 
@@ -371,7 +364,7 @@ class _Unit:
   def _tile(self, step, unit, tile):
     """Index of a tile among those of its block of scales."""
     plan = self.plan
-    first = (step % plan.steps_per_scale_block) * (plan.block_columns // _LANES)
+    first = (step % plan.steps_per_scale_block) * (plan.cut.block_columns // _LANES)
     return first + unit * plan.tiles + tile
 
   def _scales_of_rows(self, ref, unit):
@@ -387,7 +380,7 @@ class _Unit:
   def old_scales(self, moment, step, unit) -> None:
     """Computes the factors by which a unit's codes are decoded."""
     plan = self.plan
-    if plan.along_rows:
+    if plan.cut.along_rows:
       ref = self.inputs[f"{moment.name}_scale"]
       decoder = self.scratch[f"{moment.name}_decoder"]
       for place, rows in self._scales_of_rows(ref, unit):
@@ -419,7 +412,7 @@ class _Unit:
     self.scratch[f"{moment.name}_encoder"][...] = factor
     rounding = self.h["scale_rounding"].astype(jnp.int32)
     rounded = codec.round_scale(s, rounding)
-    if plan.along_rows:
+    if plan.cut.along_rows:
       ref = self.results[f"{moment.name}_scale"]
       for place, rows in self._scales_of_rows(ref, unit):
         ref[place] = rounded[rows].astype(ref.dtype)
@@ -440,7 +433,7 @@ class _Unit:
   def factor(self, moment, use: str, k: int, group) -> jax.Array:
     """What row ``k`` of four is multiplied by, for 32 rows of words."""
     ref = self.scratch[f"{moment.name}_{use}"]
-    if self.plan.along_rows:
+    if self.plan.cut.along_rows:
       rows = [ref[pl.ds(self._index(group, i), 1), :] for i in range(_GROUPS)]
       shape = (_GROUP_WORDS, _LANES)
       return _stack([jnp.broadcast_to(row, shape) for row in rows])
@@ -490,7 +483,7 @@ class _Unit:
         if inside is not None:
           magnitude = jnp.where(inside[k], magnitude, 0.0)
         for i in range(_CHUNK // 8):
-          key = moment.name, i if plan.along_rows else k
+          key = moment.name, i if plan.cut.along_rows else k
           part = magnitude[8 * i : 8 * (i + 1)]
           largest[key] = jnp.maximum(largest[key], part) if key in largest else part
         start = pl.multiple_of(k * _LANES + row, 8)
@@ -506,12 +499,13 @@ class _Unit:
     plan = self.plan
     shape = (_CHUNK, _LANES)
     number = lax.broadcasted_iota(jnp.int32, shape, 0) + row
-    if plan.along_rows:
+    if plan.cut.along_rows:
       first = self.first_row + _ROWS * (number & (plan.words - 1))
-      return [first < plan.rows - k for k in range(_ROWS)]
+      return [first < plan.cut.rows - k for k in range(_ROWS)]
     tile = lax.broadcasted_iota(jnp.int32, shape, 1) // plan.words
-    column = number + (unit * plan.tiles + tile) * _LANES + step * plan.block_columns
-    return [column < plan.columns] * _ROWS
+    column = number + (unit * plan.tiles + tile) * _LANES
+    column += step * plan.cut.block_columns
+    return [column < plan.cut.columns] * _ROWS
 
   def _roots(self, moment, value):
     """A moment's magnitude, its square root, and what its codes are made of."""
@@ -702,7 +696,7 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
   averages = {moment.name for moment in plan.rule.moments}
   computed = {n: field for n, field in outputs.items() if n not in averages}
   block = _Unit(plan, fields, computed, scalars.at[0], inputs, results, scratch)
-  step = pl.program_id(len(plan.leading) + 1)
+  step = pl.program_id(len(plan.cut.leading) + 1)
   per = plan.steps_per_scale_block
 
   if plan.turned:
@@ -718,8 +712,9 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
     )
 
   unit_columns = plan.tiles * _LANES
-  left = plan.columns - step * plan.block_columns
-  units = jnp.minimum(plan.block_columns // unit_columns, pl.cdiv(left, unit_columns))
+  block_columns = plan.cut.block_columns
+  left = plan.cut.columns - step * block_columns
+  units = jnp.minimum(block_columns // unit_columns, pl.cdiv(left, unit_columns))
   codes = [outputs[moment.name] for moment in moments]
   others = [field for field in outputs.values() if field not in codes]
 
@@ -913,12 +908,13 @@ def _call(
   element_bytes = sum(a.size * a.dtype.itemsize for a in moved) / param.size
   plan = _Plan(
       rule, storage, decay, new_params, hyper, zeros,
-      *cut(param.shape, param.dtype.itemsize, element_bytes, storage),
+      cut(param.shape, param.dtype.itemsize, element_bytes, storage),
       generation >= 6, interpret,
   )
-  leading, block_rows, block_columns = plan.leading, plan.block_rows, plan.block_columns
+  leading, rows = plan.cut.leading, plan.cut.rows
+  block_rows, block_columns = plan.cut.block_rows, plan.cut.block_columns
   dtypes = {n: a.dtype for n, a in arrays.items()}
-  ordered = {n: a.transpose(plan.order) for n, a in arrays.items()}
+  ordered = {n: a.transpose(plan.cut.order) for n, a in arrays.items()}
   viewed = {n: a.reshape((*leading, -1, a.shape[-1])) for n, a in ordered.items()}
   # Where they share blocks of scales, a row's blocks come one after the other.
   columns_are = "arbitrary" if plan.turned else "parallel"
@@ -927,7 +923,7 @@ def _call(
 
   def spec(name):
     lead = (None,) * len(leading)
-    if name.endswith("_scale") and plan.along_rows:
+    if name.endswith("_scale") and plan.cut.along_rows:
       groups = min(block_rows // GROUP_SIZE, viewed[name].shape[-2])
       return pl.BlockSpec((*lead, groups, block_columns), lambda *i: i)
     if name.endswith("_scale"):
@@ -939,7 +935,7 @@ def _call(
 
   results = pl.pallas_call(
       functools.partial(_kernel, plan, names, tuple(written), dtypes),
-      grid=(*leading, pl.cdiv(plan.rows, block_rows), plan.steps),
+      grid=(*leading, pl.cdiv(rows, block_rows), plan.steps),
       in_specs=[
           pl.BlockSpec(memory_space=pltpu.SMEM), *(spec(n) for n in names)
       ],
@@ -962,7 +958,7 @@ def _call(
       interpret=interpret,
       name="flashoptim_update",
   )(packed, *(viewed[n] for n in names))
-  back = sorted(range(param.ndim), key=plan.order.__getitem__)
+  back = sorted(range(param.ndim), key=plan.cut.order.__getitem__)
   return {
       n: a.reshape(ordered[source.get(n, n)].shape).transpose(back)
       for n, a in zip(written, results, strict=True)
