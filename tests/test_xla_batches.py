@@ -1,10 +1,12 @@
-"""Small leaves that XLA updates in batches on a GPU."""
+"""Leaves that XLA updates in batches on a GPU."""
 
 import cases
 import jax
 import jax.numpy as jnp
 import pytest
 
+import flashoptim_jax as fo
+from flashoptim_jax import kernels
 from flashoptim_jax.kernels import xla
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -14,11 +16,19 @@ WHOLE = {  # Without partial groups, and small.
     "other bias": ((32,), BF16),
     "stack": ((2, 3, 32), BF16),
 }
-ALONE = {"empty": ((0, 64), BF16), "large": ((64, 4096), BF16)}
-# Without groups, those of one dtype go together whatever their shapes.
-PARTIAL = {"ragged": ((3, 40), BF16), "few": ((5,), BF16), "scalar": ((), BF16)}
-OTHERS = {"norm": ((64,), F32), "undecayed": ((64,), BF16)}
-SHAPES = WHOLE | ALONE | PARTIAL | OTHERS
+PARTIAL = {
+    "ragged": ((3, 40), BF16),
+    "few": ((5,), BF16),
+    "other axis": ((64, 5), BF16),
+    "scalar": ((), BF16),
+}
+LARGE = {"large": ((64, 4096), BF16)}
+OTHERS = {
+    "empty": ((0, 64), BF16),
+    "norm": ((64,), F32),
+    "undecayed": ((64,), BF16),
+}
+SHAPES = WHOLE | PARTIAL | LARGE | OTHERS
 
 
 def is_decayed(params):
@@ -53,9 +63,10 @@ def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
 
   batches = []
 
-  def update_batch(config, leaves, scalars):
-    batches.append(sorted(leaf.param.shape for leaf in leaves))
-    return update(config, leaves, scalars)
+  def update_batch(config, *args):
+    *members, _ = args
+    batches.append([sorted(leaf.param.shape for leaf in kind) for kind in members])
+    return update(config, *args)
 
   update = xla._update_batch
   monkeypatch.setattr(xla, "_update_batch", update_batch)
@@ -65,12 +76,16 @@ def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
   together = train(tx, params, via)
 
   cases.assert_same(together, alone)
-  expected = dict(WHOLE)
-  if cases.STORAGES[storage].moment_bits == 32:
-    expected |= PARTIAL
+  joined, others = dict(WHOLE), PARTIAL | LARGE
+  if cases.STORAGES[storage].moment_bits == 32:  # There are no groups.
+    joined, others = WHOLE | PARTIAL, LARGE
   if not has_decay:
-    expected["undecayed"] = OTHERS["undecayed"]
-  assert batches == [sorted(shape for shape, _ in expected.values())]
+    joined["undecayed"] = OTHERS["undecayed"]
+  expected = [
+      sorted(shape for shape, _ in kind.values()) for kind in (others, joined)
+  ]
+  assert expected in batches
+  assert sum(len(kind) for batch in batches for kind in batch) == len(SHAPES)
 
 
 def test_batches_hold_a_limited_number_of_leaves(monkeypatch):
@@ -80,5 +95,18 @@ def test_batches_hold_a_limited_number_of_leaves(monkeypatch):
   params = cases.tree({str(i): ((2, 32), BF16) for i in range(7)})
   tx = cases.make("lion", implementation="xla")
   together = cases.train(tx, params, steps=1)
-  monkeypatch.setattr(xla, "_ALONE_FROM", 0)
+  monkeypatch.setattr(xla, "_MOST_LEAVES", 1)
   cases.assert_same(together, cases.train(tx, params, steps=1))
+
+
+def test_batches_hold_a_limited_number_of_parameters(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(xla, "_MOST_PARAMS", 256)
+  sizes = [32, 64, 96, 128, 256, 512, 32]
+  params = cases.tree({str(i): ((n,), BF16) for i, n in enumerate(sizes)})
+  leaves = [kernels.Leaf("", p, p, None, (), True) for p in params.values()]
+  batches = [
+      sorted(sizes[i] for i in batch.others + batch.joined)
+      for batch in xla._batches(leaves, fo.Storage())
+  ]
+  assert batches == [[32, 32, 64, 96], [128], [256], [512]]

@@ -1,7 +1,9 @@
 """The fused update in plain jnp: runs on every backend, and is the reference."""
 
+import bisect
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +12,17 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from flashoptim_jax import codec
-from flashoptim_jax.kernels import Leaf, UpdatedLeaf
+from flashoptim_jax.kernels import Leaf, UpdatedLeaf, merging
 from flashoptim_jax.rules import Moment, Rule, Scalars
 from flashoptim_jax.storage import Storage
 
 # Below this size a leaf's temporaries stay in the caches of a CPU.
 _OUTLINED_FROM = 1 << 16
-# From this size on a leaf is updated alone on a GPU, and below it in batches.
-_ALONE_FROM = 1 << 18
-_MOST_LEAVES = 32
+# On a GPU leaves are updated in batches of at most so many leaves and parameters. Those
+# of fewer parameters than the last number are joined.
+_MOST_LEAVES = 128
+_MOST_PARAMS = 1 << 26
+_JOINED_BELOW = 1 << 18
 
 
 class _Config(NamedTuple):
@@ -39,18 +43,16 @@ class _Arrays(NamedTuple):
   moments: tuple[tuple[jax.Array, jax.Array | None], ...]
 
 
-class _Scaled(NamedTuple):
-  """What the second pass over a leaf reads.
+class _Batch(NamedTuple):
+  """Indices of leaves that are updated together.
 
   Attributes:
-    arrays: What the first pass read.
-    scales: The new scale of each moment; None where the moment is float32.
-    encode_factors: :func:`flashoptim_jax.codec.encode_factor` of each exact scale.
+    others: Those that keep arrays of their own.
+    joined: Those whose arrays become parts of one.
   """
 
-  arrays: _Arrays
-  scales: tuple[jax.Array | None, ...]
-  encode_factors: tuple[jax.Array | None, ...]
+  others: list[int]
+  joined: list[int]
 
 
 def update(
@@ -61,21 +63,17 @@ def update(
     new_params: bool,
 ) -> list[UpdatedLeaf]:
   """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`."""
-  batches: dict[Any, list[int]] = {}
-  for i, leaf in enumerate(leaves):
-    batches.setdefault(_batch_key(leaf, storage) or i, []).append(i)
   updated: dict[int, UpdatedLeaf] = {}
-  for members in batches.values():
+  for others, joined in _batches(leaves, storage):
+    members = others + joined
     config = _Config(rule, storage, leaves[members[0]].decay, new_params)
-    for start in range(0, len(members), _MOST_LEAVES):
-      batch = members[start : start + _MOST_LEAVES]
-      arrays = [_arrays(leaves[i]) for i in batch]
-      results = (
-          _update_batch(config, arrays, scalars)
-          if len(batch) > 1
-          else [_update_alone(config, arrays[0], scalars)]
-      )
-      updated.update(zip(batch, results, strict=True))
+    results = _update_batch(
+        config,
+        [_arrays(leaves[i]) for i in others],
+        [_arrays(leaves[i]) for i in joined],
+        scalars,
+    )
+    updated.update(zip(members, results, strict=True))
   return [updated[i] for i in range(len(leaves))]
 
 
@@ -83,110 +81,191 @@ def _arrays(leaf: Leaf) -> _Arrays:
   return _Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
 
 
-def _batch_key(leaf: Leaf, storage: Storage) -> Any:
-  """Leaves of equal keys can be updated in one batch, those of none alone.
+def _batches(leaves: Sequence[Leaf], storage: Storage) -> Iterator[_Batch]:
+  """Each leaf alone; on a GPU several, as small kernels take long to launch."""
+  if jax.default_backend() != "gpu":
+    yield from (_Batch([i], []) for i in range(len(leaves)))
+    return
+  alike: dict[Any, list[int]] = {}
+  for i, leaf in enumerate(leaves):
+    dtypes = (array.dtype for array in jax.tree.leaves(_arrays(leaf)))
+    empty = None if leaf.param.size else i
+    alike.setdefault((empty, leaf.decay, *dtypes), []).append(i)
+  for members in alike.values():
+    # Neighbours have one shape, for XLA to make one kernel for them.
+    rest = sorted(members, key=lambda i: (leaves[i].param.size, leaves[i].param.shape))
+    while rest:
+      sizes = itertools.accumulate(leaves[i].param.size for i in rest[:_MOST_LEAVES])
+      fitting = bisect.bisect(list(sizes), _MOST_PARAMS) or 1
+      batch, rest = rest[:fitting], rest[fitting:]
+      joined = [i for i in batch if _can_join(leaves[i].param, storage)]
+      yield _Batch([i for i in batch if i not in joined], joined)
 
-  On a GPU the kernels of a small leaf take longer to launch than to run.
-  """
-  shape = leaf.param.shape
-  if jax.default_backend() != "gpu" or not 0 < leaf.param.size < _ALONE_FROM:
-    return None
-  if storage.moment_bits == 8 and (not shape or shape[-1] % storage.group_size):
-    return None
-  return leaf.decay, *(array.dtype for array in jax.tree.leaves(_arrays(leaf)))
+
+def _can_join(param: jax.Array, storage: Storage) -> bool:
+  """Whether a leaf is small and has no partial group."""
+  if param.size >= _JOINED_BELOW:
+    return False
+  whole = bool(param.ndim) and param.shape[-1] % storage.group_size == 0
+  return whole or storage.moment_bits == 32
 
 
 def _update_batch(
-    config: _Config, leaves: Sequence[_Arrays], scalars: Scalars
+    config: _Config,
+    others: Sequence[_Arrays],
+    joined: Sequence[_Arrays],
+    scalars: Scalars,
 ) -> list[UpdatedLeaf]:
-  """Updates leaves without partial groups, as rows of one array.
-
-  They part before the second pass, of which XLA makes one kernel for all leaves of a
-  shape. Parted after it, each of their arrays would be copied by a kernel of its own.
-  """
-  compressed = config.storage.moment_bits == 8
-  row = config.storage.group_size if compressed else 1
-  rows = [leaf.param.size // row for leaf in leaves]
-  flat = [
-      jax.tree.map(lambda array, n=n: array.reshape(n, -1), leaf)
-      for leaf, n in zip(leaves, rows, strict=True)
-  ]
-  joined = jax.tree.map(lambda *arrays: lax.concatenate(arrays, 0), *flat)
-  arrays, treedef = jax.tree.flatten(_first_pass(config, joined, scalars))
-  parts = zip(*(lax.split(array, rows) for array in arrays), strict=True)
-  return [
-      jax.tree.map(
-          lambda old, new: new.reshape(old.shape),
-          UpdatedLeaf(*leaf[1:]),
-          _second_pass(config, jax.tree.unflatten(treedef, part), scalars),
+  if jax.default_backend() == "cpu" and jax.device_count() == 1:
+    (leaf,) = others
+    if leaf.param.size >= _OUTLINED_FROM and config.storage.moment_bits == 8:
+      return lax.platform_dependent(
+          leaf,
+          scalars,
+          cpu=lambda *args: [_update_by_output(config, *args)],
+          default=lambda leaf, scalars: _update(config, [leaf], [], scalars),
       )
-      for leaf, part in zip(leaves, parts, strict=True)
-  ]
+  return _update(config, others, joined, scalars)
 
 
-def _update_alone(
-    config: _Config, arrays: _Arrays, scalars: Scalars
-) -> UpdatedLeaf:
-  large = arrays.param.size >= _OUTLINED_FROM and config.storage.moment_bits == 8
-  if not large or jax.default_backend() != "cpu" or jax.device_count() > 1:
-    return _update(config, arrays, scalars)
-  return lax.platform_dependent(
-      arrays,
-      scalars,
-      cpu=functools.partial(_update_by_output, config),
-      default=functools.partial(_update, config),
-  )
+def _update(
+    config: _Config,
+    others: Sequence[_Arrays],
+    joined: Sequence[_Arrays],
+    scalars: Scalars,
+) -> list[UpdatedLeaf]:
+  """In two passes: first the new scales, then everything else.
 
-
-def _update(config: _Config, arrays: _Arrays, scalars: Scalars) -> UpdatedLeaf:
-  """In two passes: first the new scales, then everything else."""
-  return _second_pass(config, _first_pass(config, arrays, scalars), scalars)
-
-
-def _first_pass(config: _Config, arrays: _Arrays, scalars: Scalars) -> _Scaled:
+  What is done once a group is done for all leaves in one array. Joined leaves part
+  before the second pass, of which XLA makes one kernel for all leaves of a shape.
+  Parted after it, each of their arrays would be copied by a kernel of its own.
+  """
+  units = [*others, *([_join(joined)] if joined else [])]
   if config.storage.moment_bits == 32:
-    nothing = (None,) * len(arrays.moments)
-    return _Scaled(arrays, nothing, nothing)
-  moments = tuple(zip(config.rule.moments, arrays.moments, strict=True))
-  exact = [
-      _scale_pass(config, moment, arrays.grad, stored, scalars)
-      for moment, stored in moments
+    factors: tuple[Any, ...] = (None,) * len(config.rule.moments)
+  else:
+    largest = _first_pass(config, units, scalars)
+    factors = tuple(
+        codec.encode_factor(scale, moment.kind, config.storage)
+        for scale, moment in zip(
+            _exact_scales(config, largest), config.rule.moments, strict=True
+        )
+    )
+    # Without it a GPU keeps what the passes share in memory, or fuses them into
+    # a kernel with poor access patterns: 4.9 ms in place of 1.7 for 268 M
+    # parameters on an H100.
+    units, factors = lax.optimization_barrier((units, factors))
+  leaves = units[: len(others)] + (_part(units[-1], joined) if joined else [])
+  scales = [tuple(scale for _, scale in leaf.moments) for leaf in (*others, *joined)]
+  updated = [
+      _second_pass(config, leaf, factors, scalars)
+      for leaf, factors in zip(leaves, _part(factors, scales), strict=True)
   ]
-  factors = tuple(
-      codec.encode_factor(scale, moment.kind, config.storage)
-      for (moment, _), scale in zip(moments, exact, strict=True)
+  if config.storage.moment_bits == 32:
+    return updated
+  # The old scales have been read when the codes are there. XLA would copy them if new
+  # ones could take their place before.
+  codes = [tuple(values for values, _ in leaf.moments) for leaf in updated]
+  codes, largest = lax.optimization_barrier((codes, largest))
+  rounding = scalars["scale_rounding"]
+  if len(updated) > 1:
+    rounding = merging.shared(rounding)
+  return [
+      leaf._replace(
+          moments=tuple(
+              (values, _rounded(scale, rounding))
+              for values, scale in zip(
+                  codes, _exact_scales(config, largest), strict=True
+              )
+          )
+      )
+      for leaf, codes, largest in zip(
+          updated, codes, _part(largest, scales), strict=True
+      )
+  ]
+
+
+def _join(trees: Sequence[Any]) -> Any:
+  """Trees of arrays as one tree of flat arrays; a single tree as it is."""
+  if len(trees) == 1:
+    return trees[0]
+  return jax.tree.map(
+      lambda *arrays: lax.concatenate([array.reshape(-1) for array in arrays], 0),
+      *trees,
   )
-  # Without it a GPU keeps what the passes share in memory, or fuses them into
-  # a kernel with poor access patterns: 4.9 ms in place of 1.7 for 268 M
-  # parameters on an H100.
-  arrays, factors = lax.optimization_barrier((arrays, factors))
-  scales = tuple(_rounded(scale, scalars) for scale in exact)
-  return _Scaled(arrays, scales, factors)
+
+
+def _part(joined: Any, trees: Sequence[Any]) -> list[Any]:
+  """The reverse of :func:`_join`: gives trees of the shapes of ``trees``."""
+  if len(trees) == 1:
+    return [joined]
+  arrays, treedef = jax.tree.flatten(joined)
+  columns = zip(*map(jax.tree.leaves, trees), strict=True)
+  parted = [
+      [
+          part.reshape(like.shape)
+          for part, like in zip(
+              lax.split(array, [like.size for like in column]), column, strict=True
+          )
+      ]
+      for array, column in zip(arrays, columns, strict=True)
+  ]
+  return [
+      jax.tree.unflatten(treedef, [parts[i] for parts in parted])
+      for i in range(len(trees))
+  ]
+
+
+def _first_pass(
+    config: _Config, units: Sequence[_Arrays], scalars: Scalars
+) -> tuple[jax.Array, ...]:
+  """Each moment's largest magnitude in each group, of all units in one array."""
+  largest = [
+      tuple(
+          codec.group_max(
+              _moment(config, moment, unit.grad, stored, scalars),
+              config.storage.group_size,
+          )
+          for moment, stored in zip(config.rule.moments, unit.moments, strict=True)
+      )
+      for unit in units
+  ]
+  if len(units) > 1:
+    # Fused into what joins them, reductions are many times slower on a GPU.
+    largest = lax.optimization_barrier(largest)
+  return _join(largest)
+
+
+def _exact_scales(
+    config: _Config, largest: Sequence[jax.Array]
+) -> tuple[jax.Array, ...]:
+  return tuple(
+      codec.scale_of_largest(x, moment.kind)
+      for x, moment in zip(largest, config.rule.moments, strict=True)
+  )
 
 
 def _second_pass(
-    config: _Config, scaled: _Scaled, scalars: Scalars
+    config: _Config,
+    arrays: _Arrays,
+    encode_factors: Sequence[jax.Array | None],
+    scalars: Scalars,
 ) -> UpdatedLeaf:
-  arrays = scaled.arrays
-  master = _master(config, arrays, scalars)
+  """Everything but the new scales."""
   result, correction = codec.store(
-      master,
+      _master(config, arrays, scalars),
       arrays.param,
       None if config.new_params else arrays.grad.dtype,
       config.storage.master_bits,
   )
-  moments: list[tuple[jax.Array, jax.Array | None]] = []
-  for moment, stored, scale, factor in zip(
-      config.rule.moments,
-      arrays.moments,
-      scaled.scales,
-      scaled.encode_factors,
-      strict=True,
+  moments = []
+  for moment, stored, factor in zip(
+      config.rule.moments, arrays.moments, encode_factors, strict=True
   ):
     new = _moment(config, moment, arrays.grad, stored, scalars)
     if factor is not None:
       new = _encoded(config, moment, new, factor, scalars)
-    moments.append((new, scale))
+    moments.append((new, None))
   return UpdatedLeaf(result, correction, tuple(moments))
 
 
@@ -225,7 +304,7 @@ def _update_by_output(
       )
       for (moment, stored), scale in zip(moments, scales, strict=True)
   ]
-  rounded = [_rounded(scale, scalars) for scale in scales]
+  rounded = [_rounded(scale, scalars["scale_rounding"]) for scale in scales]
   return UpdatedLeaf(
       result, correction, tuple(zip(codes, rounded, strict=True))
   )
@@ -241,9 +320,8 @@ def _encoded(config, moment, new, factor, scalars):
   return codec.encode_codes(new, factor, moment.kind, config.storage, rounding)
 
 
-def _rounded(scale: jax.Array, scalars: Scalars) -> jax.Array:
-  rounded = codec.round_scale(scale, scalars["scale_rounding"])
-  return rounded.astype(codec.SCALE_DTYPE)
+def _rounded(scale: jax.Array, rounding: jax.Array | int) -> jax.Array:
+  return codec.round_scale(scale, rounding).astype(codec.SCALE_DTYPE)
 
 
 def _correction_pass(config, arrays, scalars):
