@@ -11,6 +11,7 @@ gradient's dtype, within one unit of that; float32 moments bit for bit.
 """
 
 import functools
+import re
 
 import cases
 import jax
@@ -147,7 +148,7 @@ def test_equals_xla(name, storage, dtype, grad_dtype, via):
 
 @pytest.mark.parametrize("via", ["step", "update"])
 def test_odd_shapes(via):
-  """One step: small enough for compute-sanitizer."""
+  """One step: small enough for compute-sanitizer, see README."""
   tx = fo.adamw(1e-2)
   params, state = fo.from_fp32(tx, random_tree(0, F32, 1.0))
   grads = random_tree(1, BF16, 1.0)
@@ -170,6 +171,27 @@ def test_many_leaves_share_launches(count):
   reference = jax.jit(functools.partial(fo.step, plain))(grads, state, params)
   found = differences(ours, reference, BF16, fo.Storage())
   assert {kind: float(value) for kind, value in found.items() if value > 1} == {}
+
+
+def compiled_for_small_leaves(implementation, via):
+  """A step of many small leaves of two shapes, compiled with donation."""
+  tx = fo.adamw(1e-3, implementation=implementation)
+  params = [jnp.ones(shape, BF16) for shape in ((64,), (32, 64)) for _ in range(16)]
+  step = jax.jit(functools.partial(VIA[via], tx), donate_argnums=(1, 2))
+  return len(params), step.lower(params, tx.init(params), params).compile().as_text()
+
+
+def test_small_updates_are_added_in_few_kernels():
+  count, program = compiled_for_small_leaves("triton", "update")
+  assert 0 < program.count(" fusion(") < count / 2
+
+
+@pytest.mark.parametrize("via", ["step", "update"])
+def test_xla_updates_small_leaves_in_few_kernels(via):
+  count, program = compiled_for_small_leaves("xla", via)
+  assert 0 < program.count(" fusion(") < 1.5 * count
+  # Of the state's arrays; the count of steps may be copied.
+  assert not re.findall(r"\w+\[\d[\d,]*\]\S* copy\(", program)
 
 
 def test_vmap():

@@ -24,12 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashoptim_jax import codec
-from flashoptim_jax.kernels import Leaf, UpdatedLeaf
+from flashoptim_jax.kernels import Leaf, UpdatedLeaf, merging
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.storage import Storage
 
 GROUP_SIZE = 32
 _MOST_LEAVES = 32
+# Leaves below this size are added to their updates in kernels for several of them.
+_MERGED_BELOW = 1 << 22
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -80,7 +82,25 @@ def update(
       chunk = members[start : start + _MOST_LEAVES]
       results = launch([leaves[i] for i in chunk], packed)
       updated.update(zip(chunk, results, strict=True))
-  return [updated[i] for i in range(len(leaves))]
+  results = [updated[i] for i in range(len(leaves))]
+  return results if new_params else _mergeable(results)
+
+
+def _mergeable(updated: Sequence[UpdatedLeaf]) -> list[UpdatedLeaf]:
+  """Lets XLA add the updates of small leaves of one shape in one kernel.
+
+  They are multiplied by a one that these kernels share.
+  """
+  one = {
+      dtype: merging.shared(jnp.ones((), dtype))
+      for dtype in dict.fromkeys(leaf.result.dtype for leaf in updated)
+  }
+  return [
+      leaf._replace(result=leaf.result * one[leaf.result.dtype])
+      if leaf.result.size < _MERGED_BELOW
+      else leaf
+      for leaf in updated
+  ]
 
 
 def _pack(scalars: Scalars) -> jax.Array:

@@ -159,10 +159,14 @@ def _merge(param, correction, MASTER_BITS: tl.constexpr):
 
 
 @triton.jit
-def _top_bits(master, MASTER_BITS: tl.constexpr):
+def _stored_bits(master, MASTER_BITS: tl.constexpr):
+  """Bits of master weights, of which the upper ``MASTER_BITS`` are stored."""
+  bits = _bits(master)
+  # What is added must not carry a NaN away.
+  bits = tl.where(_is_nan(master), (bits | 0x400000) & 0xFFFF0000, bits)
   if MASTER_BITS == 24:
-    return (_bits(master) + 0x80) >> 8
-  return _bits(master)
+    bits += 0x80
+  return bits
 
 
 @triton.jit
@@ -178,7 +182,7 @@ def _residual_float16(master, param, MASTER_BITS: tl.constexpr):
 
 @triton.jit
 def _split(master, dtype: tl.constexpr, MASTER_BITS: tl.constexpr):
-  """Parameters, and corrections as int32."""
+  """Parameters, and corrections as the low bits of int32."""
   if MASTER_BITS == 0:
     param = master.to(dtype)
     rest = tl.zeros_like(master).to(tl.int32)
@@ -186,14 +190,9 @@ def _split(master, dtype: tl.constexpr, MASTER_BITS: tl.constexpr):
     param = master.to(dtype)
     rest = _residual_float16(master, param, MASTER_BITS)
   else:
-    discarded: tl.constexpr = MASTER_BITS - 16
-    top = _top_bits(master, MASTER_BITS)
-    p = (top + (1 << (discarded - 1))) >> discarded
-    rest = (top - (p << discarded)).to(tl.int32)
-    nan = _is_nan(master)
-    p = tl.where(nan, _bits(master) >> 16 | 0x40, p)
-    rest = tl.where(nan, 0, rest)
-    param = p.to(tl.uint16).to(dtype, bitcast=True)
+    bits = _stored_bits(master, MASTER_BITS)
+    param = ((bits + 0x8000) >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    rest = (bits >> (32 - MASTER_BITS)).to(tl.int32)
   return param, rest
 
 
@@ -208,14 +207,13 @@ def _residual(master, param, MASTER_BITS: tl.constexpr):
     shift: tl.constexpr = 32 - MASTER_BITS
     largest: tl.constexpr = (1 << (MASTER_BITS - 17)) - 1
     p = param.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    # Negative where signs differ, and far below any magnitude.
-    m = ((_top_bits(master, MASTER_BITS) << shift) ^ (p & 0x80000000)).to(tl.int32)
+    # Negative where signs differ, and far below any magnitude. Beside a parameter
+    # that is NaN any correction will do.
+    m = (_stored_bits(master, MASTER_BITS) ^ (p & 0x80000000)).to(tl.int32)
     rest = (m >> shift) - ((p & 0x7FFFFFFF) >> shift).to(tl.int32)
     if MASTER_BITS == 32:  # The difference may have wrapped around.
       rest = tl.where(m < 0, -largest - 1, rest)
     rest = tl.minimum(tl.maximum(rest, -largest - 1), largest)
-    # A master weight that is NaN makes the parameter NaN too.
-    rest = tl.where(_is_nan(p.to(tl.float32, bitcast=True)), 0, rest)
   return rest
 
 
@@ -328,20 +326,7 @@ def _update_groups(
     direction += tl.load(scalars + _WEIGHT_DECAY) * master
   master -= tl.load(scalars + _LEARNING_RATE) * direction
 
-  new_param, rest = _split(master, param.dtype, MASTER_BITS)
-  if NEW_PARAMS:
-    tl.store(param_ptr + at, new_param, mask=inside)
-  else:
-    old = param.to(tl.float32)
-    update = (new_param.to(tl.float32) - old).to(g_stored.dtype)
-    total = old + update.to(tl.float32)
-    rest = _residual(master, total.to(param.dtype), MASTER_BITS)
-    tl.store(arrays[7] + base + at, update, mask=inside)
-  if MASTER_BITS == 24:
-    tl.store(correction_ptr + at, rest.to(tl.int8), mask=inside)
-  if MASTER_BITS == 32:
-    tl.store(correction_ptr + at, rest.to(tl.int16), mask=inside)
-
+  # Parameters come last: before the moments they took 117 registers, not 69.
   if RULE != "sgd":
     if COMPRESSED:
       codes, scale = _encode(mu, scalars, True, ROOT)
@@ -356,6 +341,20 @@ def _update_groups(
       tl.store(nu_scale_ptr + local, scale, mask=in_leaf)
     else:
       tl.store(nu_ptr + at, nu, mask=inside)
+
+  new_param, rest = _split(master, param.dtype, MASTER_BITS)
+  if NEW_PARAMS:
+    tl.store(param_ptr + at, new_param, mask=inside)
+  else:
+    old = param.to(tl.float32)
+    update = (new_param.to(tl.float32) - old).to(g_stored.dtype)
+    total = old + update.to(tl.float32)
+    rest = _residual(master, total.to(param.dtype), MASTER_BITS)
+    tl.store(arrays[7] + base + at, update, mask=inside)
+  if MASTER_BITS == 24:
+    tl.store(correction_ptr + at, rest.to(tl.int8), mask=inside)
+  if MASTER_BITS == 32:
+    tl.store(correction_ptr + at, rest.to(tl.int16), mask=inside)
 
 
 @triton.jit
@@ -377,13 +376,13 @@ def _pin(pointer, LEAF: tl.constexpr):
 
 
 @triton.jit
-def _pick(leaves, index, LOW: tl.constexpr, HIGH: tl.constexpr):
-  """``leaves[index]``, for an index in LOW to HIGH - 1.
+def _pick(leaves, index, LOW: tl.constexpr, COUNT: tl.constexpr):
+  """``leaves[index - LOW]``, for an index from LOW on and COUNT leaves.
 
   A binary search, unrolled: only constants can index kernel arguments.
   """
-  if HIGH - LOW == 1:
-    (grad, param, correction, mu, mu_scale, nu, nu_scale, update) = leaves[LOW]
+  if COUNT == 1:
+    (grad, param, correction, mu, mu_scale, nu, nu_scale, update) = leaves[0]
     leaf = (
         _pin(grad, LOW),
         _pin(param, LOW),
@@ -395,11 +394,11 @@ def _pick(leaves, index, LOW: tl.constexpr, HIGH: tl.constexpr):
         _pin(update, LOW),
     )
   else:
-    MIDDLE: tl.constexpr = (LOW + HIGH) // 2
-    if index < MIDDLE:
-      leaf = _pick(leaves, index, LOW, MIDDLE)
+    HALF: tl.constexpr = COUNT // 2
+    if index < LOW + HALF:
+      leaf = _pick(leaves[:HALF], index, LOW, HALF)
     else:
-      leaf = _pick(leaves, index, MIDDLE, HIGH)
+      leaf = _pick(leaves[HALF:], index, LOW + HALF, COUNT - HALF)
   return leaf
 
 
