@@ -134,8 +134,12 @@ def check_residual(master_bits):
       Buffer(master), Buffer(param), result, MASTER_BITS=master_bits, SIZE=size
   )
   # Masters that are NaN make parameters NaN, beside which any correction will do.
-  numbers = ~np.isnan(master) & ~np.isnan(param.astype(np.float32))
+  nan = np.isnan(param.astype(np.float32))
+  numbers = ~nan & ~np.isnan(master)
   np.testing.assert_array_equal(result.array[numbers], expected[numbers])
+  correction = jnp.asarray(result.array, expected.dtype)
+  merged = fo.codec.merge(jnp.asarray(param), correction)
+  assert np.isnan(merged[nan]).all()
 
 
 if __name__ == "__main__":

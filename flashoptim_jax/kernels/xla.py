@@ -170,18 +170,13 @@ def _update(
   rounding = scalars["scale_rounding"]
   if len(updated) > 1:
     rounding = merging.shared(rounding)
+  new_scales = [
+      [_rounded(scale, rounding) for scale in _exact_scales(config, parts)]
+      for parts in _part(largest, scales)
+  ]
   return [
-      leaf._replace(
-          moments=tuple(
-              (values, _rounded(scale, rounding))
-              for values, scale in zip(
-                  codes, _exact_scales(config, largest), strict=True
-              )
-          )
-      )
-      for leaf, codes, largest in zip(
-          updated, codes, _part(largest, scales), strict=True
-      )
+      leaf._replace(moments=tuple(zip(values, rounded, strict=True)))
+      for leaf, values, rounded in zip(updated, codes, new_scales, strict=True)
   ]
 
 
