@@ -4,6 +4,8 @@ XLA's multi-output fusion merges kernels that write arrays of one shape, if they
 the same array and that array is not a scalar.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,3 +15,16 @@ def shared(x: jax.Array | int | float) -> jax.Array:
   """A number of shape (), such that the kernels that read it can be merged."""
   array = lax.optimization_barrier(jnp.broadcast_to(x, (2,)))
   return lax.index_in_dim(array, 0, keepdims=False)
+
+
+def mergeable(tree: Any, below: int) -> Any:
+  """Lets kernels that read small arrays of one shape, of any dtypes, be merged.
+
+  Args:
+    tree: Arrays. Small ones are multiplied by a one that these kernels share.
+    below: The size that an array is not small from.
+  """
+  one = shared(jnp.int8(1))
+  return jax.tree.map(
+      lambda x: x * one.astype(x.dtype) if x.size < below else x, tree
+  )

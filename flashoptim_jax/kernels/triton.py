@@ -30,7 +30,7 @@ from flashoptim_jax.storage import Storage
 
 GROUP_SIZE = 32
 _MOST_LEAVES = 32
-# Leaves below this size are added to their updates in kernels for several of them.
+# Updates below this size are added to parameters in kernels for several of them.
 _MERGED_BELOW = 1 << 22
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -78,28 +78,22 @@ def update(
     groups.setdefault(launch, []).append(i)
   updated: dict[int, UpdatedLeaf] = {}
   for launch, members in groups.items():
+    # Leaves of one shape share a launch, and the largest are first: XLA adds the
+    # updates of the smallest first, which then come from the cache.
+    members.sort(
+        key=lambda i: (leaves[i].param.size, leaves[i].param.shape), reverse=True
+    )
     for start in range(0, len(members), _MOST_LEAVES):
       chunk = members[start : start + _MOST_LEAVES]
       results = launch([leaves[i] for i in chunk], packed)
       updated.update(zip(chunk, results, strict=True))
   results = [updated[i] for i in range(len(leaves))]
-  return results if new_params else _mergeable(results)
-
-
-def _mergeable(updated: Sequence[UpdatedLeaf]) -> list[UpdatedLeaf]:
-  """Lets XLA add the updates of small leaves of one shape in one kernel.
-
-  They are multiplied by a one that these kernels share.
-  """
-  one = {
-      dtype: merging.shared(jnp.ones((), dtype))
-      for dtype in dict.fromkeys(leaf.result.dtype for leaf in updated)
-  }
+  if new_params:
+    return results
+  updates = merging.mergeable([leaf.result for leaf in results], _MERGED_BELOW)
   return [
-      leaf._replace(result=leaf.result * one[leaf.result.dtype])
-      if leaf.result.size < _MERGED_BELOW
-      else leaf
-      for leaf in updated
+      leaf._replace(result=update)
+      for leaf, update in zip(results, updates, strict=True)
   ]
 
 

@@ -19,10 +19,12 @@ from flashoptim_jax.storage import Storage
 # Below this size a leaf's temporaries stay in the caches of a CPU.
 _OUTLINED_FROM = 1 << 16
 # On a GPU leaves are updated in batches of at most so many leaves and parameters. Those
-# of fewer parameters than the last number are joined.
+# of fewer parameters than the third number are joined; up to the last one, kernels of
+# leaves of one shape are merged.
 _MOST_LEAVES = 128
 _MOST_PARAMS = 1 << 26
-_JOINED_BELOW = 1 << 18
+_JOINED_BELOW = 1 << 16
+_MERGED_BELOW = 1 << 19
 
 
 class _Config(NamedTuple):
@@ -136,15 +138,13 @@ def _update(
 ) -> list[UpdatedLeaf]:
   """In two passes: first the new scales, then everything else.
 
-  What is done once a group is done for all leaves in one array. Joined leaves part
-  before the second pass, of which XLA makes one kernel for all leaves of a shape.
-  Parted after it, each of their arrays would be copied by a kernel of its own.
+  What is done once a group is done for all leaves in one array.
   """
   units = [*others, *([_join(joined)] if joined else [])]
   if config.storage.moment_bits == 32:
     factors: tuple[Any, ...] = (None,) * len(config.rule.moments)
   else:
-    largest = _first_pass(config, units, scalars)
+    largest = _first_pass(config, _mergeable(units), scalars)
     factors = tuple(
         codec.encode_factor(scale, moment.kind, config.storage)
         for scale, moment in zip(
@@ -155,12 +155,16 @@ def _update(
     # a kernel with poor access patterns: 4.9 ms in place of 1.7 for 268 M
     # parameters on an H100.
     units, factors = lax.optimization_barrier((units, factors))
-  leaves = units[: len(others)] + (_part(units[-1], joined) if joined else [])
-  scales = [tuple(scale for _, scale in leaf.moments) for leaf in (*others, *joined)]
   updated = [
-      _second_pass(config, leaf, factors, scalars)
-      for leaf, factors in zip(leaves, _part(factors, scales), strict=True)
+      _second_pass(config, unit, unit_factors, scalars)
+      for unit, unit_factors in zip(
+          _mergeable(units), _part(factors, _scales(units)), strict=True
+      )
   ]
+  if len(joined) > 1:
+    together = lax.optimization_barrier(updated.pop())
+    parts = _part(together, [_results(leaf) for leaf in joined])
+    updated += merging.mergeable(parts, _JOINED_BELOW)
   if config.storage.moment_bits == 32:
     return updated
   # The old scales have been read when the codes are there. XLA would copy them if new
@@ -172,12 +176,32 @@ def _update(
     rounding = merging.shared(rounding)
   new_scales = [
       [_rounded(scale, rounding) for scale in _exact_scales(config, parts)]
-      for parts in _part(largest, scales)
+      for parts in _part(largest, _scales([*others, *joined]))
   ]
   return [
       leaf._replace(moments=tuple(zip(values, rounded, strict=True)))
       for leaf, values, rounded in zip(updated, codes, new_scales, strict=True)
   ]
+
+
+def _mergeable(units: Sequence[_Arrays]) -> Sequence[_Arrays]:
+  """Lets XLA make one kernel of a pass over small units of one shape."""
+  if len(units) == 1:
+    return units
+  grads = merging.mergeable([unit.grad for unit in units], _MERGED_BELOW)
+  return [
+      unit._replace(grad=grad) for unit, grad in zip(units, grads, strict=True)
+  ]
+
+
+def _scales(leaves: Sequence[_Arrays]) -> list[tuple[jax.Array | None, ...]]:
+  return [tuple(scale for _, scale in leaf.moments) for leaf in leaves]
+
+
+def _results(leaf: _Arrays) -> UpdatedLeaf:
+  """Arrays of the shapes of what the second pass gives for a leaf."""
+  moments = tuple((values, None) for values, _ in leaf.moments)
+  return UpdatedLeaf(leaf.param, leaf.correction, moments)
 
 
 def _join(trees: Sequence[Any]) -> Any:
