@@ -6,6 +6,7 @@ It compiles for real GPUs, and does in Triton's interpreter what the XLA path do
 import importlib.util
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 
@@ -45,8 +46,11 @@ VARIANTS = {
 }
 
 
-def build(capability, aliased_outputs, dtype="bf16", COUNT=2, **changes):
-  """Compiles one variant down to machine code, as jax-triton would ask for it."""
+def build(target, aliased_outputs, dtype="bf16", COUNT=2, **changes):
+  """Compiles one variant down to machine code, as jax-triton would ask for it.
+
+  For a compute capability of NVIDIA's, or an architecture of AMD's.
+  """
   import triton
   from triton.backends.compiler import GPUTarget
   from triton.compiler import ASTSource
@@ -82,9 +86,10 @@ def build(capability, aliased_outputs, dtype="bf16", COUNT=2, **changes):
   source = ASTSource(
       kernel, signature=signature, constexprs=constants, attrs=attributes
   )
+  nvidia = isinstance(target, int)
   return triton.compile(
       source,
-      target=GPUTarget("cuda", capability, 32),
+      target=GPUTarget("cuda", target, 32) if nvidia else GPUTarget("hip", target, 64),
       options={"num_warps": 4, "enable_fp_fusion": False},
   )
 
@@ -99,6 +104,16 @@ def fresh_cache(tmp_path, monkeypatch):
 def test_compiles(variant, capability):
   compiled = build(capability, True, **VARIANTS[variant])
   assert f".target sm_{capability}" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiles_for_amd(variant, monkeypatch):
+  from flashoptim_jax.kernels import triton_kernel, triton_portable
+
+  for name in ("divide", "pin", "saturate"):
+    monkeypatch.setattr(triton_kernel, name, getattr(triton_portable, name))
+  compiled = build("gfx942", True, **VARIANTS[variant])
+  assert re.search(r"\.amdgcn_target .*gfx942", compiled.asm["amdgcn"])
 
 
 @pytest.mark.parametrize("aliased_outputs", [True, False])

@@ -80,7 +80,6 @@ def run_in_interpreter():
   executor: type = interpreter.GridExecutor
   executor._init_args_hst = lambda self, args, kwargs: (args, kwargs)
   executor._restore_args_dev = lambda self, *args: None
-  triton_kernel._pin = lambda pointer, LEAF: pointer  # It is PTX.
   launches._triton_call = call
   launches._aliased_outputs_are_arguments = lambda: False
   launches.unavailable = lambda: None

@@ -6,6 +6,12 @@ path: change them together.
 
 import triton
 import triton.language as tl
+from jax.extend import backend
+
+if triton.knobs.runtime.interpret or "rocm" in backend.get_backend().platform_version:
+  from flashoptim_jax.kernels.triton_portable import divide, pin, saturate
+else:
+  from flashoptim_jax.kernels.triton_ptx import divide, pin, saturate
 
 # Positions of the hyperparameters in the kernel's first argument.
 SCALARS = (
@@ -64,11 +70,6 @@ def _bits(x):
 
 
 @triton.jit
-def _is_nan(x):
-  return x != x  # noqa: PLR0124
-
-
-@triton.jit
 def _group_max(x):
   """Largest magnitude of each row, NaN where the row holds one."""
   bits = (_bits(x) & 0x7FFFFFFF).to(tl.int32)
@@ -100,7 +101,7 @@ def _decode(codes, scale, SIGNED: tl.constexpr, ROOT: tl.constexpr):
     return root * root
   if SIGNED:
     y = c * (1.0 / 127.0)
-    return y / (2.0 - tl.abs(y)) * s[:, None]
+    return divide(y, 2.0 - tl.abs(y)) * s[:, None]
   root = c * (s * (1.0 / 255.0))[:, None]
   return root * root
 
@@ -123,7 +124,7 @@ def _encode(x, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr):
     factor = _SLACK * _inverse(scale)[:, None]
     if SIGNED:
       ratio = tl.abs(x) * factor
-      level = levels * (2.0 * ratio / (1.0 + ratio))
+      level = levels * divide(2.0 * ratio, 1.0 + ratio)
     else:
       level = levels * (tl.sqrt(x) * factor)
   level += 0.5 if SIGNED else tl.load(scalars + _CODE_ROUNDING)
@@ -161,9 +162,8 @@ def _merge(param, correction, MASTER_BITS: tl.constexpr):
 @triton.jit
 def _stored_bits(master, MASTER_BITS: tl.constexpr):
   """Bits of master weights, of which the upper ``MASTER_BITS`` are stored."""
-  bits = _bits(master)
-  # What is added must not carry a NaN away.
-  bits = tl.where(_is_nan(master), (bits | 0x400000) & 0xFFFF0000, bits)
+  # What is added must not carry a NaN away: those of arithmetic are 0x7FFFFFFF.
+  bits = tl.minimum(_bits(master).to(tl.int32), 0x7FC00000).to(tl.uint32)
   if MASTER_BITS == 24:
     bits += 0x80
   return bits
@@ -213,7 +213,10 @@ def _residual(master, param, MASTER_BITS: tl.constexpr):
     rest = (m >> shift) - ((p & 0x7FFFFFFF) >> shift).to(tl.int32)
     if MASTER_BITS == 32:  # The difference may have wrapped around.
       rest = tl.where(m < 0, -largest - 1, rest)
-    rest = tl.minimum(tl.maximum(rest, -largest - 1), largest)
+    if MASTER_BITS == 24:
+      rest = saturate(rest, tl.int8)
+    else:
+      rest = tl.minimum(tl.maximum(rest, -largest - 1), largest)
   return rest
 
 
@@ -310,7 +313,7 @@ def _update_groups(
     else:
       mu_hat = mu * tl.load(scalars + _MU_SCALING)
     nu_hat = nu * tl.load(scalars + _NU_SCALING) + tl.load(scalars + _EPS_ROOT)
-    direction = mu_hat / (tl.sqrt(nu_hat) + tl.load(scalars + _EPS))
+    direction = divide(mu_hat, tl.sqrt(nu_hat) + tl.load(scalars + _EPS))
   elif RULE == "lion":
     c = tl.load(scalars + _ONE_MINUS_B1) * g + tl.load(scalars + _B1) * mu
     direction = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, c))
@@ -330,14 +333,14 @@ def _update_groups(
   if RULE != "sgd":
     if COMPRESSED:
       codes, scale = _encode(mu, scalars, True, ROOT)
-      tl.store(mu_ptr + at, codes.to(tl.int8), mask=inside)
+      tl.store(mu_ptr + at, saturate(codes, tl.int8), mask=inside)
       tl.store(mu_scale_ptr + local, scale, mask=in_leaf)
     else:
       tl.store(mu_ptr + at, mu, mask=inside)
   if RULE == "adam":
     if COMPRESSED:
       codes, scale = _encode(nu, scalars, False, ROOT)
-      tl.store(nu_ptr + at, codes.to(tl.uint8), mask=inside)
+      tl.store(nu_ptr + at, saturate(codes, tl.uint8), mask=inside)
       tl.store(nu_scale_ptr + local, scale, mask=in_leaf)
     else:
       tl.store(nu_ptr + at, nu, mask=inside)
@@ -358,24 +361,6 @@ def _update_groups(
 
 
 @triton.jit
-def _pin(pointer, LEAF: tl.constexpr):
-  """The same pointer, in an instruction of its own for each leaf.
-
-  The compiler would otherwise load the pointers of all leaves and then choose:
-  hundreds of instructions, and registers that occupancy needs.
-  """
-  address = tl.inline_asm_elementwise(
-      f"mov.b64 $0, $1; // leaf {LEAF}",
-      "=l,l",
-      [pointer.to(tl.int64)],
-      dtype=tl.int64,
-      is_pure=False,
-      pack=1,
-  )
-  return tl.multiple_of(address.to(pointer.dtype), 16)
-
-
-@triton.jit
 def _pick(leaves, index, LOW: tl.constexpr, COUNT: tl.constexpr):
   """``leaves[index - LOW]``, for an index from LOW on and COUNT leaves.
 
@@ -384,14 +369,14 @@ def _pick(leaves, index, LOW: tl.constexpr, COUNT: tl.constexpr):
   if COUNT == 1:
     (grad, param, correction, mu, mu_scale, nu, nu_scale, update) = leaves[0]
     leaf = (
-        _pin(grad, LOW),
-        _pin(param, LOW),
-        _pin(correction, LOW),
-        _pin(mu, LOW),
-        _pin(mu_scale, LOW),
-        _pin(nu, LOW),
-        _pin(nu_scale, LOW),
-        _pin(update, LOW),
+        pin(grad, LOW),
+        pin(param, LOW),
+        pin(correction, LOW),
+        pin(mu, LOW),
+        pin(mu_scale, LOW),
+        pin(nu, LOW),
+        pin(nu_scale, LOW),
+        pin(update, LOW),
     )
   else:
     HALF: tl.constexpr = COUNT // 2
