@@ -330,12 +330,31 @@ def speed():
     for name in names
   ]
   copies = [f"{found['copy_bytes_per_second'] / 1e12:.2f}" for found in sets.values()]
-  notes = dict.fromkeys(_note(found) for found in sets.values())
+  runs = {}
+  for name, found in sets.items():
+    runs.setdefault(_note(found), []).append(name)
+  notes = [f"{'; '.join(names)}: {note}" for note, names in runs.items()]
   return (
     f"{markdown(('ms per update', *sets), rows)}\n\nDevice time; * from start to"
     " end, with PyTorch's launches. Names without a library are this one's."
     f" Memory copies at {' to '.join(sorted({min(copies), max(copies)}))} TB/s."
-    f" {' '.join(notes)}"
+    f" {' '.join(notes)}\n\n{_compile_times()}"
+  )
+
+
+def _compile_times():
+  """Seconds until a step of GPT-2's leaves is compiled, and with a warm cache."""
+  runs = load("gpu_compile.json")["runs"]
+  (ours, ours_again), (usual, usual_again) = (
+    [cell["lower_seconds"] + cell["compile_seconds"] for cell in run.values()]
+    for run in runs.values()
+  )
+  imports = runs["adamw"]["first"]["import_seconds"]
+  return (
+    f"A step of GPT-2's leaves takes {ours:.1f} s to lower and compile, and"
+    f" {ours_again:.1f} s in a second process, which finds it in JAX's compilation"
+    f" cache; one of `optax.adamw` {usual:.1f} and {usual_again:.1f} s. Importing"
+    f" Triton, which imports PyTorch where it is installed, took {imports:.1f} s more."
   )
 
 
