@@ -162,6 +162,7 @@ def _update(
       )
   ]
   if len(joined) > 1:
+    # Without the barrier, the pass would be repeated in the kernels that part it.
     together = lax.optimization_barrier(updated.pop())
     parts = _part(together, [_results(leaf) for leaf in joined])
     updated += merging.mergeable(parts, _JOINED_BELOW)
