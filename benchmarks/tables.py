@@ -344,17 +344,23 @@ def speed():
 
 def _compile_times():
   """Seconds until a step of GPT-2's leaves is compiled, and with a warm cache."""
-  runs = load("gpu_compile.json")["runs"]
+  found = load("gpu_compile.json")
+  runs = found["runs"]
   (ours, ours_again), (usual, usual_again) = (
-    [cell["lower_seconds"] + cell["compile_seconds"] for cell in run.values()]
-    for run in runs.values()
+    [
+      runs[optimizer][run]["lower_seconds"] + runs[optimizer][run]["compile_seconds"]
+      for run in ("first", "second")
+    ]
+    for optimizer in ("adamw", "optax.adamw fp32")
   )
-  imports = runs["adamw"]["first"]["import_seconds"]
+  first = runs["adamw"]["first"]
   return (
     f"A step of GPT-2's leaves takes {ours:.1f} s to lower and compile, and"
     f" {ours_again:.1f} s in a second process, which finds it in JAX's compilation"
-    f" cache; one of `optax.adamw` {usual:.1f} and {usual_again:.1f} s. Importing"
-    f" Triton, which imports PyTorch where it is installed, took {imports:.1f} s more."
+    " cache after Triton has compiled its kernels once more; one of `optax.adamw`"
+    f" {usual:.1f} and {usual_again:.1f} s. Importing Triton, which imports PyTorch"
+    f" where it is installed, took {first['import_seconds']:.1f} s more."
+    f" {first['device']}, jax {first['jax']}, {found['date']}."
   )
 
 

@@ -22,7 +22,7 @@ def mergeable(tree: Any, below: int) -> Any:
 
   Args:
     tree: Arrays. Small ones are multiplied by a one that these kernels share.
-    below: The size that an array is not small from.
+    below: Arrays of fewer elements are small.
   """
   one = shared(jnp.int8(1))
   return jax.tree.map(

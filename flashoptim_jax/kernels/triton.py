@@ -78,8 +78,9 @@ def update(
     groups.setdefault(launch, []).append(i)
   updated: dict[int, UpdatedLeaf] = {}
   for launch, members in groups.items():
-    # Leaves of one shape share a launch, and the largest are first: XLA adds the
-    # updates of the smallest first, which then come from the cache.
+    # Leaves of one shape are neighbours, for their updates to come from few launches.
+    # The largest are first: XLA, which adds the smallest updates first, then finds
+    # them in the cache.
     members.sort(
         key=lambda i: (leaves[i].param.size, leaves[i].param.shape), reverse=True
     )

@@ -9,9 +9,9 @@ import triton.language as tl
 from jax.extend import backend
 
 if triton.knobs.runtime.interpret or "rocm" in backend.get_backend().platform_version:
-  from flashoptim_jax.kernels.triton_portable import divide, pin, saturate
+  from flashoptim_jax.kernels.triton_portable import divide, pin, quiet, saturate
 else:
-  from flashoptim_jax.kernels.triton_ptx import divide, pin, saturate
+  from flashoptim_jax.kernels.triton_ptx import divide, pin, quiet, saturate
 
 # Positions of the hyperparameters in the kernel's first argument.
 SCALARS = (
@@ -162,8 +162,8 @@ def _merge(param, correction, MASTER_BITS: tl.constexpr):
 @triton.jit
 def _stored_bits(master, MASTER_BITS: tl.constexpr):
   """Bits of master weights, of which the upper ``MASTER_BITS`` are stored."""
-  # What is added must not carry a NaN away: those of arithmetic are 0x7FFFFFFF.
-  bits = tl.minimum(_bits(master).to(tl.int32), 0x7FC00000).to(tl.uint32)
+  # What is added must not carry a NaN away.
+  bits = quiet(_bits(master))
   if MASTER_BITS == 24:
     bits += 0x80
   return bits
@@ -329,7 +329,7 @@ def _update_groups(
     direction += tl.load(scalars + _WEIGHT_DECAY) * master
   master -= tl.load(scalars + _LEARNING_RATE) * direction
 
-  # Parameters come last: before the moments they took 117 registers, not 69.
+  # Parameters come last: before the moments, `update` takes far more registers.
   if RULE != "sgd":
     if COMPRESSED:
       codes, scale = _encode(mu, scalars, True, ROOT)

@@ -23,6 +23,12 @@ def saturate(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def quiet(bits):
+  """Bits of float32 numbers, as uint32: NaN becomes 0x7FC00000."""
+  return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
+
+
+@triton.jit
 def pin(pointer, LEAF: tl.constexpr):
   """The same pointer."""
   return pointer

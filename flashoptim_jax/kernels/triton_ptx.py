@@ -37,6 +37,15 @@ def saturate(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def quiet(bits):
+  """Bits of float32 numbers, as uint32: NaN becomes 0x7FC00000.
+
+  For results of arithmetic, which gives 0x7FFFFFFF for any NaN.
+  """
+  return tl.minimum(bits.to(tl.int32), 0x7FC00000).to(tl.uint32)
+
+
+@triton.jit
 def pin(pointer, LEAF: tl.constexpr):
   """The same pointer, in an instruction of its own for each leaf.
 

@@ -18,12 +18,12 @@ from flashoptim_jax.storage import Storage
 
 # Below this size a leaf's temporaries stay in the caches of a CPU.
 _OUTLINED_FROM = 1 << 16
-# On a GPU leaves are updated in batches of at most so many leaves and parameters. Those
-# of fewer parameters than the third number are joined; up to the last one, kernels of
-# leaves of one shape are merged.
+# On a GPU leaves are updated in batches of at most so many leaves and parameters.
 _MOST_LEAVES = 128
 _MOST_PARAMS = 1 << 26
+# Leaves of a batch with fewer parameters are joined.
 _JOINED_BELOW = 1 << 16
+# Leaves of a batch with fewer parameters share kernels, if they have one shape.
 _MERGED_BELOW = 1 << 19
 
 
@@ -138,13 +138,13 @@ def _update(
 ) -> list[UpdatedLeaf]:
   """In two passes: first the new scales, then everything else.
 
-  What is done once a group is done for all leaves in one array.
+  Work on scales is done for all leaves in one array.
   """
   units = [*others, *([_join(joined)] if joined else [])]
   if config.storage.moment_bits == 32:
     factors: tuple[Any, ...] = (None,) * len(config.rule.moments)
   else:
-    largest = _first_pass(config, _mergeable(units), scalars)
+    largest = _first_pass(config, _sharing_kernels(units), scalars)
     factors = tuple(
         codec.encode_factor(scale, moment.kind, config.storage)
         for scale, moment in zip(
@@ -158,14 +158,14 @@ def _update(
   updated = [
       _second_pass(config, unit, unit_factors, scalars)
       for unit, unit_factors in zip(
-          _mergeable(units), _part(factors, _scales(units)), strict=True
+          _sharing_kernels(units), _part(factors, _scales(units)), strict=True
       )
   ]
   if len(joined) > 1:
     # Without the barrier, the pass would be repeated in the kernels that part it.
     together = lax.optimization_barrier(updated.pop())
     parts = _part(together, [_results(leaf) for leaf in joined])
-    updated += merging.mergeable(parts, _JOINED_BELOW)
+    updated += merging.mergeable(parts, _MERGED_BELOW)
   if config.storage.moment_bits == 32:
     return updated
   # The old scales have been read when the codes are there. XLA would copy them if new
@@ -185,7 +185,7 @@ def _update(
   ]
 
 
-def _mergeable(units: Sequence[_Arrays]) -> Sequence[_Arrays]:
+def _sharing_kernels(units: Sequence[_Arrays]) -> Sequence[_Arrays]:
   """Lets XLA make one kernel of a pass over small units of one shape."""
   if len(units) == 1:
     return units
