@@ -10,11 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flashoptim_jax.kernels import Leaf
+
 
 def shared(x: jax.Array | int | float) -> jax.Array:
   """A number of shape (), such that the kernels that read it can be merged."""
   array = lax.optimization_barrier(jnp.broadcast_to(x, (2,)))
   return lax.index_in_dim(array, 0, keepdims=False)
+
+
+def by_size(leaf: Leaf) -> tuple[int, tuple[int, ...]]:
+  """Sorts leaves such that those of one shape are neighbours."""
+  return leaf.param.size, leaf.param.shape
 
 
 def mergeable(tree: Any, below: int) -> Any:

@@ -81,9 +81,7 @@ def update(
     # Leaves of one shape are neighbours, for their updates to come from few launches.
     # The largest are first: XLA, which adds the smallest updates first, then finds
     # them in the cache.
-    members.sort(
-        key=lambda i: (leaves[i].param.size, leaves[i].param.shape), reverse=True
-    )
+    members.sort(key=lambda i: merging.by_size(leaves[i]), reverse=True)
     for start in range(0, len(members), _MOST_LEAVES):
       chunk = members[start : start + _MOST_LEAVES]
       results = launch([leaves[i] for i in chunk], packed)

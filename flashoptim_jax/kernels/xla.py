@@ -95,7 +95,7 @@ def _batches(leaves: Sequence[Leaf], storage: Storage) -> Iterator[_Batch]:
     alike.setdefault((empty, leaf.decay, *dtypes), []).append(i)
   for members in alike.values():
     # Neighbours have one shape, for XLA to make one kernel for them.
-    rest = sorted(members, key=lambda i: (leaves[i].param.size, leaves[i].param.shape))
+    rest = sorted(members, key=lambda i: merging.by_size(leaves[i]))
     while rest:
       sizes = itertools.accumulate(leaves[i].param.size for i in rest[:_MOST_LEAVES])
       fitting = bisect.bisect(list(sizes), _MOST_PARAMS) or 1
@@ -186,7 +186,10 @@ def _update(
 
 
 def _sharing_kernels(units: Sequence[_Arrays]) -> Sequence[_Arrays]:
-  """Lets XLA make one kernel of a pass over small units of one shape."""
+  """Lets XLA make one kernel of a pass over small units of one shape.
+
+  For each pass anew: between the passes, gradients must not be kept in memory.
+  """
   if len(units) == 1:
     return units
   grads = merging.mergeable([unit.grad for unit in units], _MERGED_BELOW)
