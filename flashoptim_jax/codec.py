@@ -174,10 +174,13 @@ def encode_codes(
     storage: Storage,
     rounding: jax.Array | float = 0.5,
 ) -> jax.Array:
-  """The codes of :func:`encode`, given the groups' :func:`encode_factor`."""
+  """The codes of :func:`encode`.
+
+  ``factor`` is the :func:`encode_factor`, of each group or of each element.
+  """
   magnitude = jnp.abs(x) if kind == "first" else x
   levels = LEVELS[kind]
-  factor = _group_expand(factor, x.shape, storage)
+  factor = group_expand(factor, x.shape, storage)
   if storage.companding == "root":
     root = jnp.sqrt(magnitude) if kind == "first" else jnp.sqrt(jnp.sqrt(x))
     level = root * factor
@@ -199,7 +202,7 @@ def decode(
 ) -> jax.Array:
   """Inverse of :func:`encode`: float32, of the codes' shape."""
   factor = decode_factor(scale.astype(jnp.float32), kind, storage)
-  factor = _group_expand(factor, codes.shape, storage)
+  factor = group_expand(factor, codes.shape, storage)
   return decode_element(codes.astype(jnp.float32), factor, kind, storage)
 
 
@@ -273,10 +276,12 @@ def group_max(x: jax.Array, group_size: int) -> jax.Array:
   return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _group_expand(
+def group_expand(
     s: jax.Array, shape: tuple[int, ...], storage: Storage
 ) -> jax.Array:
-  """Gives every element of ``shape`` its group's value."""
+  """Gives every element of ``shape`` its group's value; one that has it keeps it."""
+  if s.shape == shape:
+    return s
   axis = group_axis(shape, storage.group_size)
   if axis is None or s.shape[axis] == 1:
     return jnp.broadcast_to(s, shape)

@@ -1,5 +1,7 @@
 """Leaves that XLA updates in batches on a GPU."""
 
+import math
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -63,10 +65,9 @@ def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
 
   batches = []
 
-  def update_batch(config, *args):
-    *members, _ = args
-    batches.append([sorted(leaf.param.shape for leaf in kind) for kind in members])
-    return update(config, *args)
+  def update_batch(config, leaves, scalars):
+    batches.append(sorted(leaf.param.shape for leaf in leaves))
+    return update(config, leaves, scalars)
 
   update = xla._update_batch
   monkeypatch.setattr(xla, "_update_batch", update_batch)
@@ -81,35 +82,38 @@ def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
     joined, others = WHOLE | PARTIAL, LARGE
   if not has_decay:
     joined["undecayed"] = OTHERS["undecayed"]
-  expected = [(others, joined)]
-  for key, leaf in OTHERS.items():
-    if key not in joined:
-      expected.append(({}, {key: leaf}))
-  assert sorted(batches) == sorted(
-      [sorted(shape for shape, _ in kind.values()) for kind in kinds]
-      for kinds in expected
-  )
+  of_one_size = {}
+  for shape, _ in others.values():
+    of_one_size.setdefault(math.prod(shape), []).append(shape)
+  alone = [[shape] for key, (shape, _) in OTHERS.items() if key not in joined]
+  expected = [[shape for shape, _ in joined.values()], *of_one_size.values(), *alone]
+  assert sorted(batches) == sorted(map(sorted, expected))
 
 
-def test_batches_hold_a_limited_number_of_leaves(monkeypatch):
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"_MOST_SHARING": 3, "_MOST_CACHED": 300}, [[96] * 3, [96], [32, 64], [512]]),
+        ({"_MOST_SHARING": 3, "_MOST_CACHED": 200}, [[96] * 2] * 2 + [[32, 64], [512]]),
+        ({"_MOST_JOINED": 1}, [[96] * 4, [32], [64], [512]]),
+        ({"_JOINED_BELOW": 128}, [[32, 64, 96, 96, 96, 96], [512]]),
+    ],
+)
+def test_batches_are_limited(limits, expected, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  monkeypatch.setattr(xla, "_MOST_LEAVES", 3)
-  params = cases.tree({str(i): ((2, 32), BF16) for i in range(7)})
-  tx = cases.make("lion", implementation="xla")
-  together = cases.train(tx, params, steps=1)
-  monkeypatch.setattr(xla, "_MOST_LEAVES", 1)
-  cases.assert_same(together, cases.train(tx, params, steps=1))
-
-
-def test_batches_hold_a_limited_number_of_parameters(monkeypatch):
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(xla, "_MOST_PARAMS", 256)
-  sizes = [32, 64, 96, 128, 256, 512, 32]
+  monkeypatch.setattr(xla, "_JOINED_BELOW", 96)
+  for name, limit in limits.items():
+    monkeypatch.setattr(xla, name, limit)
+  sizes = [96, 32, 96, 512, 96, 64, 96]
   params = cases.tree({str(i): ((n,), BF16) for i, n in enumerate(sizes)})
   leaves = [kernels.Leaf("", p, p, None, (), True) for p in params.values()]
-  batches = [
-      sorted(sizes[i] for i in batch.others + batch.joined)
-      for batch in xla._batches(leaves, fo.Storage())
-  ]
-  assert batches == [[32, 32, 64, 96], [128], [256], [512]]
+  batches = list(xla._batches(leaves, fo.Storage()))
+  assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
+  found = [sorted(sizes[i] for i in batch) for batch in batches]
+  assert sorted(found) == sorted(expected)
+
+  tx = cases.make("lion", implementation="xla")
+  together = cases.train(tx, params, steps=1)
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  cases.assert_same(together, cases.train(tx, params, steps=1))

@@ -13,8 +13,8 @@ from jax import lax
 from flashoptim_jax.kernels import Leaf
 
 
-def shared(x: jax.Array | int | float) -> jax.Array:
-  """A number of shape (), such that the kernels that read it can be merged."""
+def shared(x: jax.Array | int | bool) -> jax.Array:
+  """A value of shape (), such that the kernels that read it can be merged."""
   array = lax.optimization_barrier(jnp.broadcast_to(x, (2,)))
   return lax.index_in_dim(array, 0, keepdims=False)
 
@@ -24,14 +24,8 @@ def by_size(leaf: Leaf) -> tuple[int, tuple[int, ...]]:
   return leaf.param.size, leaf.param.shape
 
 
-def mergeable(tree: Any, below: int) -> Any:
-  """Lets kernels that read small arrays of one shape, of any dtypes, be merged.
-
-  Args:
-    tree: Arrays. Small ones are multiplied by a one that these kernels share.
-    below: Arrays of fewer elements are small.
-  """
-  one = shared(jnp.int8(1))
-  return jax.tree.map(
-      lambda x: x * one.astype(x.dtype) if x.size < below else x, tree
-  )
+def mergeable(tree: Any) -> Any:
+  """Lets kernels that read arrays of one shape, of any dtypes, be merged."""
+  # Always true, which XLA does not know.
+  flag = shared(True)
+  return jax.tree.map(lambda x: lax.select(flag, x, lax.full_like(x, 0)), tree)

@@ -29,6 +29,8 @@ from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.storage import Storage
 
 GROUP_SIZE = 32
+# With twice as many, a step of 150 leaves takes 1 to 4 % less on an H100, but Triton
+# takes about twice as long to compile the kernel.
 _MOST_LEAVES = 32
 # Updates below this size are added to parameters in kernels for several of them.
 _MERGED_BELOW = 1 << 22
@@ -89,11 +91,11 @@ def update(
   results = [updated[i] for i in range(len(leaves))]
   if new_params:
     return results
-  updates = merging.mergeable([leaf.result for leaf in results], _MERGED_BELOW)
-  return [
-      leaf._replace(result=update)
-      for leaf, update in zip(results, updates, strict=True)
-  ]
+  small = [i for i, leaf in enumerate(leaves) if leaf.param.size < _MERGED_BELOW]
+  updates = merging.mergeable([results[i].result for i in small])
+  for i, update in zip(small, updates, strict=True):
+    results[i] = results[i]._replace(result=update)
+  return results
 
 
 def _pack(scalars: Scalars) -> jax.Array:

@@ -1,8 +1,6 @@
 """The fused update in plain jnp: runs on every backend, and is the reference."""
 
-import bisect
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,22 +16,28 @@ from flashoptim_jax.storage import Storage
 
 # Below this size a leaf's temporaries stay in the caches of a CPU.
 _OUTLINED_FROM = 1 << 16
-# On a GPU leaves are updated in batches of at most so many leaves and parameters.
-_MOST_LEAVES = 128
-_MOST_PARAMS = 1 << 26
-# Leaves of a batch with fewer parameters are joined.
+# On a GPU, leaves with fewer parameters are joined, at most so many of them: XLA
+# splits concatenations of more arrays.
 _JOINED_BELOW = 1 << 16
-# Leaves of a batch with fewer parameters share kernels, if they have one shape.
-_MERGED_BELOW = 1 << 19
+_MOST_JOINED = 128
+# Of the others, those of one size share kernels: at most so many leaves and
+# parameters, which stay in the cache between two passes.
+_MOST_SHARING = 4
+_MOST_CACHED = 1 << 22
 
 
 class _Config(NamedTuple):
-  """What is static about a leaf's update."""
+  """What is static about a leaf's update.
+
+  Attributes:
+    gpu: Whether it runs on a GPU.
+  """
 
   rule: Rule
   storage: Storage
   decay: bool
   new_params: bool
+  gpu: bool
 
 
 class _Arrays(NamedTuple):
@@ -45,18 +49,6 @@ class _Arrays(NamedTuple):
   moments: tuple[tuple[jax.Array, jax.Array | None], ...]
 
 
-class _Batch(NamedTuple):
-  """Indices of leaves that are updated together.
-
-  Attributes:
-    others: Those that keep arrays of their own.
-    joined: Those whose arrays become parts of one.
-  """
-
-  others: list[int]
-  joined: list[int]
-
-
 def update(
     rule: Rule,
     storage: Storage,
@@ -65,206 +57,224 @@ def update(
     new_params: bool,
 ) -> list[UpdatedLeaf]:
   """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`."""
-  updated: dict[int, UpdatedLeaf] = {}
-  for others, joined in _batches(leaves, storage):
-    members = others + joined
-    config = _Config(rule, storage, leaves[members[0]].decay, new_params)
-    results = _update_batch(
-        config,
-        [_arrays(leaves[i]) for i in others],
-        [_arrays(leaves[i]) for i in joined],
-        scalars,
-    )
-    updated.update(zip(members, results, strict=True))
-  return [updated[i] for i in range(len(leaves))]
+  if jax.default_backend() == "gpu":
+    return _update_in_batches(rule, storage, leaves, scalars, new_params)
+  return [
+      _update_alone(
+          _Config(rule, storage, leaf.decay, new_params, gpu=False),
+          _arrays(leaf),
+          scalars,
+      )
+      for leaf in leaves
+  ]
 
 
 def _arrays(leaf: Leaf) -> _Arrays:
   return _Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
 
 
-def _batches(leaves: Sequence[Leaf], storage: Storage) -> Iterator[_Batch]:
-  """Each leaf alone; on a GPU several, as small kernels take long to launch."""
-  if jax.default_backend() != "gpu":
-    yield from (_Batch([i], []) for i in range(len(leaves)))
-    return
+def _update_alone(
+    config: _Config, leaf: _Arrays, scalars: Scalars
+) -> UpdatedLeaf:
+  def in_two_passes(leaf, scalars):
+    (updated,) = _update(config, [leaf], scalars)
+    return updated
+
+  one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+  large = leaf.param.size >= _OUTLINED_FROM and config.storage.moment_bits == 8
+  if not (one_cpu and large):
+    return in_two_passes(leaf, scalars)
+  return lax.platform_dependent(
+      leaf,
+      scalars,
+      cpu=functools.partial(_update_by_output, config),
+      default=in_two_passes,
+  )
+
+
+def _update_in_batches(
+    rule: Rule,
+    storage: Storage,
+    leaves: Sequence[Leaf],
+    scalars: Scalars,
+    new_params: bool,
+) -> list[UpdatedLeaf]:
+  """For GPUs, on which small kernels take long to launch."""
+  rounding = merging.shared(scalars["scale_rounding"])
+  scalars = {**scalars, "scale_rounding": rounding}
+  updated: dict[int, UpdatedLeaf] = {}
+  last: list[int] = []
+  for batch in _batches(leaves, storage):
+    arrays = [_arrays(leaves[i]) for i in batch]
+    # One after the other: XLA would do the first pass of all, and the second would
+    # no longer find in the cache what the first has read.
+    arrays, results = lax.optimization_barrier((arrays, [updated[i] for i in last]))
+    updated.update(zip(last, results, strict=True))
+    config = _Config(rule, storage, leaves[batch[0]].decay, new_params, gpu=True)
+    results = _update_batch(config, arrays, scalars)
+    updated.update(zip(batch, results, strict=True))
+    last = batch
+  return [updated[i] for i in range(len(leaves))]
+
+
+def _batches(leaves: Sequence[Leaf], storage: Storage) -> Iterator[list[int]]:
+  """Indices of leaves that are updated together.
+
+  They are of equal dtypes, and of one size or to be joined.
+  """
   alike: dict[Any, list[int]] = {}
   for i, leaf in enumerate(leaves):
     dtypes = (array.dtype for array in jax.tree.leaves(_arrays(leaf)))
-    empty = None if leaf.param.size else i
-    alike.setdefault((empty, leaf.decay, *dtypes), []).append(i)
-  for members in alike.values():
-    # Neighbours have one shape, for XLA to make one kernel for them.
-    rest = sorted(members, key=lambda i: merging.by_size(leaves[i]))
-    while rest:
-      sizes = itertools.accumulate(leaves[i].param.size for i in rest[:_MOST_LEAVES])
-      fitting = bisect.bisect(list(sizes), _MOST_PARAMS) or 1
-      batch, rest = rest[:fitting], rest[fitting:]
-      joined = [i for i in batch if _can_join(leaves[i].param, storage)]
-      yield _Batch([i for i in batch if i not in joined], joined)
+    kind = "joined" if _can_join(leaf.param, storage) else leaf.param.size
+    alike.setdefault((kind, leaf.decay, *dtypes), []).append(i)
+  for (kind, *_), members in alike.items():
+    if kind == "joined":
+      # Neighbours have one shape, for XLA to make one kernel that parts them.
+      members.sort(key=lambda i: merging.by_size(leaves[i]))
+      most = _MOST_JOINED
+    else:
+      size = leaves[members[0]].param.size
+      most = max(1, min(_MOST_SHARING, _MOST_CACHED // max(1, size)))
+    for start in range(0, len(members), most):
+      yield members[start : start + most]
 
 
 def _can_join(param: jax.Array, storage: Storage) -> bool:
   """Whether a leaf is small and has no partial group."""
-  if param.size >= _JOINED_BELOW:
+  if not 0 < param.size < _JOINED_BELOW:
     return False
   whole = bool(param.ndim) and param.shape[-1] % storage.group_size == 0
   return whole or storage.moment_bits == 32
 
 
 def _update_batch(
-    config: _Config,
-    others: Sequence[_Arrays],
-    joined: Sequence[_Arrays],
-    scalars: Scalars,
+    config: _Config, leaves: Sequence[_Arrays], scalars: Scalars
 ) -> list[UpdatedLeaf]:
-  if jax.default_backend() == "cpu" and jax.device_count() == 1:
-    (leaf,) = others
-    if leaf.param.size >= _OUTLINED_FROM and config.storage.moment_bits == 8:
-      return lax.platform_dependent(
-          leaf,
-          scalars,
-          cpu=lambda *args: [_update_by_output(config, *args)],
-          default=lambda leaf, scalars: _update(config, [leaf], [], scalars),
-      )
-  return _update(config, others, joined, scalars)
+  if len(leaves) == 1 or not _can_join(leaves[0].param, config.storage):
+    return _update(config, leaves, scalars)
+  (joined,) = _update(config, [_join(leaves)], scalars)
+  # Without the barrier, the second pass would be repeated in the kernels that part it.
+  parts = _part(lax.optimization_barrier(joined), leaves)
+  return merging.mergeable(parts)
 
 
 def _update(
-    config: _Config,
-    others: Sequence[_Arrays],
-    joined: Sequence[_Arrays],
-    scalars: Scalars,
+    config: _Config, leaves: Sequence[_Arrays], scalars: Scalars
 ) -> list[UpdatedLeaf]:
-  """In two passes: first the new scales, then everything else.
-
-  Work on scales is done for all leaves in one array.
-  """
-  units = [*others, *([_join(joined)] if joined else [])]
+  """In two passes: first the new scales, then everything else."""
   if config.storage.moment_bits == 32:
-    factors: tuple[Any, ...] = (None,) * len(config.rule.moments)
-  else:
-    largest = _first_pass(config, _sharing_kernels(units), scalars)
-    factors = tuple(
-        codec.encode_factor(scale, moment.kind, config.storage)
-        for scale, moment in zip(
-            _exact_scales(config, largest), config.rule.moments, strict=True
-        )
-    )
-    # Without it a GPU keeps what the passes share in memory, or fuses them into
-    # a kernel with poor access patterns: 4.9 ms in place of 1.7 for 268 M
-    # parameters on an H100.
-    units, factors = lax.optimization_barrier((units, factors))
-  updated = [
-      _second_pass(config, unit, unit_factors, scalars)
-      for unit, unit_factors in zip(
-          _sharing_kernels(units), _part(factors, _scales(units)), strict=True
-      )
+    return [
+        _second_pass(config, leaf, (None,) * len(config.rule.moments), scalars)
+        for leaf in _sharing_kernels(leaves)
+    ]
+  largest = [
+      _first_pass(config, leaf, scalars) for leaf in _sharing_kernels(leaves)
   ]
-  if len(joined) > 1:
-    # Without the barrier, the pass would be repeated in the kernels that part it.
-    together = lax.optimization_barrier(updated.pop())
-    parts = _part(together, [_results(leaf) for leaf in joined])
-    updated += merging.mergeable(parts, _MERGED_BELOW)
-  if config.storage.moment_bits == 32:
-    return updated
+  # Without it a GPU keeps what the passes share in memory, or fuses them into
+  # a kernel with poor access patterns: 4.9 ms in place of 1.7 for 268 M
+  # parameters on an H100.
+  leaves, largest = lax.optimization_barrier((leaves, largest))
+  updated = [
+      _second_pass(config, leaf, _encode_factors(config, leaf, groups), scalars)
+      for leaf, groups in zip(_sharing_kernels(leaves), largest, strict=True)
+  ]
   # The old scales have been read when the codes are there. XLA would copy them if new
   # ones could take their place before.
-  codes = [tuple(values for values, _ in leaf.moments) for leaf in updated]
+  codes = [leaf.moments for leaf in updated]
   codes, largest = lax.optimization_barrier((codes, largest))
-  rounding = scalars["scale_rounding"]
-  if len(updated) > 1:
-    rounding = merging.shared(rounding)
-  new_scales = [
-      [_rounded(scale, rounding) for scale in _exact_scales(config, parts)]
-      for parts in _part(largest, _scales([*others, *joined]))
-  ]
   return [
-      leaf._replace(moments=tuple(zip(values, rounded, strict=True)))
-      for leaf, values, rounded in zip(updated, codes, new_scales, strict=True)
+      leaf._replace(moments=_with_scales(config, values, groups, scalars))
+      for leaf, values, groups in zip(updated, codes, largest, strict=True)
   ]
 
 
-def _sharing_kernels(units: Sequence[_Arrays]) -> Sequence[_Arrays]:
-  """Lets XLA make one kernel of a pass over small units of one shape.
+def _sharing_kernels(leaves: Sequence[_Arrays]) -> Sequence[_Arrays]:
+  """Lets XLA make one kernel of a pass over leaves of one size.
 
   For each pass anew: between the passes, gradients must not be kept in memory.
   """
-  if len(units) == 1:
-    return units
-  grads = merging.mergeable([unit.grad for unit in units], _MERGED_BELOW)
+  if len(leaves) == 1:
+    return leaves
+  grads = merging.mergeable([leaf.grad for leaf in leaves])
   return [
-      unit._replace(grad=grad) for unit, grad in zip(units, grads, strict=True)
+      leaf._replace(grad=grad) for leaf, grad in zip(leaves, grads, strict=True)
   ]
 
 
-def _scales(leaves: Sequence[_Arrays]) -> list[tuple[jax.Array | None, ...]]:
-  return [tuple(scale for _, scale in leaf.moments) for leaf in leaves]
-
-
-def _results(leaf: _Arrays) -> UpdatedLeaf:
-  """Arrays of the shapes of what the second pass gives for a leaf."""
-  moments = tuple((values, None) for values, _ in leaf.moments)
-  return UpdatedLeaf(leaf.param, leaf.correction, moments)
-
-
-def _join(trees: Sequence[Any]) -> Any:
-  """Trees of arrays as one tree of flat arrays; a single tree as it is."""
-  if len(trees) == 1:
-    return trees[0]
+def _join(leaves: Sequence[_Arrays]) -> _Arrays:
+  """Leaves as one, of flat arrays."""
   return jax.tree.map(
       lambda *arrays: lax.concatenate([array.reshape(-1) for array in arrays], 0),
-      *trees,
+      *leaves,
   )
 
 
-def _part(joined: Any, trees: Sequence[Any]) -> list[Any]:
-  """The reverse of :func:`_join`: gives trees of the shapes of ``trees``."""
-  if len(trees) == 1:
-    return [joined]
-  arrays, treedef = jax.tree.flatten(joined)
-  columns = zip(*map(jax.tree.leaves, trees), strict=True)
-  parted = [
+def _part(joined: UpdatedLeaf, leaves: Sequence[_Arrays]) -> list[UpdatedLeaf]:
+  """The reverse of :func:`_join`, for what comes of an update."""
+  parts = [UpdatedLeaf(leaf.param, leaf.correction, leaf.moments) for leaf in leaves]
+  columns = [
       [
           part.reshape(like.shape)
           for part, like in zip(
               lax.split(array, [like.size for like in column]), column, strict=True
           )
       ]
-      for array, column in zip(arrays, columns, strict=True)
+      for array, *column in zip(
+          jax.tree.leaves(joined), *map(jax.tree.leaves, parts), strict=True
+      )
   ]
-  return [
-      jax.tree.unflatten(treedef, [parts[i] for parts in parted])
-      for i in range(len(trees))
-  ]
+  treedef = jax.tree.structure(joined)
+  return [jax.tree.unflatten(treedef, leaf) for leaf in zip(*columns, strict=True)]
 
 
 def _first_pass(
-    config: _Config, units: Sequence[_Arrays], scalars: Scalars
-) -> tuple[jax.Array, ...]:
-  """Each moment's largest magnitude in each group, of all units in one array."""
-  largest = [
-      tuple(
-          codec.group_max(
-              _moment(config, moment, unit.grad, stored, scalars),
-              config.storage.group_size,
-          )
-          for moment, stored in zip(config.rule.moments, unit.moments, strict=True)
+    config: _Config, leaf: _Arrays, scalars: Scalars
+) -> list[jax.Array]:
+  """Each moment's largest magnitude in each group."""
+  largest = []
+  for moment, stored in zip(config.rule.moments, leaf.moments, strict=True):
+    new = _moment(config, moment, leaf.grad, stored, scalars)
+    if config.gpu:
+      # A reduction of partial groups of their own would be fused into what puts both
+      # together, where it is slow. On a CPU padding is slower.
+      new = _with_whole_groups(new, config.storage.group_size)
+    largest.append(codec.group_max(new, config.storage.group_size))
+  return largest
+
+
+def _with_whole_groups(x: jax.Array, group_size: int) -> jax.Array:
+  """Fills up the last groups with zeros."""
+  axis = codec.group_axis(x.shape, group_size)
+  if axis is None or not x.shape[axis] % group_size:
+    return x
+  padding = [(0, 0, 0)] * x.ndim
+  padding[axis] = (0, -x.shape[axis] % group_size, 0)
+  return lax.pad(x, jnp.zeros((), x.dtype), padding)
+
+
+def _encode_factors(
+    config: _Config, leaf: _Arrays, largest: Sequence[jax.Array]
+) -> list[jax.Array]:
+  shape = leaf.param.shape
+  if config.gpu and leaf.param.size <= _MOST_CACHED:
+    # Each element computes its group's, which takes less than a kernel more.
+    largest = [codec.group_expand(x, shape, config.storage) for x in largest]
+  return [
+      codec.encode_factor(
+          codec.scale_of_largest(x, moment.kind), moment.kind, config.storage
       )
-      for unit in units
+      for moment, x in zip(config.rule.moments, largest, strict=True)
   ]
-  if len(units) > 1:
-    # Fused into what joins them, reductions are many times slower on a GPU.
-    largest = lax.optimization_barrier(largest)
-  return _join(largest)
 
 
-def _exact_scales(
-    config: _Config, largest: Sequence[jax.Array]
-) -> tuple[jax.Array, ...]:
+def _with_scales(config, moments, largest, scalars):
+  """Moments with their new scales, given their groups' largest magnitudes."""
+  rounding = scalars["scale_rounding"]
   return tuple(
-      codec.scale_of_largest(x, moment.kind)
-      for x, moment in zip(largest, config.rule.moments, strict=True)
+      (codes, _rounded(codec.scale_of_largest(groups, moment.kind), rounding))
+      for moment, (codes, _), groups in zip(
+          config.rule.moments, moments, largest, strict=True
+      )
   )
 
 
