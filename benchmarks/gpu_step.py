@@ -16,6 +16,7 @@ one of them has this package's import name): flashoptim and flashoptim-jax.
 
 import argparse
 import datetime
+import functools
 import gzip
 import json
 import math
@@ -42,11 +43,16 @@ def random_tree(shapes, dtype, scale):
   """Normal arrays of the given shapes, by name."""
   import jax
 
-  keys = jax.random.split(jax.random.key(0), len(shapes))
-  return {
-      name: (scale * jax.random.normal(key, shape)).astype(dtype)
-      for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-  }
+  sizes = [math.prod(shape) for shape in shapes.values()]
+
+  # One program, since one for each shape takes minutes to compile.
+  @jax.jit
+  def fill(key):
+    values = scale * jax.random.normal(key, sum(sizes), dtype)
+    parts = jax.lax.split(values, sizes)
+    return [x.reshape(shape) for x, shape in zip(parts, shapes.values(), strict=True)]
+
+  return dict(zip(shapes, fill(jax.random.key(0)), strict=True))
 
 
 def time_jax(step, carry, steps, repeats=5):
@@ -132,12 +138,14 @@ def flash_step(tx, via="step"):
 
 def flash_carry(tx, shapes):
   """What :func:`flash_step` takes."""
+  import jax
   import jax.numpy as jnp
 
   import flashoptim_jax as fo
 
   grads = random_tree(shapes, jnp.bfloat16, 0.01)
-  return grads, *fo.from_fp32(tx, random_tree(shapes, jnp.float32, 0.02))
+  from_fp32 = jax.jit(functools.partial(fo.from_fp32, tx))
+  return grads, *from_fp32(random_tree(shapes, jnp.float32, 0.02))
 
 
 def optax_step(tx):
@@ -156,11 +164,13 @@ def optax_step(tx):
 
 def optax_carry(tx, shapes):
   """What :func:`optax_step` takes."""
+  import jax
   import jax.numpy as jnp
 
   masters = random_tree(shapes, jnp.float32, 0.02)
   grads = random_tree(shapes, jnp.bfloat16, 0.01)
-  return grads, masters, cast(masters, jnp.bfloat16), tx.init(masters)
+  params = jax.jit(functools.partial(cast, dtype=jnp.bfloat16))(masters)
+  return grads, masters, params, jax.jit(tx.init)(masters)
 
 
 def cast(tree, dtype):
