@@ -45,7 +45,7 @@ def random_tree(shapes, dtype, scale):
 
   sizes = [math.prod(shape) for shape in shapes.values()]
 
-  # One program, since one for each shape takes minutes to compile.
+  # One program: one for each shape takes half a minute to compile.
   @jax.jit
   def fill(key):
     values = scale * jax.random.normal(key, sum(sizes), dtype)
