@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import flashoptim_jax as fo
-from flashoptim_jax import kernels
+from flashoptim_jax import kernels, rules
 from flashoptim_jax.kernels import xla
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -96,6 +96,10 @@ def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
         ({"_MOST_SHARING": 3, "_MOST_CACHED": 300}, [[96] * 3, [96], [32, 64], [512]]),
         ({"_MOST_SHARING": 3, "_MOST_CACHED": 200}, [[96] * 2] * 2 + [[32, 64], [512]]),
         ({"_MOST_JOINED": 1}, [[96] * 4, [32], [64], [512]]),
+        (
+            {"_MOST_JOINED": 2, "_JOINED_BELOW": 128},
+            [[32, 64], [96, 96], [96, 96], [512]],
+        ),
         ({"_JOINED_BELOW": 128}, [[32, 64, 96, 96, 96, 96], [512]]),
     ],
 )
@@ -108,7 +112,8 @@ def test_batches_are_limited(limits, expected, monkeypatch):
   sizes = [96, 32, 96, 512, 96, 64, 96]
   params = cases.tree({str(i): ((n,), BF16) for i, n in enumerate(sizes)})
   leaves = [kernels.Leaf("", p, p, None, (), True) for p in params.values()]
-  batches = list(xla._batches(leaves, fo.Storage()))
+  config = xla._Config(rules.LION, fo.Storage(), True, True, gpu=True)
+  batches = list(xla._batches([config] * len(leaves), leaves))
   assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
   found = [sorted(sizes[i] for i in batch) for batch in batches]
   assert sorted(found) == sorted(expected)

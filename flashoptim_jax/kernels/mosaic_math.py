@@ -147,16 +147,15 @@ def _run(
     if name == "mul" and scalar(atoms[0]) is not None:
       atoms = atoms[::-1]
     root = roots.get(atoms[0]) if isinstance(atoms[0], core.Var) else None
-    if name == "div" and out.aval.shape and scalar(atoms[1]) is None:
-      array, factor = parts(atoms[0])
-      products[out] = array * reciprocal(read(atoms[1])), factor
-      continue
-    if name in ("mul", "div") and out.aval.shape and scalar(atoms[1]) is not None:
-      array, factor = parts(atoms[0])
-      by = scalar(atoms[1]) if name == "mul" else 1.0 / scalar(atoms[1])
+    if name == "mul" and out.aval.shape and scalar(atoms[1]) is not None:
+      (array, factor), by = parts(atoms[0]), scalar(atoms[1])
       products[out] = array, factor * by
       if root is not None:
         roots[out] = root[0], root[1] * jnp.sqrt(by)
+      continue
+    if name == "div" and out.aval.shape:
+      array, factor = parts(atoms[0])
+      products[out] = array * reciprocal(read(atoms[1])), factor
       continue
     if name == "sqrt" and out.aval.shape:
       if root is None:

@@ -57,15 +57,13 @@ def update(
     new_params: bool,
 ) -> list[UpdatedLeaf]:
   """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`."""
-  if jax.default_backend() == "gpu":
-    return _update_in_batches(rule, storage, leaves, scalars, new_params)
+  gpu = jax.default_backend() == "gpu"
+  configs = [_Config(rule, storage, leaf.decay, new_params, gpu) for leaf in leaves]
+  if gpu:
+    return _update_in_batches(configs, leaves, scalars)
   return [
-      _update_alone(
-          _Config(rule, storage, leaf.decay, new_params, gpu=False),
-          _arrays(leaf),
-          scalars,
-      )
-      for leaf in leaves
+      _update_alone(config, _arrays(leaf), scalars)
+      for config, leaf in zip(configs, leaves, strict=True)
   ]
 
 
@@ -93,40 +91,37 @@ def _update_alone(
 
 
 def _update_in_batches(
-    rule: Rule,
-    storage: Storage,
-    leaves: Sequence[Leaf],
-    scalars: Scalars,
-    new_params: bool,
+    configs: Sequence[_Config], leaves: Sequence[Leaf], scalars: Scalars
 ) -> list[UpdatedLeaf]:
   """For GPUs, on which small kernels take long to launch."""
   rounding = merging.shared(scalars["scale_rounding"])
   scalars = {**scalars, "scale_rounding": rounding}
   updated: dict[int, UpdatedLeaf] = {}
   last: list[int] = []
-  for batch in _batches(leaves, storage):
+  for batch in _batches(configs, leaves):
     arrays = [_arrays(leaves[i]) for i in batch]
     # One after the other: XLA would do the first pass of all, and the second would
     # no longer find in the cache what the first has read.
     arrays, results = lax.optimization_barrier((arrays, [updated[i] for i in last]))
     updated.update(zip(last, results, strict=True))
-    config = _Config(rule, storage, leaves[batch[0]].decay, new_params, gpu=True)
-    results = _update_batch(config, arrays, scalars)
+    results = _update_batch(configs[batch[0]], arrays, scalars)
     updated.update(zip(batch, results, strict=True))
     last = batch
   return [updated[i] for i in range(len(leaves))]
 
 
-def _batches(leaves: Sequence[Leaf], storage: Storage) -> Iterator[list[int]]:
+def _batches(
+    configs: Sequence[_Config], leaves: Sequence[Leaf]
+) -> Iterator[list[int]]:
   """Indices of leaves that are updated together.
 
   They are of equal dtypes, and of one size or to be joined.
   """
   alike: dict[Any, list[int]] = {}
-  for i, leaf in enumerate(leaves):
+  for i, (config, leaf) in enumerate(zip(configs, leaves, strict=True)):
     dtypes = (array.dtype for array in jax.tree.leaves(_arrays(leaf)))
-    kind = "joined" if _can_join(leaf.param, storage) else leaf.param.size
-    alike.setdefault((kind, leaf.decay, *dtypes), []).append(i)
+    kind = "joined" if _can_join(leaf.param, config.storage) else leaf.param.size
+    alike.setdefault((kind, config, *dtypes), []).append(i)
   for (kind, *_), members in alike.items():
     if kind == "joined":
       # Neighbours have one shape, for XLA to make one kernel that parts them.
