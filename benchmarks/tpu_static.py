@@ -113,9 +113,8 @@ def measure(chip: str, optimizer: str, backend: str, shape: tuple[int, ...]) -> 
   counts = loop = vmem = None
   if backend == "mosaic_tpu":
     counts = bundles_by_depth(dump)
-    storage = tpu_compile.STORAGES["24/8"]
     with jax.sharding.use_abstract_mesh(tpu_compile.mesh(chip).abstract_mesh):
-      cut = mosaic_tpu.cut(shape, 2, nbytes / math.prod(shape), storage)
+      cut = mosaic_tpu.cut(shape, 2, nbytes / math.prod(shape), optimizer != "sgd")
     rows = math.prod(cut.leading) * math.ceil(cut.rows / cut.block_rows)
     units = rows * math.ceil(cut.columns / (mosaic_tpu.UNIT // cut.block_rows))
     steps = rows * math.ceil(cut.columns / cut.block_columns)

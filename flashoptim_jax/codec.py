@@ -19,16 +19,26 @@ companding   moment       code                                value
 
 ``s`` is the group's largest ``|m|`` or ``sqrt(v)``. Codes are taken against ``s``
 itself, so that the largest element always has the top code and a group that only
-decays keeps its codes. Scales, which are stored in bfloat16, and the codes of second
-moments are rounded up in one update and down in the next (:class:`Rounding`), such
-that the mean over updates is right. Rounded to the nearest, they would lose what
-changes slowly: with ``b2 = 0.999`` an update takes 0.05 % from sqrt(v), less than half
-of bfloat16's last place, and v would stay at its largest value as gradients shrink.
-``benchmarks/companding.py`` measures it.
+decays keeps its codes.
+
+Rounding. Nothing is rounded to the nearest: a change of less than half a place would
+be lost, and so would every one after it. A number is cut off after a threshold between
+0 and 1 place was added to it, and the thresholds move with the count of updates
+(:func:`rounding_of`) such that the mean over updates is right. Scales and codes of
+either kind of moment and master weights have thresholds of their own, for their errors
+not to go together. ``benchmarks/companding.py`` measures it.
+
+An element of v that is not zero has a code of at least 1: v must not decode to zero
+before m does, for an update divides m by the root of v.
+
+A spike must not take the codes from its neighbours. The elements of a group are in two
+halves, four and four in turn. Where the largest |m| or sqrt(v) of one half is more than
+4096 times that of the other, which is not zero, 4096 times the other's is stored. A v that overflows is stored
+as that, or else as :data:`LARGEST_SECOND`, the largest there is.
 
 A group whose largest magnitude is below 2⁻¹²⁶, the smallest normal float32, stores
-scale 0 and decodes to zero. A group that holds a NaN or an infinity stores a NaN scale
-and decodes to NaN; other groups are not touched by it. "paper" follows arXiv
+scale 0 and decodes to zero. A group that holds a NaN, or whose m is infinite, stores a
+NaN scale and decodes to NaN; other groups are not touched by it. "paper" follows arXiv
 2602.23349, equations for the companded moments, with our scales and rounding.
 
 Master weights of bfloat16 parameters. With ``b`` the bits of the float32 master
@@ -38,13 +48,15 @@ bits ``p = (b + 0x8000) >> 16`` and the correction ``b - (p << 16)`` is an int16
 nothing is lost. Bit patterns grow with the magnitude, so this crosses binades
 and covers subnormals with no special case. A magnitude that rounds past the
 largest finite number of its format becomes infinite, as in any float
-conversion, and a NaN stays a NaN.
+conversion, and a NaN stays a NaN. An update rounds the sum of a master weight and a
+step to 24 bits by a threshold (:func:`advance`).
 
 Master weights of float16 parameters, whose bits don't line up with float32's:
 the correction is the rounding error in units of half the parameter's last
 place, times 127 (int8) or 32767 (int16), as in the paper.
 """
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -58,47 +70,125 @@ Kind = Literal["first", "second"]
 CODE_DTYPE = {"first": jnp.int8, "second": jnp.uint8}
 SCALE_DTYPE = jnp.bfloat16
 LEVELS = {"first": 127.0, "second": 255.0}  # the largest codes
-# Codes are larger by this factor before they are rounded. It is more than float32's
-# error, so that programs agree on what lies halfway between two codes.
-_SLACK = 1 + 2.0**-20
+LARGEST_SECOND = (255 / 128 * 2.0**63) ** 2  # the square of a bfloat16
+# A group's halves are runs of four elements, every other one.
+HALF_RUN = 4
+# How far the largest of one half may stand out from that of the other.
+LARGEST_RATIO = {"first": 2.0**12, "second": 2.0**24}
 _LARGEST_SCALE = 0x7F7FFFFF  # the bits of the largest finite float32
 _HIGH_HALF = -0x10000
 _TINY = 2.0**-126  # the smallest normal float32
+_SIGN_AND_EXPONENT = 0xFF800000
+# Float32's error where a code or a scale is decoded and encoded again, with a margin:
+# of the code itself, and in units of float32's last place.
+_CODE_ERROR = 2.0**-20
+_SCALE_ERROR = 8
+# Half of float32's last place in the places of 24 bits. Sums are rounded to it first.
+HALF_OF_FLOAT32 = 2.0**-9
 
 
-class Rounding(NamedTuple):
-  """What is added to a number before it is cut off.
+class MomentRounding(NamedTuple):
+  """What is added to the numbers of a moment before they are cut off.
 
   Attributes:
     scale: int32 of shape (), what is added to a scale's bits before the low half of
       them is cut off: 0x8000 rounds to the nearest bfloat16.
-    code: float32 of shape (), what is added to the code of a second moment before it
-      is cut to an integer: 0.5 rounds to the nearest.
+    code: float32 of shape (), what is added to a code before it is cut to an integer:
+      0.5 rounds to the nearest.
+    slack: float32 of shape (), or 1: the factor that keeps codes which were only
+      decoded and encoded again on the right side of the threshold.
   """
 
   scale: Any
   code: Any
+  slack: Any
 
 
-TO_NEAREST = Rounding(0x8000, 0.5)
+class Rounding(NamedTuple):
+  """How an update rounds what it stores.
+
+  Attributes:
+    first: First moments.
+    second: Second moments.
+    master: float32 of shape (), the part of a place that is added to the magnitude of
+      a 24-bit master weight before it is cut off.
+  """
+
+  first: MomentRounding
+  second: MomentRounding
+  master: Any
 
 
+TO_NEAREST = MomentRounding(0x8000, 0.5, 1.0)
+# Multipliers of 2⁻³², of irrational numbers whose multiples, modulo 1, visit the unit
+# interval evenly. All are quadratic, with small numbers in their continued fractions.
+_SEQUENCES = {
+    "master": round((math.sqrt(5) - 1) / 2 * 2**32) | 1,
+    "first_code": round((math.sqrt(2) - 1) * 2**32) | 1,
+    "second_code": round((math.sqrt(3) - 1) * 2**32) | 1,
+    "first_scale": round((math.sqrt(13) - 3) / 2 * 2**32) | 1,
+    "second_scale": round((math.sqrt(21) - 3) / 2 * 2**32) | 1,
+}
+
+
+@functools.partial(jax.jit, inline=True)  # One call, where a step is not jitted.
 def rounding_of(count: jax.Array) -> Rounding:
   """How an update rounds, such that over updates errors add up to nothing.
 
-  Both parts run through low-discrepancy sequences: multiples of irrational numbers,
-  modulo 1, in units of 2⁻¹⁶. They start with the nearest, and leave out a little at
-  either end, so that numbers that would be stored exactly but for an error of float32
-  arithmetic are rounded to just that; what no update touches stays as it is.
+  Thresholds run through low-discrepancy sequences (Weyl's: multiples of an irrational
+  number, modulo 1) in units of 2⁻¹⁶. They depend on the count alone, so that meshes and
+  restarts agree, and start with the nearest. What no update touches stays as it is:
+  at either end of the unit interval, thresholds leave room for float32's error.
 
   Args:
     count: Updates done so far, int32 of shape ().
   """
-  count = jnp.asarray(count, jnp.int32)
-  golden = (count * 40503 + 0x8000) & 0xFFFF  # 0.6180 = 1 / 1.6180
-  plastic = (count * 49471 + 0x8000) & 0xFFFF  # 0.7549 = 1 / 1.3247
-  inner = plastic.astype(jnp.float32) * (2.0**-16 * (1 - 2.0**-9)) + 2.0**-10
-  return Rounding(golden - (golden >> 12) + 8, inner)
+  count = jnp.asarray(count, jnp.int32).astype(jnp.uint32)
+
+  def sequence(name):
+    place = count * jnp.uint32(_SEQUENCES[name]) + jnp.uint32(1 << 31)
+    return (place >> 16).astype(jnp.int32)
+
+  def between_0_and_1(place):
+    return (place.astype(jnp.float32) + 0.5) * 2.0**-16
+
+  def scale(kind):
+    place = sequence(f"{kind}_scale")
+    return jnp.clip(place, _SCALE_ERROR, 2**16 - _SCALE_ERROR)
+
+  def code_margin(kind):  # The error of the largest code, in units of 2⁻¹⁶.
+    return round(LEVELS[kind] * _CODE_ERROR * 2**16)
+
+  margin = code_margin("first")
+  code = jnp.clip(sequence("first_code"), margin, 2**16 - 1 - margin)
+  first = MomentRounding(scale("first"), between_0_and_1(code), 1.0)
+  # Second moments may change by less than such a margin in an update. In its place, at
+  # either end, codes move away from the threshold by as much as float32 may err.
+  margin, code = code_margin("second"), sequence("second_code")
+  slack = jnp.where(code < margin, 1 + _CODE_ERROR, jnp.float32(1))
+  slack = jnp.where(code >= 2**16 - margin, 1 - _CODE_ERROR, slack)
+  second = MomentRounding(scale("second"), between_0_and_1(code), slack)
+  master = between_0_and_1(sequence("master"))
+  master = jnp.clip(master, HALF_OF_FLOAT32, 1 - HALF_OF_FLOAT32)
+  return Rounding(first, second, master)
+
+
+def rounding_scalars(count: jax.Array) -> dict[str, Any]:
+  """:func:`rounding_of` as scalars by name, for kernels."""
+  rounding = rounding_of(count)
+  scalars = {"master_rounding": rounding.master}
+  for kind in LEVELS:
+    of_moment = getattr(rounding, kind)
+    for part, value in of_moment._asdict().items():
+      scalars[f"{kind}_{part}_rounding"] = value
+  return scalars
+
+
+def moment_rounding(scalars: Any, kind: Kind) -> MomentRounding:
+  """The part of :func:`rounding_scalars` for a kind of moments."""
+  return MomentRounding(
+      *(scalars[f"{kind}_{part}_rounding"] for part in MomentRounding._fields)
+  )
 
 
 def group_axis(shape: tuple[int, ...], group_size: int) -> int | None:
@@ -127,7 +217,7 @@ def encode(
     x: jax.Array,
     kind: Kind,
     storage: Storage,
-    rounding: Rounding = TO_NEAREST,
+    rounding: MomentRounding = TO_NEAREST,
 ) -> tuple[jax.Array, jax.Array]:
   """Compands a moment to 8 bits.
 
@@ -143,20 +233,21 @@ def encode(
   """
   scale = exact_scale(x, kind, storage)
   stored = round_scale(scale, rounding.scale).astype(SCALE_DTYPE)
-  factor = encode_factor(scale, kind, storage)
+  factor = encode_factor(scale, kind, storage, rounding.slack)
   return encode_codes(x, factor, kind, storage, rounding.code), stored
 
 
 def exact_scale(x: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
   """The scales of :func:`encode`, in float32."""
-  return scale_of_largest(group_max(x, storage.group_size), kind)
+  return scale_of_largest(group_largest(x, kind, storage.group_size), kind)
 
 
 def scale_of_largest(largest: jax.Array, kind: Kind) -> jax.Array:
   """The scale of a group, given its largest magnitude, both float32."""
   largest = _where(largest < _TINY, 0.0, largest)
-  scale = largest if kind == "first" else jnp.sqrt(largest)
-  return _where(lax.is_finite(scale), scale, jnp.nan)
+  if kind == "second":
+    return jnp.sqrt(jnp.minimum(largest, LARGEST_SECOND))
+  return largest + 0.0 * largest  # NaN where it is infinite.
 
 
 def round_scale(scale: jax.Array, rounding: jax.Array | int) -> jax.Array:
@@ -189,12 +280,16 @@ def encode_codes(
     level = levels * (2.0 * ratio / (1.0 + ratio))
   else:
     level = levels * (jnp.sqrt(x) * factor)
-  rounding = jnp.asarray(rounding if kind == "second" else 0.5, jnp.float32)
-  # NaN fails the comparison, so that no NaN meets the integer conversion.
-  level = _where(level <= levels + 0.5, level + rounding, 0.0)
-  if kind == "first":
-    level = _where(x < 0, -level, level)
-  return level.astype(CODE_DTYPE[kind])
+  rounding = jnp.asarray(rounding, jnp.float32)
+  # NaN fails the comparisons, so that no NaN meets the integer conversion.
+  if kind == "second":
+    code = jnp.clip(level + rounding, 1.0, levels)
+    return _where(factor > 0, code, 0.0).astype(jnp.uint8)
+  level = _where(x < 0, -level, level)
+  # Positive, for the conversion to cut off downwards.
+  code = jnp.clip(level + (rounding + 128.0), 128.0 - levels, 128.0 + levels)
+  code = _where(level == level, code, 128.0).astype(jnp.int32)
+  return (code - 128).astype(jnp.int8)
 
 
 def decode(
@@ -206,15 +301,17 @@ def decode(
   return decode_element(codes.astype(jnp.float32), factor, kind, storage)
 
 
-def encode_factor(s: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
+def encode_factor(
+    s: jax.Array, kind: Kind, storage: Storage, slack: jax.Array | float = 1.0
+) -> jax.Array:
   """What an element's root (or, for "paper", it) is multiplied by, once a group.
 
-  ``s`` is the :func:`exact_scale`.
+  ``s`` is the :func:`exact_scale`, ``slack`` that of :class:`MomentRounding`.
   """
   if storage.companding == "root":
     # sqrt(|x| / s) · levels, with the division done once per group.
-    return LEVELS[kind] * _SLACK * _inverse(jnp.sqrt(s))
-  return _SLACK * _inverse(s)
+    return LEVELS[kind] * slack * _inverse(jnp.sqrt(s))
+  return slack * _inverse(s)
 
 
 def decode_factor(s: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
@@ -240,7 +337,8 @@ def decode_element(
 
 def _inverse(s: jax.Array) -> jax.Array:
   """1 / s, and 0 where s is 0."""
-  return _where(s == 0, 0.0, 1.0 / s)
+  is_zero = s == 0
+  return _where(is_zero, 0.0, 1.0 / _where(is_zero, 1.0, s))
 
 
 def _where(condition: jax.Array, x, y) -> jax.Array:
@@ -256,24 +354,47 @@ def _where(condition: jax.Array, x, y) -> jax.Array:
   return lax.select(condition, x, y)
 
 
-def group_max(x: jax.Array, group_size: int) -> jax.Array:
-  """Largest magnitude of each group, NaN where the group holds one."""
+def group_largest(x: jax.Array, kind: Kind, group_size: int) -> jax.Array:
+  """Largest magnitude of each group; NaN where the group holds one.
+
+  What stands out from the rest of its group is limited, see :data:`LARGEST_RATIO`.
+  """
   # As integers, the bits of magnitudes are in order, NaN above all others. XLA's
   # float maximum, which has to look for NaN, is many times slower on a CPU.
   bits = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
   axis = group_axis(x.shape, group_size)
-  if axis is not None and x.shape[axis]:
-    whole = x.shape[axis] // group_size
-    parts = []
-    if whole:
-      grouped = (*x.shape[:axis], whole, group_size, *x.shape[axis + 1 :])
-      part = lax.slice_in_dim(bits, 0, whole * group_size, axis=axis)
-      parts.append(jnp.max(part.reshape(grouped), axis=axis + 1))
-    if x.shape[axis] % group_size:
-      part = lax.slice_in_dim(bits, whole * group_size, None, axis=axis)
-      parts.append(jnp.max(part, axis=axis, keepdims=True))
-    bits = lax.concatenate(parts, axis)
-  return lax.bitcast_convert_type(bits, jnp.float32)
+  if axis is None or not x.shape[axis]:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+  limits = group_size % (2 * HALF_RUN) == 0
+  inner = (group_size // (2 * HALF_RUN), 2, HALF_RUN) if limits else (1, 1, group_size)
+  whole = x.shape[axis] // group_size
+  parts = []
+  if whole:
+    parts.append(lax.slice_in_dim(bits, 0, whole * group_size, axis=axis))
+  if x.shape[axis] % group_size:
+    rest = lax.slice_in_dim(bits, whole * group_size, None, axis=axis)
+    padding = [(0, 0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % group_size, 0)
+    parts.append(lax.pad(rest, jnp.int32(0), padding))
+  halves = []
+  for part in parts:
+    groups = part.shape[axis] // group_size
+    grouped = (*x.shape[:axis], groups, *inner, *x.shape[axis + 1 :])
+    largest = jnp.max(part.reshape(grouped), axis=(axis + 1, axis + 3))
+    halves.append(lax.bitcast_convert_type(largest, jnp.float32))
+  both = lax.concatenate(halves, axis)
+  of_half = [lax.index_in_dim(both, i, axis + 1, keepdims=False) for i in range(inner[1])]
+  return limited_largest(*of_half, kind) if limits else of_half[0]
+
+
+def limited_largest(a: jax.Array, b: jax.Array, kind: Kind) -> jax.Array:
+  """The largest magnitude of a group, given those of its halves."""
+  largest, other = jnp.maximum(a, b), jnp.minimum(a, b)
+  limit = other * LARGEST_RATIO[kind]
+  stands_out = (other > 0) & (largest > limit)
+  if kind == "first":  # An infinity is to be seen.
+    stands_out &= lax.is_finite(largest)
+  return _where(stands_out, limit, largest)
 
 
 def group_expand(
@@ -389,13 +510,54 @@ def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
   if correction is None:
     return param.astype(jnp.float32)
   if param.dtype == jnp.float16:
-    unit = _half_ulp_float16(param) * (1.0 / _levels_float16(correction.dtype))
+    unit = _unit_float16(param, correction.dtype)
     return param.astype(jnp.float32) + correction.astype(jnp.float32) * unit
   shift = 8 if correction.dtype == jnp.int8 else 0
   p = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.int32)
   rest = correction.astype(jnp.int32)
   rest = _where(p & 0x7FFF == 0, jnp.maximum(rest, 0), rest)
   return lax.bitcast_convert_type((p << 16) + (rest << shift), jnp.float32)
+
+
+def advance(
+    param: jax.Array,
+    correction: jax.Array | None,
+    step: jax.Array,
+    threshold: jax.Array | float,
+) -> jax.Array:
+  """Master weights after a step, rounded to what is kept of them.
+
+  At 24 bits a magnitude is cut off after ``threshold`` places were added to it: over
+  updates, steps of a small part of a place add up to what they should. Elsewhere the
+  sum is float32's (or float64's), as in Optax.
+
+  Args:
+    param: The parameter.
+    correction: Its correction, or None.
+    step: What to add, of the dtype of :func:`merge`'s result and ``param``'s shape.
+    threshold: Between 0 and 1, see :class:`Rounding`.
+
+  Returns:
+    The new master weights, which :func:`split` stores without loss where they have
+    24 bits.
+  """
+  master = merge(param, correction)
+  if correction is None or correction.dtype != jnp.int8:
+    return master + step
+  threshold = jnp.asarray(threshold, jnp.float32)
+  if param.dtype == jnp.float16:
+    # In units of the correction, whole numbers; float32's places are too coarse.
+    unit = _unit_float16(param, correction.dtype)
+    units = jnp.floor(correction.astype(jnp.float32) + step / unit + threshold)
+    return param.astype(jnp.float32) + units * unit
+  # The sum is computed twice, so that a step is not rounded to float32's places before
+  # the threshold is added: first to know how far apart the sum's places are.
+  binade = lax.bitcast_convert_type(
+      _bits(master + step) & jnp.uint32(_SIGN_AND_EXPONENT), jnp.float32
+  )
+  moved = master + (step + binade * ((threshold - HALF_OF_FLOAT32) * 2.0**-15))
+  # Arithmetic makes quiet NaNs, which have a bit that is kept.
+  return lax.bitcast_convert_type(_bits(moved) & jnp.uint32(0xFFFFFF00), jnp.float32)
 
 
 def residual(
@@ -500,6 +662,11 @@ def _top_bits(master: jax.Array, master_bits: int) -> jax.Array:
 
 def _levels_float16(dtype) -> float:
   return 127.0 if dtype == jnp.int8 else 32767.0
+
+
+def _unit_float16(param: jax.Array, correction_dtype) -> jax.Array:
+  """What one unit of a float16 parameter's correction is worth."""
+  return _half_ulp_float16(param) * (1.0 / _levels_float16(correction_dtype))
 
 
 def _half_ulp_float16(param: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ from flashoptim_jax.transform import (
   PARAM_SHARDINGS,
   NewParam,
   checked_gradient,
+  update_dtype,
 )
 
 _DEFAULT_STORAGE = Storage()
@@ -128,7 +129,9 @@ def compress(
     passed_on = {k: v for k, v in extra_args.items() if k not in _OWN_ARGUMENTS}
 
     def update(grads, state, params):
-      masters = list(map(codec.merge, params, _corrections(state, treedef)))
+      rounding = codec.rounding_of(state.count)
+      corrections = _corrections(state, treedef)
+      masters = list(map(codec.merge, params, corrections))
       wide = [g.astype(m.dtype) for g, m in zip(grads, masters, strict=True)]
       changes, inner = tx.update(
           treedef.unflatten(wide),
@@ -136,10 +139,23 @@ def compress(
           treedef.unflatten(masters),
           **passed_on,
       )
-      masters = optax.apply_updates(masters, treedef.flatten_up_to(changes))
+      # Rounded to the master weights' dtype, as optax.apply_updates would.
+      steps = [
+          jnp.asarray(change).astype(master.dtype)
+          for change, master in zip(
+              treedef.flatten_up_to(changes), masters, strict=True
+          )
+      ]
+      masters = [
+          codec.advance(param, correction, step, rounding.master)
+          for param, correction, step in zip(params, corrections, steps, strict=True)
+      ]
       stored = [
           codec.store(
-              master, param, None if new_params else grad.dtype, storage.master_bits
+              master,
+              param,
+              None if new_params else update_dtype(grad.dtype, param.dtype),
+              storage.master_bits,
           )
           for master, param, grad in zip(masters, params, grads, strict=True)
       ]
@@ -151,9 +167,10 @@ def compress(
             for _, correction in stored
         ])
       results = [result for result, _ in stored]
-      rounding = codec.rounding_of(state.count)
       count = optax.safe_increment(state.count)
-      return results, encode_inner(inner, count, correction, form(), rounding)
+      return results, encode_inner(
+          inner, count, correction, form(), rounding, state.scales
+      )
 
     args = (
         _gradients(updates, params),
@@ -261,6 +278,7 @@ def _check_state(state: Any, params: Any, layout: Any, form: Format) -> None:
           jnp.zeros([], jnp.int32),
           state_lib.zero_correction(params, form.storage),
           form,
+          scales=state.scales,
       ),
       params,
       layout,
@@ -292,7 +310,8 @@ def encode_inner(
     count: jax.Array,
     correction: Any,
     form: Format,
-    rounding: codec.Rounding = codec.TO_NEAREST,
+    rounding: codec.Rounding | None = None,
+    scales: Mapping[str, Any] | None = None,
 ) -> CompressedState:
   """Puts the moments in a transformation's state into their storage.
 
@@ -301,26 +320,38 @@ def encode_inner(
     count: Updates done so far.
     correction: The corrections of the parameters.
     form: What to store, and how.
-    rounding: How scales and codes are rounded.
+    rounding: How scales and codes are rounded, by default to the nearest.
+    scales: Those of the state before, whose leaves without any stay in floats. By
+      default, shapes decide.
   """
-  kinds, scales = dict(form.moments), {}
+  kinds, new_scales = dict(form.moments), {}
 
   def encode(name, moment):
     treedef: Any
     leaves, treedef = jax.tree.flatten(moment)
+    kind, key = kinds[name], state_lib.scale_name(name)
+    how = codec.TO_NEAREST if rounding is None else getattr(rounding, kind)
+    if scales is None or key not in scales:
+      quantized = [form.storage.quantizes(jnp.shape(leaf)) for leaf in leaves]
+    else:
+      quantized = [
+          not isinstance(scale, optax.MaskedNode)
+          for scale in treedef.flatten_up_to(scales[key])
+      ]
     pairs = [
         explicit_axes.encode(
-            jnp.asarray(leaf).astype(jnp.float32), kinds[name], form.storage, rounding
+            jnp.asarray(leaf).astype(jnp.float32), kind, form.storage, how
         )
-        for leaf in leaves
+        if codes
+        else (leaf, optax.MaskedNode())
+        for leaf, codes in zip(leaves, quantized, strict=True)
     ]
-    of_moment = treedef.unflatten([scale for _, scale in pairs])
-    scales[state_lib.scale_name(name)] = of_moment
+    new_scales[key] = treedef.unflatten([scale for _, scale in pairs])
     return treedef.unflatten([codes for codes, _ in pairs])
 
   if form.storage.moment_bits == 8:
     inner = state_lib.map_subtrees(encode, inner, kinds)
-  return CompressedState(count, inner, scales, correction, form)
+  return CompressedState(count, inner, new_scales, correction, form)
 
 
 def decode_inner(state: CompressedState, layout: Any) -> Any:
@@ -334,9 +365,13 @@ def decode_inner(state: CompressedState, layout: Any) -> Any:
 
   def decode(name, moment):
     return jax.tree.map(
-        lambda codes, scale, like: explicit_axes.decode(
-            codes, scale, kinds[name], storage
-        ).astype(like.dtype),
+        lambda codes, scale, like: (
+            codes
+            if isinstance(scale, optax.MaskedNode)
+            else explicit_axes.decode(codes, scale, kinds[name], storage).astype(
+                like.dtype
+            )
+        ),
         moment,
         state.scales[state_lib.scale_name(name)],
         state_lib.subtree(layout, name),

@@ -419,7 +419,12 @@ def encode(moments: dict[str, Any], form: Format) -> dict[str, Any]:
     leaves, treedef = jax.tree.flatten(moments[name])
     leaves = [jnp.asarray(leaf).astype(jnp.float32) for leaf in leaves]
     if form.storage.moment_bits == 8:
-      encoded = [_encode_leaf(leaf, kind, form.storage) for leaf in leaves]
+      encoded = [
+          _encode_leaf(leaf, kind, form.storage)
+          if form.storage.quantizes(leaf.shape)
+          else (leaf, optax.MaskedNode())
+          for leaf in leaves
+      ]
       leaves = [codes for codes, _ in encoded]
       scales = [scale for _, scale in encoded]
       fields[f"{name}_scale"] = treedef.unflatten(scales)

@@ -11,7 +11,7 @@ from flashoptim_jax.storage import Storage
 
 
 def encode(
-    x: jax.Array, kind: codec.Kind, storage: Storage, rounding: codec.Rounding
+    x: jax.Array, kind: codec.Kind, storage: Storage, rounding: codec.MomentRounding
 ) -> tuple[jax.Array, jax.Array]:
   """:func:`flashoptim_jax.codec.encode`; codes are sharded as x is."""
   own = jax.typeof(x).sharding

@@ -1,5 +1,6 @@
 """The optimizers: Optax's signatures and defaults, and keyword-only extras."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -16,6 +17,8 @@ ScalarOrSchedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
 Mask: TypeAlias = Any | Callable[[Any], Any] | None
 
 _DEFAULT_STORAGE = Storage()
+# Keeps what limits quantised moments away from exact ones and float32's errors.
+_BOUND_SLACK = 1.05
 
 
 def adamw(
@@ -100,7 +103,7 @@ def adamw(
   _refuse_dtype("mu_dtype", mu_dtype)
   return _transformation(
       rules.NADAM if nesterov else rules.ADAM,
-      lambda count: _adam_scalars(count, b1, b2, eps, eps_root),
+      lambda count: _adam_scalars(count, b1, b2, eps, eps_root, nesterov),
       learning_rate,
       weight_decay,
       plain=lambda: optax.adamw(
@@ -157,7 +160,7 @@ def adam(
   _refuse_dtype("mu_dtype", mu_dtype)
   return _transformation(
       rules.NADAM if nesterov else rules.ADAM,
-      lambda count: _adam_scalars(count, b1, b2, eps, eps_root),
+      lambda count: _adam_scalars(count, b1, b2, eps, eps_root, nesterov),
       learning_rate,
       plain=lambda: optax.adam(
           learning_rate, b1, b2, eps, eps_root, nesterov=nesterov
@@ -388,25 +391,56 @@ def _transformation(
   )
 
 
-def _adam_scalars(count, b1, b2, eps, eps_root) -> rules.Scalars:
+def _adam_scalars(count, b1, b2, eps, eps_root, nesterov: bool) -> rules.Scalars:
   """Adam's scalars for the update that follows ``count`` updates."""
   b1 = _hyperparameter(b1, 0.9)
   b2 = _hyperparameter(b2, 0.999)
-  done = optax.safe_increment(count)
-
-  def correction(decay, count):
-    return (1 - decay**count).astype(jnp.float32)
-
-  return {
+  scalars = {
       "b1": b1,
       "one_minus_b1": 1 - b1,
       "b2": b2,
       "one_minus_b2": 1 - b2,
       "eps": _hyperparameter(eps, 1e-8),
       "eps_root": _hyperparameter(eps_root, 0.0),
-      "mu_correction": correction(b1, done),
-      "mu_correction_next": correction(b1, optax.safe_increment(done)),
-      "nu_correction": correction(b2, done),
+  }
+  return scalars | _adam_scalars_of_count(count, b1, b2, nesterov)
+
+
+# Compiled once, where powers of each count would be compiled for each anew.
+@functools.partial(jax.jit, static_argnames="nesterov", inline=True)
+def _adam_scalars_of_count(count, b1, b2, nesterov: bool) -> rules.Scalars:
+  done = optax.safe_increment(count)
+
+  def correction(decay, count):
+    return (1 - decay**count).astype(jnp.float32)
+
+  mu_correction = correction(b1, done)
+  mu_correction_next = correction(b1, optax.safe_increment(done))
+  nu_correction = correction(b2, done)
+  # A gradient of n updates ago counts w·b1ⁿ in the direction's numerator, the last one
+  # w₀, and (1-b2)·b2ⁿ/nu_correction in the second moment. By Cauchy and Schwarz, the
+  # numerator over the root of the second moment is at most
+  # sqrt(nu_correction/(1-b2) · (w₀² + w²·Σ (b1²/b2)ⁿ)).
+  if nesterov:
+    w = b1 * (1 - b1) / mu_correction_next
+    w_0 = w + (1 - b1) / mu_correction
+  else:
+    w = w_0 = (1 - b1) / mu_correction
+  updates = done.astype(jnp.float32)
+  ratio = jnp.asarray(b1 * b1 / b2, jnp.float32)
+  bounded = ratio < 1
+  ratio = jnp.where(bounded, ratio, 0.5)
+  # Near 1, where the quotient would be of small differences, all are taken for 1.
+  sum_of_powers = jnp.where(
+      ratio > 0.999, updates, (1 - ratio**updates) / (1 - ratio)
+  )
+  square = nu_correction / (1 - b2) * (w_0**2 + w**2 * (sum_of_powers - 1))
+  least_root = 1 / (_BOUND_SLACK * jnp.sqrt(square))
+  return {
+      "mu_correction": mu_correction,
+      "mu_correction_next": mu_correction_next,
+      "nu_correction": nu_correction,
+      rules.LEAST_ROOT: jnp.where(bounded, least_root, 0).astype(jnp.float32),
   }
 
 

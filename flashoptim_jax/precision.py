@@ -183,7 +183,9 @@ def moments(opt_state: optax.OptState) -> dict[str, Any]:
       if scales is not None:
         values = jax.tree.map(
             lambda codes, scale, kind=kind, storage=state.format.storage: (
-                explicit_axes.decode(codes, scale, kind, storage)
+                codes
+                if isinstance(scale, optax.MaskedNode)
+                else explicit_axes.decode(codes, scale, kind, storage)
             ),
             values,
             host_memory.to_device(scales),

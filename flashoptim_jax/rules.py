@@ -9,7 +9,6 @@ To add an optimizer, write a rule and a factory in
 :mod:`flashoptim_jax.optimizers`.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,20 +18,30 @@ import jax.numpy as jnp
 from flashoptim_jax import codec
 
 Scalars = Mapping[str, Any]
+# Scalar of Adam's rules, for quantised moments alone: how small the root of the second
+# moment can be beside the first, both corrected for bias.
+LEAST_ROOT = "least_root"
 
 
 class Moment(NamedTuple):
-  """A running average that a rule keeps.
+  """A running average of gradients, or of their squares, that a rule keeps.
 
   Attributes:
     name: ``"mu"`` or ``"nu"``, its field in the state.
-    kind: How it is companded.
-    update: ``(grad, moment, scalars) -> moment``.
+    kind: ``"first"`` for gradients, ``"second"`` for squares; how it is companded.
+    gain: Name of the scalar by which what is averaged is multiplied.
+    decay: Name of the scalar by which the average is multiplied.
   """
 
   name: str
   kind: codec.Kind
-  update: Callable[[jax.Array, jax.Array, Scalars], jax.Array]
+  gain: str
+  decay: str
+
+  def update(self, grad: jax.Array, moment: jax.Array, h: Scalars) -> jax.Array:
+    """The average after one more gradient."""
+    power = grad if self.kind == "first" else grad * grad
+    return h[self.gain] * power + h[self.decay] * moment
 
 
 class Rule(NamedTuple):
@@ -53,18 +62,11 @@ class Rule(NamedTuple):
   nesterov: bool = False
 
 
-def _average(decay: str, grad, moment, h: Scalars):
-  return h[f"one_minus_{decay}"] * grad + h[decay] * moment
-
-
-def _average_of_squares(decay: str, grad, moment, h: Scalars):
-  return h[f"one_minus_{decay}"] * (grad * grad) + h[decay] * moment
-
-
 def _adam(grad, old, new, h: Scalars):
   del grad, old
   mu, nu = new
-  return mu * _inverse(h["mu_correction"]) / _adam_denominator(nu, h)
+  mu_hat = mu * _inverse(h["mu_correction"])
+  return mu_hat / _adam_denominator(mu_hat, nu, h)
 
 
 def _nadam(grad, old, new, h: Scalars):
@@ -72,11 +74,17 @@ def _nadam(grad, old, new, h: Scalars):
   mu, nu = new
   mu_hat = mu * _inverse(h["mu_correction_next"])
   grad_hat = grad * _inverse(h["mu_correction"])
-  return (h["b1"] * mu_hat + h["one_minus_b1"] * grad_hat) / _adam_denominator(nu, h)
+  numerator = h["b1"] * mu_hat + h["one_minus_b1"] * grad_hat
+  return numerator / _adam_denominator(numerator, nu, h)
 
 
-def _adam_denominator(nu, h: Scalars):
-  return jnp.sqrt(nu * _inverse(h["nu_correction"]) + h["eps_root"]) + h["eps"]
+def _adam_denominator(numerator, nu, h: Scalars):
+  root = jnp.sqrt(nu * _inverse(h["nu_correction"]) + h["eps_root"])
+  if LEAST_ROOT in h:
+    # The errors of two quantised moments don't go together. Whatever they are, the
+    # quotient stays in the bounds of exact ones.
+    root = jnp.maximum(root, jnp.abs(numerator) * h[LEAST_ROOT])
+  return root + h["eps"]
 
 
 def _inverse(correction: Any) -> Any:
@@ -86,11 +94,7 @@ def _inverse(correction: Any) -> Any:
 
 def _lion(grad, old, new, h: Scalars):
   del new
-  return jnp.sign(_average("b1", grad, old[0], h))
-
-
-def _accumulate(grad, moment, h: Scalars):
-  return h["one_minus_dampening"] * grad + h["momentum"] * moment
+  return jnp.sign(h["one_minus_b1"] * grad + h["b1"] * old[0])
 
 
 def _heavy_ball(grad, old, new, h: Scalars):
@@ -108,10 +112,10 @@ def _gradient(grad, old, new, h: Scalars):
   return grad
 
 
-_MU_B1 = Moment("mu", "first", functools.partial(_average, "b1"))
-_MU_B2 = Moment("mu", "first", functools.partial(_average, "b2"))
-_MU_SUM = Moment("mu", "first", _accumulate)
-_NU_B2 = Moment("nu", "second", functools.partial(_average_of_squares, "b2"))
+_MU_B1 = Moment("mu", "first", "one_minus_b1", "b1")
+_MU_B2 = Moment("mu", "first", "one_minus_b2", "b2")
+_MU_SUM = Moment("mu", "first", "one_minus_dampening", "momentum")
+_NU_B2 = Moment("nu", "second", "one_minus_b2", "b2")
 
 ADAM = Rule("adam", (_MU_B1, _NU_B2), _adam)
 NADAM = Rule("adam", (_MU_B1, _NU_B2), _nadam, nesterov=True)

@@ -1,6 +1,7 @@
 """The optimizer state: trees that mirror the parameters, and what they mean."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeAlias
 
@@ -190,20 +191,22 @@ def init(params: Any, form: Format) -> FlashState:
   check_params(params)
   storage = form.storage
 
-  def like(dtype):
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+  def values(param, kind):
+    quantized = storage.quantizes(jnp.shape(param))
+    dtype = codec.CODE_DTYPE[kind] if quantized else jnp.float32
+    return jnp.zeros_like(param, dtype=dtype)
 
-  def scales():
-    return jax.tree.map(lambda p: zero_scale(p, storage.group_size), params)
+  def scale(param):
+    if not storage.quantizes(jnp.shape(param)):
+      return absent
+    return zero_scale(param, storage.group_size)
 
   absent = optax.MaskedNode()
   fields = dict.fromkeys(("mu", "mu_scale", "nu", "nu_scale"), absent)
   for name, kind in form.moments:
+    fields[name] = jax.tree.map(functools.partial(values, kind=kind), params)
     if storage.moment_bits == 8:
-      fields[name] = like(codec.CODE_DTYPE[kind])
-      fields[f"{name}_scale"] = scales()
-    else:
-      fields[name] = like(jnp.float32)
+      fields[f"{name}_scale"] = jax.tree.map(scale, params)
   return FlashState(
       count=jnp.zeros([], jnp.int32),
       correction=zero_correction(params, storage),

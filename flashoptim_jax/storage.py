@@ -1,6 +1,7 @@
 """How parameters and optimizer state are stored."""
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -20,6 +21,9 @@ class Storage:
     moment_bits: 8 (codes with one scale per group) or 32 (float32).
     group_size: Elements that share a scale, along one axis of a leaf.
     companding: ``"root"`` or ``"paper"``, see :mod:`flashoptim_jax.codec`.
+    min_quantized_size: Leaves with fewer elements keep their moments in float32:
+      norms, biases and other vectors, whose elements may differ by many orders of
+      magnitude, and which take next to no memory.
 
   Raises:
     ValueError: If an option is none of the above.
@@ -29,6 +33,7 @@ class Storage:
   moment_bits: Literal[8, 32] = 8
   group_size: int = 32
   companding: Literal["root", "paper"] = "root"
+  min_quantized_size: int = 4096
 
   def __post_init__(self):
     for name, options in (
@@ -42,8 +47,13 @@ class Storage:
             f"Storage.{name} is {value!r}; expected one of "
             f"{', '.join(map(repr, options))}."
         )
-    size = self.group_size
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-      raise ValueError(
-          f"Storage.group_size is {size!r}; expected a positive int."
-      )
+    for name, least in (("group_size", 1), ("min_quantized_size", 0)):
+      size = getattr(self, name)
+      if isinstance(size, bool) or not isinstance(size, int) or size < least:
+        raise ValueError(
+            f"Storage.{name} is {size!r}; expected an int of at least {least}."
+        )
+
+  def quantizes(self, shape: tuple[int, ...]) -> bool:
+    """Whether the moments of a leaf of that shape are codes and scales."""
+    return self.moment_bits == 8 and math.prod(shape) >= self.min_quantized_size

@@ -77,23 +77,20 @@ def flash_transformation(
       raise ValueError(base.NO_PARAMS_MSG)
     new_params = bool(extra_args.get(NEW_PARAMS, False))
     leaves = _leaves(updates, state, params, form)
+    if not new_params:
+      leaves = list(map(_with_update_dtype, leaves))
     flags = _decay_flags(mask, params) if decay else [False] * len(leaves)
     leaves = [
         leaf._replace(decay=flag)
         for leaf, flag in zip(leaves, flags, strict=True)
     ]
-    rounding = codec.rounding_of(state.count)
     deferred_update = extra_args.get(DEFERRED, False)
     update = deferred.update_leaves if deferred_update else kernels.update_leaves
     updated = update(
         rule,
         form.storage,
         leaves,
-        {
-            **scalars(state.count),
-            "scale_rounding": rounding.scale,
-            "code_rounding": rounding.code,
-        },
+        {**scalars(state.count), **codec.rounding_scalars(state.count)},
         implementation=implementation,
         new_params=new_params,
         shardings=extra_args.get(PARAM_SHARDINGS, {}),
@@ -150,7 +147,9 @@ def _leaves(
     pairs = []
     for kind, name, values, scales in moments:
       dtype, scale_dtype = jnp.float32, None
-      if storage.moment_bits == 8:
+      # As the state was made: inside shard_map, and for a slice of a stack, the shape
+      # is not the one that decided.
+      if storage.moment_bits == 8 and not isinstance(scales[i], optax.MaskedNode):
         dtype, scale_dtype = codec.CODE_DTYPE[kind], codec.SCALE_DTYPE
       codes = _expect(f"state's {name}", path, values[i], param.shape, dtype)
       what = f"state's {name}_scale"
@@ -160,6 +159,18 @@ def _leaves(
         kernels.Leaf(path, grad, param, correction, tuple(pairs), False)
     )
   return leaves
+
+
+def _with_update_dtype(leaf: kernels.Leaf) -> kernels.Leaf:
+  """A leaf whose gradient has the dtype in which its update loses nothing."""
+  return leaf._replace(
+      grad=leaf.grad.astype(update_dtype(leaf.grad.dtype, leaf.param.dtype))
+  )
+
+
+def update_dtype(grad_dtype: Any, param_dtype: Any) -> Any:
+  """The dtype of the update of a parameter: the gradient's, if it is wide enough."""
+  return jnp.promote_types(grad_dtype, param_dtype)
 
 
 def checked_gradient(
@@ -242,7 +253,9 @@ def _new_state(
     fields[name] = treedef.unflatten([leaf.moments[i][0] for leaf in updated])
     if form.storage.moment_bits == 8:
       scales = [leaf.moments[i][1] for leaf in updated]
-      fields[f"{name}_scale"] = treedef.unflatten(scales)
+      fields[f"{name}_scale"] = treedef.unflatten([
+          absent if scale is None else scale for scale in scales
+      ])
   if form.storage.master_bits is not None:
     fields["correction"] = treedef.unflatten([
         absent if leaf.correction is None else leaf.correction

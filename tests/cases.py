@@ -46,11 +46,12 @@ OPTIMIZERS = {
     "lion": Optimizer(fo.lion, optax.lion, {"weight_decay": 0.1}, ("mu",)),
 }
 
+# Leaves are small here, and shall have codes all the same.
 STORAGES = {
-    "root": fo.Storage(),
-    "paper": fo.Storage(companding="paper"),
+    "root": fo.Storage(min_quantized_size=0),
+    "paper": fo.Storage(companding="paper", min_quantized_size=0),
     "32/32": fo.Storage(master_bits=32, moment_bits=32),
-    "none/8": fo.Storage(master_bits=None),
+    "none/8": fo.Storage(master_bits=None, min_quantized_size=0),
 }
 
 LEARNING_RATE = 2.0**-7  # Exact in bfloat16, for optax.inject_hyperparams.

@@ -110,7 +110,7 @@ def test_compiles(variant, capability):
 def test_compiles_for_amd(variant, monkeypatch):
   from flashoptim_jax.kernels import triton_kernel, triton_portable
 
-  for name in ("divide", "pin", "quiet", "saturate"):
+  for name in ("divide", "pin", "quiet", "saturate", "saturate_biased"):
     monkeypatch.setattr(triton_kernel, name, getattr(triton_portable, name))
   compiled = build("gfx942", True, **VARIANTS[variant])
   assert re.search(r"\.amdgcn_target .*gfx942", compiled.asm["amdgcn"])

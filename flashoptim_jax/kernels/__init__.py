@@ -40,6 +40,11 @@ class Leaf(NamedTuple):
   moments: tuple[tuple[jax.Array, jax.Array | None], ...]
   decay: bool
 
+  @property
+  def quantized(self) -> bool:
+    """Whether its moments are codes and scales."""
+    return any(scale is not None for _, scale in self.moments)
+
 
 class UpdatedLeaf(NamedTuple):
   """What the update of one parameter writes.
@@ -82,8 +87,8 @@ def update_leaves(
     storage: The state's storage.
     leaves: The leaves.
     scalars: The rule's hyperparameters, with ``learning_rate`` and
-      ``weight_decay``, and the parts of a :class:`flashoptim_jax.codec.Rounding`,
-      ``scale_rounding`` and ``code_rounding``; numbers or arrays of shape ().
+      ``weight_decay``, and :func:`flashoptim_jax.codec.rounding_scalars`; numbers or
+      arrays of shape ().
     implementation: One of ``NAMES`` or None.
     new_params: Whether ``result`` is the new parameter or the update.
     shardings: Shardings of parameters by path, as far as the user gave them.

@@ -91,7 +91,9 @@ def sliceable(eqn: core.JaxprEqn, axes: int) -> bool:
   """Whether the update of a stack is that of its slices along leading axes."""
   storage: Storage = eqn.params["launch"].storage
   shape = _shape(eqn)
-  if storage.moment_bits != 8 or not eqn.params["launch"].rule.moments:
+  treedef = eqn.params["leaf"].treedef
+  *_, moments = treedef.unflatten(range(treedef.num_leaves))
+  if all(scale is None for _, scale in moments):
     return True
   whole = codec.group_axis(shape, storage.group_size)
   slices = codec.group_axis(shape[axes:], storage.group_size)

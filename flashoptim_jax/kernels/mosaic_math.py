@@ -6,14 +6,18 @@ update's direction needs none of these where it is rounded to a 24-bit weight. N
 it need its scalar factors one by one: they are multiplied together first.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
+
+from flashoptim_jax.rules import Rule
 
 _LARGEST = 3.0e38
 _TINY = 2.0**-126
@@ -81,10 +85,44 @@ def _power(x: jax.Array, exponent: float) -> jax.Array:
   return jnp.exp2(log2(x) * exponent)
 
 
+class Known(NamedTuple):
+  """What is known of an argument.
+
+  Attributes:
+    array: The argument, less a factor.
+    factor: The number by which it is to be multiplied.
+    root: The square root of ``array``, less a factor, or None.
+    root_factor: That of the root.
+  """
+
+  array: jax.Array
+  factor: Any
+  root: jax.Array | None
+  root_factor: float
+
+
+@functools.cache
+def reads_old_moments(rule: Rule, scalars: tuple[str, ...]) -> bool:
+  """Whether a rule's direction depends on the moments before the update.
+
+  Args:
+    rule: The rule.
+    scalars: Names of its scalars.
+  """
+  number = jax.ShapeDtypeStruct((), jnp.float32)
+  moments = [number] * len(rule.moments)
+  jaxpr = jax.make_jaxpr(rule.direction)(
+      number, moments, moments, dict.fromkeys(scalars, number)
+  ).jaxpr
+  read = {id(atom) for eqn in jaxpr.eqns for atom in eqn.invars}
+  read |= set(map(id, jaxpr.outvars))
+  return any(id(old) in read for old in jaxpr.invars[1 : 1 + len(moments)])
+
+
 def evaluate(
     f: Callable[..., jax.Array],
     args: Any,
-    roots: list[tuple[jax.Array, jax.Array, float]],
+    known: Sequence[Known],
     reciprocal: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Any]:
   """``f(*args)``, cheaper, as an array and a number that it is to be multiplied by.
@@ -92,25 +130,24 @@ def evaluate(
   Args:
     f: Computes one array from arrays and scalars.
     args: Its arguments.
-    roots: Arguments whose square roots are at hand, with the roots and what these
-      come multiplied by. The root of an argument's multiple is a multiple of its.
+    known: What is known of some of them, found by their arrays.
     reciprocal: Used in divisions by arrays.
   """
   leaves, tree = jax.tree.flatten(args)
   closed = jax.make_jaxpr(lambda *x: f(*jax.tree.unflatten(tree, x)))(*leaves)
-  known = {
-      i: (root, 1.0 / multiple)
+  of_arguments = {
+      i: each
       for i, leaf in enumerate(leaves)
-      for value, root, multiple in roots
-      if leaf is value
+      for each in known
+      if leaf is each.array
   }
-  return _run(closed, leaves, known, reciprocal)
+  return _run(closed, leaves, of_arguments, reciprocal)
 
 
 def _run(
     closed: Any,
     args: list[Any],
-    known: dict[int, tuple[jax.Array, Any]],
+    known: dict[int, Known],
     reciprocal: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Any]:
   values: dict[Any, Any] = {}
@@ -134,43 +171,64 @@ def _run(
     """The scalar that all elements are equal to, or None."""
     if isinstance(atom, core.Literal):
       return atom.val
-    return values[atom] if not atom.aval.shape else scalars.get(atom)
+    if not atom.aval.shape:
+      return values[atom]
+    return scalars.get(atom)
 
   jaxpr = closed.jaxpr
   values.update(zip(jaxpr.constvars, closed.consts, strict=True))
-  values.update(zip(jaxpr.invars, args, strict=True))
-  roots.update({jaxpr.invars[i]: root for i, root in known.items()})
+  for i, (variable, value) in enumerate(zip(jaxpr.invars, args, strict=True)):
+    if i not in known:
+      values[variable] = value
+      continue
+    array, factor, root, root_factor = known[i]
+    products[variable] = array, factor
+    if root is not None:
+      roots[variable] = root, root_factor * jnp.sqrt(factor)
   for eqn in jaxpr.eqns:
     (out,), name, atoms = eqn.outvars, eqn.primitive.name, eqn.invars
     if name == "broadcast_in_dim" and not atoms[0].aval.shape:
       scalars[out] = read(atoms[0])
-    if name == "mul" and scalar(atoms[0]) is not None:
+    if name in ("mul", "add") and scalar(atoms[0]) is not None:
       atoms = atoms[::-1]
     root = roots.get(atoms[0]) if isinstance(atoms[0], core.Var) else None
-    if name == "mul" and out.aval.shape and scalar(atoms[1]) is not None:
+    is_array = bool(out.aval.shape)
+    if name == "mul" and is_array and scalar(atoms[1]) is not None:
       (array, factor), by = parts(atoms[0]), scalar(atoms[1])
       products[out] = array, factor * by
       if root is not None:
         roots[out] = root[0], root[1] * jnp.sqrt(by)
-      continue
-    if name == "div" and out.aval.shape:
+    elif name == "div" and is_array:
       array, factor = parts(atoms[0])
       products[out] = array * reciprocal(read(atoms[1])), factor
-      continue
-    if name == "sqrt" and out.aval.shape:
+    elif name == "sqrt" and is_array:
       if root is None:
         x = read(atoms[0])
         values[out] = x * inverse_root(x)
       else:
         products[out] = root
-      continue
-    if name == "sign":
+    elif name == "abs" and is_array:
+      array, factor = parts(atoms[0])
+      products[out] = jnp.abs(array), jnp.abs(factor)
+    elif name == "max" and is_array:
+      # Roots and magnitudes, whose factors are positive.
+      (array, factor), (other, by) = map(parts, atoms)
+      products[out] = jnp.maximum(array, other * (by / factor)), factor
+    elif name == "sign":
       # A normal number is at least 1 when multiplied by it.
       values[out] = jnp.clip(read(atoms[0]) * _LARGEST, -1.0, 1.0)
-      continue
-    adds_zero = name == "add" and isinstance(atoms[1], core.Literal)
-    if root is not None and adds_zero and atoms[1].val == 0:
-      values[out], roots[out] = read(atoms[0]), root
-      continue
-    values[out] = eqn.primitive.bind(*map(read, atoms), **eqn.params)
+    elif name == "add" and is_array and _is_zero(scalar(atoms[1])):
+      products[out] = parts(atoms[0])
+      if root is not None:
+        roots[out] = root
+    elif name == "add" and is_array and scalar(atoms[1]) is not None:
+      (array, factor), added = parts(atoms[0]), scalar(atoms[1])
+      products[out] = array + added / factor, factor
+    else:
+      values[out] = eqn.primitive.bind(*map(read, atoms), **eqn.params)
   return parts(jaxpr.outvars[0])
+
+
+def _is_zero(number: Any) -> bool:
+  """Whether a scalar is known to be zero."""
+  return isinstance(number, (int, float, np.generic, np.ndarray)) and not number

@@ -39,12 +39,14 @@ from flashoptim_jax import codec
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf
 from flashoptim_jax.kernels.mosaic_layout import axis_order
 from flashoptim_jax.kernels.mosaic_math import (
+    Known,
     evaluate,
     multiples,
+    reads_old_moments,
     roots_of_square,
     signed_root,
 )
-from flashoptim_jax.rules import Rule, Scalars
+from flashoptim_jax.rules import LEAST_ROOT, Rule, Scalars
 from flashoptim_jax.storage import Storage
 
 GROUP_SIZE = 32
@@ -62,6 +64,9 @@ _NAN = 0x7FC00000
 # Added to a number below 2^22 it leaves its nearest integer in the low bits.
 _ROUND = 1.5 * 2.0**23
 _EVERY_SIGN = 0x80808080 - 2**32
+_SIGN_AND_EXPONENT = 0xFF800000 - 2**32
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+_LEAST_GAIN = 2.0**-60
 _CHUNK = 32
 _LEAST_ROWS = 8 * GROUP_SIZE  # whose scales fill a tile, where groups lie along rows
 
@@ -110,6 +115,7 @@ class _Plan(NamedTuple):
   Attributes:
     rule: The optimizer's arithmetic.
     storage: The state's storage.
+    compressed: Whether moments are codes and scales.
     decay: Whether weight decay applies.
     new_params: Whether parameters or updates are written.
     hyperparameters: Names of the scalars, in the order in which they are passed.
@@ -121,6 +127,7 @@ class _Plan(NamedTuple):
 
   rule: Rule
   storage: Storage
+  compressed: bool
   decay: bool
   new_params: bool
   hyperparameters: tuple[str, ...]
@@ -155,9 +162,10 @@ class _Plan(NamedTuple):
     return self.compressed and axis % GROUP_SIZE != 0
 
   @property
-  def compressed(self) -> bool:
-    """Whether moments have groups."""
-    return self.storage.moment_bits == 8
+  def units_of_gain(self) -> bool:
+    """Whether moments are computed in units of their gain, see `_Unit.unit`."""
+    names = (*self.hyperparameters, *self.zeros)
+    return self.compressed and not reads_old_moments(self.rule, names)
 
   @property
   def turned(self) -> bool:
@@ -248,10 +256,35 @@ class _Unit:
     self.outputs = outputs
     self.h = {name: scalars[i] for i, name in enumerate(plan.hyperparameters)}
     self.h |= dict.fromkeys(plan.zeros, 0.0)
+    self.units = {moment.name: self._unit_of(moment) for moment in plan.rule.moments}
     self.first_row = pl.program_id(len(plan.cut.leading)) * plan.cut.block_rows
     self.inputs = inputs
     self.results = results
     self.scratch = scratch
+
+  def _unit_of(self, moment) -> tuple[Any, Any, Any]:
+    """What a moment is computed in multiples of: its gain.
+
+    An average is computed as power + (decay / gain) · average. Its group's factor is
+    multiplied by decay / gain, which saves two products an element.
+
+    Returns:
+      The unit, what old codes' factors are multiplied by, and new codes' factors.
+    """
+    fold = self.plan.units_of_gain
+    gain = self.h[moment.gain] if fold else 1.0
+    if fold:  # At 0, a number beside which a gradient counts for nothing.
+      gain = jnp.where(jnp.abs(gain) < _LEAST_GAIN, _LEAST_GAIN, gain)
+    decay = self.h[moment.decay] / gain if fold else 1.0
+    is_root = self.plan.storage.companding == "root"
+    if moment.kind == "first":
+      encoder = jnp.sign(gain) * jnp.sqrt(jnp.abs(gain)) if is_root else gain
+      multiple = self.multiples.signed_root if is_root else 1.0
+    else:
+      decay, encoder = jnp.sqrt(decay), jnp.sqrt(gain)
+      encoder = jnp.sqrt(encoder) if is_root else encoder
+      multiple = self.multiples.fourth_root if is_root else self.multiples.root
+    return gain, decay, encoder * (1.0 / multiple)
 
   def _columns(self, unit, tile):
     start = (unit * self.plan.tiles + tile) * _LANES
@@ -385,7 +418,8 @@ class _Unit:
       decoder = self.scratch[f"{moment.name}_decoder"]
       for place, rows in self._scales_of_rows(ref, unit):
         decoder[rows, :] = ref[place].astype(jnp.float32)
-      decoder[...] = codec.decode_factor(decoder[...], moment.kind, plan.storage)
+      factor = codec.decode_factor(decoder[...], moment.kind, plan.storage)
+      decoder[...] = factor * self.units[moment.name][1]
       return
     kept = self.scratch[f"{moment.name}_scale"]
     for half in range(2):
@@ -398,20 +432,30 @@ class _Unit:
         s = _as_float(_take_high(word, odd, 2))
         factor = codec.decode_factor(s, moment.kind, plan.storage)
         rows = pl.ds((2 * half + odd) * _GROUPS, _GROUPS)
-        self.scratch[f"{moment.name}_decoder"][rows, :] = factor
+        self.scratch[f"{moment.name}_decoder"][rows, :] = (
+            factor * self.units[moment.name][1]
+        )
 
   def new_scales(self, moment, step, unit) -> None:
     """Makes scales of the groups' maxima, and factors by which to encode."""
     plan = self.plan
-    largest = self.scratch[f"{moment.name}_max"]
-    groups = _ROWS * _GROUPS
-    parts = [largest[pl.ds(s, groups, stride=8), :] for s in range(8)]
-    s = codec.scale_of_largest(functools.reduce(jnp.maximum, parts), moment.kind)
-    factor = codec.encode_factor(s, moment.kind, plan.storage)
-    factor *= 1.0 / self._code_multiple(moment)
+    parts = self.scratch[f"{moment.name}_max"]
+    rounding = codec.moment_rounding(self.h, moment.kind)
+    halves = [
+        functools.reduce(
+            jnp.maximum,
+            [parts[pl.ds(s, _ROWS * _GROUPS, stride=8), :] for s in sublanes],
+        )
+        for sublanes in self._halves
+    ]
+    multiple = jnp.abs(self.units[moment.name][0])
+    halves = [half * multiple for half in halves]
+    largest = codec.limited_largest(*halves, moment.kind)
+    s = codec.scale_of_largest(largest, moment.kind)
+    factor = codec.encode_factor(s, moment.kind, plan.storage, rounding.slack)
+    factor *= self.units[moment.name][2]
     self.scratch[f"{moment.name}_encoder"][...] = factor
-    rounding = self.h["scale_rounding"].astype(jnp.int32)
-    rounded = codec.round_scale(s, rounding)
+    rounded = codec.round_scale(s, rounding.scale.astype(jnp.int32))
     if plan.cut.along_rows:
       ref = self.results[f"{moment.name}_scale"]
       for place, rows in self._scales_of_rows(ref, unit):
@@ -458,7 +502,7 @@ class _Unit:
     inside = self._inside(step, unit, row) if plan.ragged else None
     for k in range(_ROWS):
       grad = self.floats("grad", k, rows)
-      old, new, roots = [], [], []
+      old, new, roots = [], [], {}
       for moment in plan.rule.moments:
         if plan.compressed:
           word, itemsize = self.word(moment.name, k, rows)
@@ -473,13 +517,16 @@ class _Unit:
           )
         else:
           old.append(self.floats(moment.name, k, rows))
-        new.append(moment.update(grad, old[-1], h))
+        if plan.units_of_gain:
+          new.append((grad if moment.kind == "first" else grad * grad) + old[-1])
+        else:
+          new.append(moment.update(grad, old[-1], h))
         if not plan.compressed:
           self.scratch[moment.name][k, rows, :] = _as_bits(new[-1])
           continue
         magnitude, root, code_root = self._roots(moment, new[-1])
         if root is not None:
-          roots.append((new[-1], root, self.multiples.root))
+          roots[moment.name] = root
         if inside is not None:
           magnitude = jnp.where(inside[k], magnitude, 0.0)
         for i in range(_CHUNK // 8):
@@ -515,15 +562,18 @@ class _Unit:
       magnitude = jnp.abs(value)
       scaled = signed_root(value, magnitude, fast) if is_root else value
       return magnitude, None, scaled
+    # An infinity would make a NaN of its root.
+    value = jnp.minimum(value, _LARGEST)
     root, fourth_root = roots_of_square(value, fast)
     return value, root, fourth_root if is_root else root
 
-  def _code_multiple(self, moment) -> float:
-    """What ``_roots`` multiplies by what codes are made of."""
-    is_root = self.plan.storage.companding == "root"
-    if moment.kind == "first":
-      return self.multiples.signed_root if is_root else 1.0
-    return self.multiples.fourth_root if is_root else self.multiples.root
+  @property
+  def _halves(self) -> tuple[Sequence[int], Sequence[int]]:
+    """Sublanes that hold the largest elements of the halves of a group."""
+    # A sublane has four rows of a group, or columns that are 8 apart.
+    if self.plan.cut.along_rows:
+      return range(0, 8, 2), range(1, 8, 2)
+    return range(4), range(4, 8)
 
   def encode(self, moment, group) -> None:
     """Writes a group's codes."""
@@ -537,14 +587,18 @@ class _Unit:
     for k in range(_ROWS):
       start = pl.multiple_of(k * _LANES + row, 8)
       root = self.scratch[f"{moment.name}_root"][pl.ds(start, _CHUNK), :]
-      level = root * self.factor(moment, "encoder", k, group)
+      factor = self.factor(moment, "encoder", k, group)
+      level = root * factor
       if self.plan.storage.companding == "paper":
         if moment.kind == "first":
           level = levels * (2.0 * level / (1.0 + jnp.abs(level)))
         else:
           level = levels * level
-      if moment.kind == "second":
-        level = level + (self.h["code_rounding"] - 0.5)
+      level = level + (codec.moment_rounding(self.h, moment.kind).code - 0.5)
+      # Where there is a scale, second moments have codes of at least 1.
+      is_second = moment.kind == "second"
+      least = jnp.minimum(factor * _LARGEST, 1.0) if is_second else -levels
+      level = jnp.clip(level, least, levels)
       # A NaN's low bits are zero.
       numbers.append(_as_bits(level + _ROUND))
     word = _pack(numbers, 1, self.plan.interpret)
@@ -558,21 +612,42 @@ class _Unit:
       correction = _take_correction(word, k, itemsize)
     master = _merge(self.floats("param", k, rows), correction)
     rate, decay = -h["learning_rate"], h["weight_decay"]
+    if not plan.compressed:
+      h = {name: value for name, value in h.items() if name != LEAST_ROOT}
     if not self._is_coarse:
+      if plan.units_of_gain:
+        pairs = zip(new, plan.rule.moments, strict=True)
+        new = [value * self.units[moment.name][0] for value, moment in pairs]
       direction = plan.rule.direction(grad, old, new, h)
       return master + rate * (direction + decay * master if plan.decay else direction)
     scalars = {name: value for name, value in h.items() if name not in plan.zeros}
     zeros = dict.fromkeys(plan.zeros, 0.0)
+    known = [
+        Known(
+            value,
+            self.units[moment.name][0],
+            roots.get(moment.name),
+            1.0 / self.multiples.root,
+        )
+        for moment, value in zip(plan.rule.moments, new, strict=True)
+    ]
     direction, factor = evaluate(
         lambda *args: plan.rule.direction(*args[:-1], args[-1] | zeros),
         (grad, old, new, scalars),
-        roots,
+        known,
         functools.partial(pl.reciprocal, approx=not plan.interpret),
     )
     step = (rate * factor) * direction
     if plan.decay:
       step = step + (rate * decay) * master
     return master + step
+
+  @property
+  def _threshold(self):
+    """What is added to the bits of a master weight before they are cut off."""
+    if self.plan.storage.master_bits == 32:
+      return 0
+    return (self.h["master_rounding"] * 256.0).astype(jnp.int32)
 
   @property
   def _is_coarse(self) -> bool:
@@ -610,12 +685,12 @@ class _Unit:
       return bits
     if "correction" not in self.fields:
       return _round_bfloat16(bits)
-    return bits + (0x8080 if self.plan.storage.master_bits == 24 else 0x8000)
+    return bits + (self._threshold + 0x8000)
 
   def _residual(self, bits, produced) -> jax.Array:
     """As ``codec.residual``, from the bits of float32 numbers."""
     discarded = 8 if self.plan.storage.master_bits == 24 else 0
-    top = _logical_shift(bits + 0x80, 8) if discarded else bits
+    top = _logical_shift(bits + self._threshold, discarded)
     produced = _logical_shift(produced & _HIGH_HALF, discarded)
     magnitude = 2 ** (31 - discarded) - 1
     lowest = -(2 ** (15 - discarded))
@@ -805,7 +880,7 @@ def pays(leaf: Leaf) -> bool:
 def unsupported(leaf: Leaf, storage: Storage) -> str | None:
   """Why the kernel can't update a leaf; None if it can."""
   shape = leaf.param.shape
-  if storage.moment_bits == 8 and storage.group_size != GROUP_SIZE:
+  if leaf.quantized and storage.group_size != GROUP_SIZE:
     return f"its group size is {storage.group_size}, not {GROUP_SIZE}"
   for what, array in (("it", leaf.param), ("its gradient", leaf.grad)):
     if array.dtype.name not in _DTYPES:
@@ -814,13 +889,13 @@ def unsupported(leaf: Leaf, storage: Storage) -> str | None:
     return "it is empty"
   if len(shape) < 2:
     return f"it has {len(shape)} dimensions, fewer than 2"
-  if codec.group_axis(shape, storage.group_size) != len(shape) - 1:
+  if leaf.quantized and codec.group_axis(shape, GROUP_SIZE) != len(shape) - 1:
     return f"its groups lie along another axis than the last of {shape}"
   return None
 
 
 def cut(
-    shape: tuple[int, ...], itemsize: int, element_bytes: float, storage: Storage
+    shape: tuple[int, ...], itemsize: int, element_bytes: float, grouped: bool
 ) -> Cut:
   """Cuts a leaf into blocks.
 
@@ -828,10 +903,9 @@ def cut(
     shape: The leaf's shape.
     itemsize: Bytes of one of its numbers.
     element_bytes: Bytes of all arrays, in and out, that an element takes.
-    storage: Its state's storage.
+    grouped: Whether it has groups.
   """
   order, last = axis_order(shape, itemsize), len(shape) - 1
-  grouped = storage.moment_bits == 8
   if grouped and last not in order[-2:]:
     order = tuple(range(len(shape)))
   along_rows = grouped and order[-1] != last
@@ -906,9 +980,10 @@ def _call(
   moved = [*arrays.values(), *(arrays[source.get(n, n)] for n in written)]
   param = arrays["param"]
   element_bytes = sum(a.size * a.dtype.itemsize for a in moved) / param.size
+  compressed = any(name.endswith("_scale") for name in names)
   plan = _Plan(
-      rule, storage, decay, new_params, hyper, zeros,
-      cut(param.shape, param.dtype.itemsize, element_bytes, storage),
+      rule, storage, compressed, decay, new_params, hyper, zeros,
+      cut(param.shape, param.dtype.itemsize, element_bytes, compressed),
       generation >= 6, interpret,
   )
   leading, rows = plan.cut.leading, plan.cut.rows

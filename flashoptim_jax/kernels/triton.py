@@ -53,14 +53,14 @@ def unavailable() -> str | None:
 def unsupported(leaf: Leaf, storage: Storage) -> str | None:
   """Why the kernel can't update a leaf; None if it can."""
   shape = leaf.param.shape
-  if storage.group_size != GROUP_SIZE:
+  if leaf.quantized and storage.group_size != GROUP_SIZE:
     return f"its group size is {storage.group_size}, not {GROUP_SIZE}"
   for what, array in (("it", leaf.param), ("its gradient", leaf.grad)):
     if array.dtype.name not in _DTYPES:
       return f"{what} has dtype {array.dtype.name}"
   if not leaf.param.size:
     return "it is empty"
-  if codec.group_axis(shape, GROUP_SIZE) != len(shape) - 1:
+  if leaf.quantized and codec.group_axis(shape, GROUP_SIZE) != len(shape) - 1:
     return f"its groups lie along another axis than the last of {shape}"
   return None
 
@@ -128,7 +128,7 @@ def _launch_of(
 ) -> "_Launch":
   names = tuple(moment.name for moment in rule.moments)
   arrays = _arrays(leaf, names)
-  length = leaf.param.shape[-1]
+  length = _row_length(leaf)
   return _Launch(
       rule,
       storage,
@@ -137,6 +137,11 @@ def _launch_of(
       min(length & -length, GROUP_SIZE),
       tuple((name, array.dtype.name) for name, array in arrays.items()),
   )
+
+
+def _row_length(leaf: Leaf) -> int:
+  """Elements after which a group ends; all, where there are no groups."""
+  return leaf.param.shape[-1] if leaf.quantized else leaf.param.size
 
 
 class _Launch(NamedTuple):
@@ -182,7 +187,7 @@ class _Launch(NamedTuple):
             NESTEROV=self.rule.nesterov,
             DECAY=self.decay,
             MASTER_BITS=(self.storage.master_bits or 0) * ("correction" in names),
-            COMPRESSED=self.storage.moment_bits == 8,
+            COMPRESSED=any(name.endswith("_scale") for name in names),
             ROOT=self.storage.companding == "root",
             NEW_PARAMS=self.new_params,
             BLOCK_GROUPS=tuned["block_groups"],
@@ -212,7 +217,7 @@ def _layout(
   """The number of blocks, and the kernel's ``layout``."""
   first, rows = 0, []
   for leaf in leaves:
-    length = leaf.param.shape[-1]
+    length = _row_length(leaf)
     groups = leaf.param.size // length * math.ceil(length / GROUP_SIZE)
     rows.append((first, groups, length // alignment))
     first += math.ceil(groups / block_groups)

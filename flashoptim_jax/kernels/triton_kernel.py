@@ -9,9 +9,21 @@ import triton.language as tl
 from jax.extend import backend
 
 if triton.knobs.runtime.interpret or "rocm" in backend.get_backend().platform_version:
-  from flashoptim_jax.kernels.triton_portable import divide, pin, quiet, saturate
+  from flashoptim_jax.kernels.triton_portable import (
+    divide,
+    pin,
+    quiet,
+    saturate,
+    saturate_biased,
+  )
 else:
-  from flashoptim_jax.kernels.triton_ptx import divide, pin, quiet, saturate
+  from flashoptim_jax.kernels.triton_ptx import (
+    divide,
+    pin,
+    quiet,
+    saturate,
+    saturate_biased,
+  )
 
 # Positions of the hyperparameters in the kernel's first argument.
 SCALARS = (
@@ -28,8 +40,14 @@ SCALARS = (
     "nu_scaling",
     "momentum",
     "one_minus_dampening",
-    "scale_rounding",
-    "code_rounding",
+    "least_root",
+    "master_rounding",
+    "first_scale_rounding",
+    "first_code_rounding",
+    "first_slack_rounding",
+    "second_scale_rounding",
+    "second_code_rounding",
+    "second_slack_rounding",
 )
 # Arrays of a leaf, in the order in which the kernel takes them.
 ARRAYS = (
@@ -56,11 +74,19 @@ _MU_SCALING_NEXT = tl.constexpr(9)
 _NU_SCALING = tl.constexpr(10)
 _MOMENTUM = tl.constexpr(11)
 _ONE_MINUS_DAMPENING = tl.constexpr(12)
-_SCALE_ROUNDING = tl.constexpr(13)
-_CODE_ROUNDING = tl.constexpr(14)
+_LEAST_ROOT = tl.constexpr(13)
+_MASTER_ROUNDING = tl.constexpr(14)
+# Of first moments; those of second moments follow.
+_SCALE_ROUNDING = tl.constexpr(15)
+_CODE_ROUNDING = tl.constexpr(16)
+_SLACK_ROUNDING = tl.constexpr(17)
+_ROUNDINGS = tl.constexpr(3)
 
 _TINY = tl.constexpr(2.0**-126)
-_SLACK = tl.constexpr(1 + 2.0**-20)
+_LARGEST_SECOND = tl.constexpr((255 / 128 * 2.0**63) ** 2)
+_HALF_RUN = tl.constexpr(4)
+_LARGEST_RATIO = tl.constexpr(2.0**12)
+_HALF_OF_FLOAT32 = tl.constexpr(2.0**-9)
 _GROUP = tl.constexpr(32)
 
 
@@ -70,10 +96,21 @@ def _bits(x):
 
 
 @triton.jit
-def _group_max(x):
-  """Largest magnitude of each row, NaN where the row holds one."""
+def _group_largest(x, SIGNED: tl.constexpr):
+  """Largest magnitude of each row, NaN where the row holds one.
+
+  Limited where that of one half of the row stands out from the other half's.
+  """
   bits = (_bits(x) & 0x7FFFFFFF).to(tl.int32)
-  return tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+  runs = tl.reshape(bits, (x.shape[0], _GROUP // (2 * _HALF_RUN), 2, _HALF_RUN))
+  halves = tl.max(tl.max(runs, axis=3), axis=1)
+  largest = tl.max(halves, axis=1).to(tl.float32, bitcast=True)
+  other = tl.min(halves, axis=1).to(tl.float32, bitcast=True)
+  limit = other * (_LARGEST_RATIO if SIGNED else _LARGEST_RATIO * _LARGEST_RATIO)
+  stands_out = (other > 0) & (largest > limit)
+  if SIGNED:
+    stands_out = stands_out & (largest * 0 == 0)
+  return tl.where(stands_out, limit, largest)
 
 
 @triton.jit
@@ -108,31 +145,40 @@ def _decode(codes, scale, SIGNED: tl.constexpr, ROOT: tl.constexpr):
 
 @triton.jit
 def _encode(x, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr):
-  """Codes, as int32, and scales, as bfloat16."""
-  largest = _group_max(x)
+  """Codes, as int32, 128 more than signed ones are, and scales, as bfloat16."""
+  roundings = scalars if SIGNED else scalars + _ROUNDINGS
+  largest = _group_largest(x, SIGNED)
   largest = tl.where(largest < _TINY, 0.0, largest)
   # The same approximate root and the same order of operations as in XLA's code for
   # GPUs, so that both round alike.
-  scale = largest if SIGNED else tl.sqrt(largest)
-  scale = tl.where(scale * 0 == 0, scale, float("nan"))
+  if SIGNED:
+    scale = tl.where(largest * 0 == 0, largest, float("nan"))
+  else:
+    scale = tl.sqrt(tl.where(largest > _LARGEST_SECOND, _LARGEST_SECOND, largest))
   levels: tl.constexpr = 127.0 if SIGNED else 255.0
+  slack = tl.load(roundings + _SLACK_ROUNDING)
   if ROOT:
-    factor = levels * _SLACK * _inverse(tl.sqrt(scale))[:, None]
+    factor = (levels * slack * _inverse(tl.sqrt(scale)))[:, None]
     root = tl.sqrt(tl.abs(x)) if SIGNED else tl.sqrt(tl.sqrt(x))
     level = root * factor
   else:
-    factor = _SLACK * _inverse(scale)[:, None]
+    factor = (slack * _inverse(scale))[:, None]
     if SIGNED:
       ratio = tl.abs(x) * factor
       level = levels * divide(2.0 * ratio, 1.0 + ratio)
     else:
       level = levels * (tl.sqrt(x) * factor)
-  level += 0.5 if SIGNED else tl.load(scalars + _CODE_ROUNDING)
+  threshold = tl.load(roundings + _CODE_ROUNDING)
+  # What is beyond the largest is left to `saturate`. A NaN gives some code or other, in
+  # a group whose scale is NaN.
   if SIGNED:
     level = (_bits(level) | (_bits(x) & 0x80000000)).to(tl.float32, bitcast=True)
-  # A NaN gives some code or other, in a group whose scale is NaN.
-  code = level.to(tl.int32)
-  return code, _round_scale(scale, tl.load(scalars + _SCALE_ROUNDING).to(tl.int32))
+    # Positive, for the conversion to cut off downwards.
+    code = tl.maximum(level + (threshold + 128.0), 1.0).to(tl.int32)
+  else:
+    code = tl.maximum(level + threshold, 1.0)
+    code = tl.where(factor > 0, code, 0.0).to(tl.int32)
+  return code, _round_scale(scale, tl.load(roundings + _SCALE_ROUNDING).to(tl.int32))
 
 
 @triton.jit
@@ -143,12 +189,35 @@ def _half_ulp_float16(param):
 
 
 @triton.jit
+def _unit_float16(param, MASTER_BITS: tl.constexpr):
+  """What one unit of a correction is worth."""
+  levels: tl.constexpr = 127.0 if MASTER_BITS == 24 else 32767.0
+  return _half_ulp_float16(param) * (1.0 / levels)
+
+
+@triton.jit
+def _advance(param, correction, master, step, threshold, MASTER_BITS: tl.constexpr):
+  """Master weights after a step, rounded to 24 bits by a threshold."""
+  if MASTER_BITS != 24:
+    moved = master + step
+  elif param.dtype == tl.float16:
+    unit = _unit_float16(param, MASTER_BITS)
+    units = tl.floor(correction.to(tl.float32) + step / unit + threshold)
+    moved = param.to(tl.float32) + units * unit
+  else:
+    place = (threshold - _HALF_OF_FLOAT32) * (2.0**-15)
+    binade = (_bits(master + step) & 0xFF800000).to(tl.float32, bitcast=True)
+    moved = master + (step + binade * place)
+    moved = (_bits(moved) & 0xFFFFFF00).to(tl.float32, bitcast=True)
+  return moved
+
+
+@triton.jit
 def _merge(param, correction, MASTER_BITS: tl.constexpr):
   if MASTER_BITS == 0:
     master = param.to(tl.float32)
   elif param.dtype == tl.float16:
-    levels: tl.constexpr = 127.0 if MASTER_BITS == 24 else 32767.0
-    unit = _half_ulp_float16(param) * (1.0 / levels)
+    unit = _unit_float16(param, MASTER_BITS)
     master = param.to(tl.float32) + correction.to(tl.float32) * unit
   else:
     p = param.to(tl.int16, bitcast=True).to(tl.int32)
@@ -157,16 +226,6 @@ def _merge(param, correction, MASTER_BITS: tl.constexpr):
     shift: tl.constexpr = 8 if MASTER_BITS == 24 else 0
     master = ((p << 16) + (rest << shift)).to(tl.float32, bitcast=True)
   return master
-
-
-@triton.jit
-def _stored_bits(master, MASTER_BITS: tl.constexpr):
-  """Bits of master weights, of which the upper ``MASTER_BITS`` are stored."""
-  # What is added must not carry a NaN away.
-  bits = quiet(_bits(master))
-  if MASTER_BITS == 24:
-    bits += 0x80
-  return bits
 
 
 @triton.jit
@@ -182,7 +241,10 @@ def _residual_float16(master, param, MASTER_BITS: tl.constexpr):
 
 @triton.jit
 def _split(master, dtype: tl.constexpr, MASTER_BITS: tl.constexpr):
-  """Parameters, and corrections as the low bits of int32."""
+  """Parameters, and corrections as the low bits of int32.
+
+  At 24 bits, what is below them in ``master`` is 0.
+  """
   if MASTER_BITS == 0:
     param = master.to(dtype)
     rest = tl.zeros_like(master).to(tl.int32)
@@ -190,7 +252,8 @@ def _split(master, dtype: tl.constexpr, MASTER_BITS: tl.constexpr):
     param = master.to(dtype)
     rest = _residual_float16(master, param, MASTER_BITS)
   else:
-    bits = _stored_bits(master, MASTER_BITS)
+    # What is added must not carry a NaN away.
+    bits = quiet(_bits(master))
     param = ((bits + 0x8000) >> 16).to(tl.uint16).to(dtype, bitcast=True)
     rest = (bits >> (32 - MASTER_BITS)).to(tl.int32)
   return param, rest
@@ -209,7 +272,7 @@ def _residual(master, param, MASTER_BITS: tl.constexpr):
     p = param.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
     # Negative where signs differ, and far below any magnitude. Beside a parameter
     # that is NaN any correction will do.
-    m = (_stored_bits(master, MASTER_BITS) ^ (p & 0x80000000)).to(tl.int32)
+    m = (quiet(_bits(master)) ^ (p & 0x80000000)).to(tl.int32)
     rest = (m >> shift) - ((p & 0x7FFFFFFF) >> shift).to(tl.int32)
     if MASTER_BITS == 32:  # The difference may have wrapped around.
       rest = tl.where(m < 0, -largest - 1, rest)
@@ -313,7 +376,10 @@ def _update_groups(
     else:
       mu_hat = mu * tl.load(scalars + _MU_SCALING)
     nu_hat = nu * tl.load(scalars + _NU_SCALING) + tl.load(scalars + _EPS_ROOT)
-    direction = divide(mu_hat, tl.sqrt(nu_hat) + tl.load(scalars + _EPS))
+    root = tl.sqrt(nu_hat)
+    if COMPRESSED:
+      root = tl.maximum(root, tl.abs(mu_hat) * tl.load(scalars + _LEAST_ROOT))
+    direction = divide(mu_hat, root + tl.load(scalars + _EPS))
   elif RULE == "lion":
     c = tl.load(scalars + _ONE_MINUS_B1) * g + tl.load(scalars + _B1) * mu
     direction = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, c))
@@ -327,13 +393,15 @@ def _update_groups(
 
   if DECAY:
     direction += tl.load(scalars + _WEIGHT_DECAY) * master
-  master -= tl.load(scalars + _LEARNING_RATE) * direction
+  step = -tl.load(scalars + _LEARNING_RATE) * direction
+  threshold = tl.load(scalars + _MASTER_ROUNDING)
+  master = _advance(param, correction, master, step, threshold, MASTER_BITS)
 
   # Parameters come last: before the moments, `update` takes far more registers.
   if RULE != "sgd":
     if COMPRESSED:
       codes, scale = _encode(mu, scalars, True, ROOT)
-      tl.store(mu_ptr + at, saturate(codes, tl.int8), mask=inside)
+      tl.store(mu_ptr + at, saturate_biased(codes), mask=inside)
       tl.store(mu_scale_ptr + local, scale, mask=in_leaf)
     else:
       tl.store(mu_ptr + at, mu, mask=inside)

@@ -23,6 +23,12 @@ def saturate(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def saturate_biased(x):
+  """From int32, 128 more than what is meant, to int8."""
+  return (tl.minimum(tl.maximum(x, 0), 255) - 128).to(tl.int8)
+
+
+@triton.jit
 def quiet(bits):
   """Bits of float32 numbers, as uint32: NaN becomes 0x7FC00000."""
   return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)

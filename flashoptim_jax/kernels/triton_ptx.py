@@ -9,6 +9,10 @@ import triton.language as tl
 _PACK = "{{ .reg .b32 upper; {0} upper, $4, $3, 0; {0} $0, $2, $1, upper; }}"
 _PACK_INT8 = tl.constexpr(_PACK.format("cvt.pack.sat.s8.s32.b32"))
 _PACK_UINT8 = tl.constexpr(_PACK.format("cvt.pack.sat.u8.s32.b32"))
+# The highest bit is what 128 more or less changes.
+_PACK_BIASED = tl.constexpr(
+    _PACK_UINT8.value.replace(" }}", " xor.b32 $0, $0, 0x80808080; }}")
+)
 
 
 @triton.jit
@@ -34,6 +38,14 @@ def saturate(x, dtype: tl.constexpr):
     return tl.inline_asm_elementwise(
         _PACK_UINT8, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4
     )
+
+
+@triton.jit
+def saturate_biased(x):
+  """From int32, 128 more than what is meant, to int8, in the same way."""
+  return tl.inline_asm_elementwise(
+      _PACK_BIASED, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4
+  )
 
 
 @triton.jit

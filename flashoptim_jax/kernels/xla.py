@@ -11,7 +11,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from flashoptim_jax import codec
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf, merging
-from flashoptim_jax.rules import Moment, Rule, Scalars
+from flashoptim_jax.rules import LEAST_ROOT, Moment, Rule, Scalars
 from flashoptim_jax.storage import Storage
 
 # Below this size a leaf's temporaries stay in the caches of a CPU.
@@ -30,11 +30,13 @@ class _Config(NamedTuple):
   """What is static about a leaf's update.
 
   Attributes:
+    quantized: Whether moments are codes and scales.
     gpu: Whether it runs on a GPU.
   """
 
   rule: Rule
   storage: Storage
+  quantized: bool
   decay: bool
   new_params: bool
   gpu: bool
@@ -58,7 +60,10 @@ def update(
 ) -> list[UpdatedLeaf]:
   """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`."""
   gpu = jax.default_backend() == "gpu"
-  configs = [_Config(rule, storage, leaf.decay, new_params, gpu) for leaf in leaves]
+  configs = [
+      _Config(rule, storage, leaf.quantized, leaf.decay, new_params, gpu)
+      for leaf in leaves
+  ]
   if gpu:
     return _update_in_batches(configs, leaves, scalars)
   return [
@@ -79,7 +84,7 @@ def _update_alone(
     return updated
 
   one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-  large = leaf.param.size >= _OUTLINED_FROM and config.storage.moment_bits == 8
+  large = leaf.param.size >= _OUTLINED_FROM and config.quantized
   if not (one_cpu and large):
     return in_two_passes(leaf, scalars)
   return lax.platform_dependent(
@@ -94,8 +99,10 @@ def _update_in_batches(
     configs: Sequence[_Config], leaves: Sequence[Leaf], scalars: Scalars
 ) -> list[UpdatedLeaf]:
   """For GPUs, on which small kernels take long to launch."""
-  rounding = merging.shared(scalars["scale_rounding"])
-  scalars = {**scalars, "scale_rounding": rounding}
+  scalars = {
+      name: merging.shared(value) if name.endswith("_scale_rounding") else value
+      for name, value in scalars.items()
+  }
   updated: dict[int, UpdatedLeaf] = {}
   last: list[int] = []
   for batch in _batches(configs, leaves):
@@ -120,7 +127,7 @@ def _batches(
   alike: dict[Any, list[int]] = {}
   for i, (config, leaf) in enumerate(zip(configs, leaves, strict=True)):
     dtypes = (array.dtype for array in jax.tree.leaves(_arrays(leaf)))
-    kind = "joined" if _can_join(leaf.param, config.storage) else leaf.param.size
+    kind = "joined" if _can_join(config, leaf.param) else leaf.param.size
     alike.setdefault((kind, config, *dtypes), []).append(i)
   for (kind, *_), members in alike.items():
     if kind == "joined":
@@ -134,18 +141,18 @@ def _batches(
       yield members[start : start + most]
 
 
-def _can_join(param: jax.Array, storage: Storage) -> bool:
+def _can_join(config: _Config, param: jax.Array) -> bool:
   """Whether a leaf is small and has no partial group."""
   if not 0 < param.size < _JOINED_BELOW:
     return False
-  whole = bool(param.ndim) and param.shape[-1] % storage.group_size == 0
-  return whole or storage.moment_bits == 32
+  whole = bool(param.ndim) and param.shape[-1] % config.storage.group_size == 0
+  return whole or not config.quantized
 
 
 def _update_batch(
     config: _Config, leaves: Sequence[_Arrays], scalars: Scalars
 ) -> list[UpdatedLeaf]:
-  if len(leaves) == 1 or not _can_join(leaves[0].param, config.storage):
+  if len(leaves) == 1 or not _can_join(config, leaves[0].param):
     return _update(config, leaves, scalars)
   (joined,) = _update(config, [_join(leaves)], scalars)
   # Without the barrier, the second pass would be repeated in the kernels that part it.
@@ -157,7 +164,7 @@ def _update(
     config: _Config, leaves: Sequence[_Arrays], scalars: Scalars
 ) -> list[UpdatedLeaf]:
   """In two passes: first the new scales, then everything else."""
-  if config.storage.moment_bits == 32:
+  if not config.quantized:
     return [
         _second_pass(config, leaf, (None,) * len(config.rule.moments), scalars)
         for leaf in _sharing_kernels(leaves)
@@ -170,7 +177,9 @@ def _update(
   # parameters on an H100.
   leaves, largest = lax.optimization_barrier((leaves, largest))
   updated = [
-      _second_pass(config, leaf, _encode_factors(config, leaf, groups), scalars)
+      _second_pass(
+          config, leaf, _encode_factors(config, leaf, groups, scalars), scalars
+      )
       for leaf, groups in zip(_sharing_kernels(leaves), largest, strict=True)
   ]
   # The old scales have been read when the codes are there. XLA would copy them if new
@@ -233,7 +242,9 @@ def _first_pass(
       # A reduction of partial groups of their own would be fused into what puts both
       # together, where it is slow. On a CPU padding is slower.
       new = _with_whole_groups(new, config.storage.group_size)
-    largest.append(codec.group_max(new, config.storage.group_size))
+    largest.append(
+        codec.group_largest(new, moment.kind, config.storage.group_size)
+    )
   return largest
 
 
@@ -248,25 +259,22 @@ def _with_whole_groups(x: jax.Array, group_size: int) -> jax.Array:
 
 
 def _encode_factors(
-    config: _Config, leaf: _Arrays, largest: Sequence[jax.Array]
+    config: _Config, leaf: _Arrays, largest: Sequence[jax.Array], scalars: Scalars
 ) -> list[jax.Array]:
   shape = leaf.param.shape
   if config.gpu and leaf.param.size <= _MOST_CACHED:
     # Each element computes its group's, which takes less than a kernel more.
     largest = [codec.group_expand(x, shape, config.storage) for x in largest]
   return [
-      codec.encode_factor(
-          codec.scale_of_largest(x, moment.kind), moment.kind, config.storage
-      )
+      _encode_factor(config, moment, codec.scale_of_largest(x, moment.kind), scalars)
       for moment, x in zip(config.rule.moments, largest, strict=True)
   ]
 
 
 def _with_scales(config, moments, largest, scalars):
   """Moments with their new scales, given their groups' largest magnitudes."""
-  rounding = scalars["scale_rounding"]
   return tuple(
-      (codes, _rounded(codec.scale_of_largest(groups, moment.kind), rounding))
+      (codes, _rounded(moment, codec.scale_of_largest(groups, moment.kind), scalars))
       for moment, (codes, _), groups in zip(
           config.rule.moments, moments, largest, strict=True
       )
@@ -332,7 +340,10 @@ def _update_by_output(
       )
       for (moment, stored), scale in zip(moments, scales, strict=True)
   ]
-  rounded = [_rounded(scale, scalars["scale_rounding"]) for scale in scales]
+  rounded = [
+      _rounded(moment, scale, scalars)
+      for (moment, _), scale in zip(moments, scales, strict=True)
+  ]
   return UpdatedLeaf(
       result, correction, tuple(zip(codes, rounded, strict=True))
   )
@@ -343,12 +354,18 @@ def _scale_pass(config, moment, grad, stored, scalars):
   return codec.exact_scale(new, moment.kind, config.storage)
 
 
+def _encode_factor(config, moment, scale, scalars):
+  slack = codec.moment_rounding(scalars, moment.kind).slack
+  return codec.encode_factor(scale, moment.kind, config.storage, slack)
+
+
 def _encoded(config, moment, new, factor, scalars):
-  rounding = scalars["code_rounding"]
+  rounding = codec.moment_rounding(scalars, moment.kind).code
   return codec.encode_codes(new, factor, moment.kind, config.storage, rounding)
 
 
-def _rounded(scale: jax.Array, rounding: jax.Array | int) -> jax.Array:
+def _rounded(moment: Moment, scale: jax.Array, scalars: Scalars) -> jax.Array:
+  rounding = codec.moment_rounding(scalars, moment.kind).scale
   return codec.round_scale(scale, rounding).astype(codec.SCALE_DTYPE)
 
 
@@ -381,7 +398,7 @@ def _codes_pass(config, moment, grad, stored, scalars, scale, zero):
   codes, old_scale = stored
   stored = (codes + zero.astype(codes.dtype), old_scale)
   new = _moment(config, moment, grad, stored, scalars)
-  factor = codec.encode_factor(scale, moment.kind, config.storage)
+  factor = _encode_factor(config, moment, scale, scalars)
   return _encoded(config, moment, new, factor, scalars)
 
 
@@ -420,20 +437,21 @@ def _moment(config, moment: Moment, grad, stored, scalars) -> jax.Array:
 def _master(config: _Config, arrays: _Arrays, scalars: Scalars) -> jax.Array:
   """The new master weights, float32 or float64."""
   h = _as_float32(scalars)
+  if not config.quantized:
+    h = {name: value for name, value in h.items() if name != LEAST_ROOT}
   grad = arrays.grad.astype(jnp.float32)
   pairs = list(zip(config.rule.moments, arrays.moments, strict=True))
   old = [_decoded(config, moment, stored) for moment, stored in pairs]
-  new = [
-      moment.update(grad, value, h)
-      for (moment, _), value in zip(pairs, old, strict=True)
-  ]
+  new = [_moment(config, moment, grad, stored, scalars) for moment, stored in pairs]
   direction = config.rule.direction(grad, old, new, h)
 
   master = codec.merge(arrays.param, arrays.correction)
   direction = direction.astype(master.dtype)
   if config.decay:
     direction = direction + _like(scalars["weight_decay"], master) * master
-  return master + -_like(scalars["learning_rate"], master) * direction
+  step = -_like(scalars["learning_rate"], master) * direction
+  threshold = scalars["master_rounding"]
+  return codec.advance(arrays.param, arrays.correction, step, threshold)
 
 
 def _as_float32(scalars: Scalars) -> Scalars:
