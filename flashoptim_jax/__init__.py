@@ -6,9 +6,11 @@ from flashoptim_jax.conversion import convert, from_optax, to_optax
 from flashoptim_jax.memory import MemoryReport, memory_report
 from flashoptim_jax.numerics import (
   NumericsError,
+  NonFiniteLeaf,
   NumericsReport,
   StalledLeaf,
   check_numerics,
+  nonfinite_leaves,
 )
 from flashoptim_jax.optimizers import adam, adamw, lion, sgd
 from flashoptim_jax.precision import cast_params, from_fp32, moments, to_fp32
@@ -26,6 +28,7 @@ __all__ = [
     "FlashState",
     "Format",
     "MemoryReport",
+    "NonFiniteLeaf",
     "NumericsError",
     "NumericsReport",
     "StalledLeaf",
@@ -47,6 +50,7 @@ __all__ = [
     "load_pytorch",
     "memory_report",
     "moments",
+    "nonfinite_leaves",
     "released_call",
     "sgd",
     "state_shardings",

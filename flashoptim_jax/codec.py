@@ -54,6 +54,9 @@ step to 24 bits by a threshold (:func:`advance`).
 Master weights of float16 parameters, whose bits don't line up with float32's:
 the correction is the rounding error in units of half the parameter's last
 place, times 127 (int8) or 32767 (int16), as in the paper.
+
+Derivatives. Parameters and master weights have the derivatives of what they stand for,
+as if nothing were rounded (straight through); codes refuse to be differentiated.
 """
 
 import functools
@@ -258,6 +261,7 @@ def round_scale(scale: jax.Array, rounding: jax.Array | int) -> jax.Array:
   return lax.bitcast_convert_type(rounded, jnp.float32)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def encode_codes(
     x: jax.Array,
     factor: jax.Array,
@@ -290,6 +294,15 @@ def encode_codes(
   code = jnp.clip(level + (rounding + 128.0), 128.0 - levels, 128.0 + levels)
   code = _where(level == level, code, 128.0).astype(jnp.int32)
   return (code - 128).astype(jnp.int8)
+
+
+@encode_codes.defjvp
+def _encode_codes_jvp(*args):
+  raise ValueError(
+      "Can't differentiate through an update of 8-bit moments: their codes are whole"
+      " numbers, without a derivative. Use Storage(moment_bits=32) where steps are"
+      " differentiated."
+  )
 
 
 def decode(
@@ -474,6 +487,7 @@ def split_correction(
   return _where(jnp.isnan(master), 0, low)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def split_param(
     master: jax.Array, correction: jax.Array | None, dtype
 ) -> jax.Array:
@@ -493,6 +507,12 @@ def split_param(
   return lax.bitcast_convert_type(param.astype(jnp.uint16), jnp.bfloat16)
 
 
+@split_param.defjvp
+def _split_param_jvp(dtype, primals, tangents):
+  return split_param(*primals, dtype), tangents[0].astype(dtype)
+
+
+@jax.custom_jvp
 def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
   """Inverse of :func:`split`: the master weights.
 
@@ -519,6 +539,7 @@ def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
   return lax.bitcast_convert_type((p << 16) + (rest << shift), jnp.float32)
 
 
+@jax.custom_jvp
 def advance(
     param: jax.Array,
     correction: jax.Array | None,
@@ -558,6 +579,19 @@ def advance(
   moved = master + (step + binade * ((threshold - HALF_OF_FLOAT32) * 2.0**-15))
   # Arithmetic makes quiet NaNs, which have a bit that is kept.
   return lax.bitcast_convert_type(_bits(moved) & jnp.uint32(0xFFFFFF00), jnp.float32)
+
+
+@advance.defjvp
+def _advance_jvp(primals, tangents):
+  master = advance(*primals)
+  param, _, step, _ = tangents
+  return master, param.astype(master.dtype) + step.astype(master.dtype)
+
+
+@merge.defjvp
+def _merge_jvp(primals, tangents):
+  master = merge(*primals)
+  return master, tangents[0].astype(master.dtype)
 
 
 def residual(

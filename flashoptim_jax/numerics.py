@@ -1,6 +1,8 @@
-"""Diagnostics: leaves that a learning rate is too small for."""
+"""Diagnostics: values that are not finite, and steps that are too small."""
 
-from typing import NamedTuple
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,26 @@ from flashoptim_jax import state as state_lib
 
 
 class NumericsError(ValueError):
-  """Updates of some leaves round to nothing."""
+  """Some leaves are not finite, or can't be moved."""
+
+
+class NonFiniteLeaf(NamedTuple):
+  """An array that holds NaN or infinity.
+
+  Attributes:
+    path: ``params`` or ``opt_state`` and the array's path there, its keys joined by
+      slashes.
+    count: How many of its elements are not finite. A scale of 8-bit moments that is
+      NaN stands for its whole group.
+    size: How many it has.
+  """
+
+  path: str
+  count: int
+  size: int
+
+  def __str__(self):
+    return f"{self.path}: {self.count} of {self.size} elements are not finite"
 
 
 class StalledLeaf(NamedTuple):
@@ -20,7 +41,8 @@ class StalledLeaf(NamedTuple):
   Attributes:
     path: The leaf's path, its keys joined by slashes.
     largest: Its largest finite magnitude.
-    spacing: Distance of neighbouring master weights at that magnitude.
+    spacing: Distance of neighbouring numbers at that magnitude, in the precision in
+      which a step is added.
     smallest_learning_rate: A step of this size moves it: half the spacing.
   """
 
@@ -31,53 +53,84 @@ class StalledLeaf(NamedTuple):
 
   def __str__(self):
     return (
-        f"{self.path}: largest weight {self.largest:.3g}, spacing of its master"
-        f" weights {self.spacing:.3g}; steps below"
-        f" {self.smallest_learning_rate:.3g} round to nothing"
+        f"{self.path}: largest weight {self.largest:.3g}; steps below"
+        f" {self.smallest_learning_rate:.3g} are rounded away"
     )
 
 
-class NumericsReport(tuple[StalledLeaf, ...]):
-  """The stalled leaves, a tuple: empty, and false, if there are none."""
+class NumericsReport(tuple[NonFiniteLeaf | StalledLeaf, ...]):
+  """What was found, a tuple: empty, and false, if there is nothing."""
 
   def __str__(self):
     if not self:
-      return "Every leaf can be moved by the learning rate."
+      return "Every value is finite, and the learning rate can move every leaf."
     return "\n".join(map(str, self))
+
+
+def nonfinite_leaves(
+    params: optax.Params, opt_state: optax.OptState = None
+) -> tuple[NonFiniteLeaf, ...]:
+  """Lists the arrays of parameters and state that hold NaN or infinity.
+
+  Args:
+    params: The parameters, or any tree: concrete arrays.
+    opt_state: The optimizer's state, of any transformation, or None.
+
+  Returns:
+    One :class:`NonFiniteLeaf` for each such array. Arrays that are not floating point
+    are passed over.
+  """
+  found = []
+  for root, tree in (("params", params), ("opt_state", opt_state)):
+    for path, leaf in jax.tree.leaves_with_path(tree):
+      if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        continue
+      count = int(jnp.sum(~jnp.isfinite(leaf)))
+      if count:
+        where = f"{root}/{paths.name(path)}" if path else root
+        found.append(NonFiniteLeaf(where, count, jnp.size(leaf)))
+  return tuple(found)
 
 
 def check_numerics(
     params: optax.Params,
     opt_state: optax.OptState,
-    learning_rate: float,
+    learning_rate: float | jax.Array | Callable[[Any], Any],
     *,
     raise_error: bool = False,
 ) -> NumericsReport:
-  """Lists the leaves whose updates round to nothing.
+  """Lists arrays that are not finite, and leaves whose steps are rounded away.
 
-  An update of Adam or Lion moves a weight by about the learning rate. Where that
-  is less than half the distance between neighbouring master weights, at the
-  leaf's largest weight, the weight stays where it is. More master bits
-  (``Storage.master_bits``), a larger learning rate, or float32 for these leaves
-  (``from_fp32(..., keep=...)``) help.
+  A step of Lion moves a weight by the learning rate, a step of Adam by about that,
+  and by a tenth to a third of it where gradients are mostly noise. It is added in
+  float32. Where it is less than half the distance between neighbouring float32
+  numbers, at the leaf's largest weight, the weight stays where it is, as with Optax on
+  float32 weights. What 24-bit master weights cut off below float32 is dithered: it
+  adds up over steps and is not lost. Without master weights
+  (``Storage(master_bits=None)``) a step must be half of the parameter's own spacing.
 
   Args:
     params: The parameters: concrete arrays.
     opt_state: The state of the transformation that trains them.
-    learning_rate: The learning rate.
-    raise_error: Whether to raise instead of returning a report with leaves.
+    learning_rate: The learning rate, or a schedule, which is taken at the state's
+      count of updates.
+    raise_error: Whether to raise instead of returning a report of something.
 
   Returns:
-    One :class:`StalledLeaf` for each such leaf.
+    One :class:`NonFiniteLeaf` for each array of parameters or state that is not
+    finite, then one :class:`StalledLeaf` for each leaf that can't be moved.
 
   Raises:
-    NumericsError: If asked to, and there are such leaves.
-    ValueError: If there is no flash state, or it does not match ``params``.
+    NumericsError: If asked to, and something was found.
+    ValueError: If there is no flash state, or it does not match ``params``, or the
+      learning rate is no number.
   """
   bits = {}
-  for state in state_lib.flash_states(opt_state):
+  states = state_lib.flash_states(opt_state)
+  for state in states:
     for leaf in state_lib.by_path(state.correction):
       bits[leaf] = state.format.storage.master_bits
+  rate = _at(learning_rate, max(int(state.count) for state in states))
   masters = precision.to_fp32(params, opt_state)
   originals = state_lib.by_path(params)
   stalled = []
@@ -89,24 +142,33 @@ def check_numerics(
     magnitude = jnp.where(jnp.isfinite(master), jnp.abs(master), 0)
     largest = float(jnp.max(magnitude))
     spacing = _spacing(largest, dtype, bits.get(leaf))
-    if learning_rate < spacing / 2:
+    if rate < spacing / 2:
       stalled.append(StalledLeaf(leaf, largest, spacing, spacing / 2))
-  report = NumericsReport(stalled)
+  report = NumericsReport([*nonfinite_leaves(params, opt_state), *stalled])
   if report and raise_error:
     raise NumericsError(
-        f"A learning rate of {learning_rate:.3g} can't move the largest weights"
-        f" of {len(report)} leaves:\n{report}"
+        f"With a learning rate of {rate:.3g}, {len(report)} leaves need attention:"
+        f"\n{report}"
     )
   return report
 
 
-def _spacing(magnitude: float, dtype, master_bits: int | None) -> float:
-  """Distance from a magnitude to the next larger master weight."""
+def _at(learning_rate: Any, count: int) -> float:
+  """The learning rate as a number."""
+  rate = learning_rate(count) if callable(learning_rate) else learning_rate
+  if not (isinstance(rate, numbers.Real) or getattr(rate, "shape", None) == ()):
+    raise ValueError(f"learning_rate is {rate!r}; expected a number or a schedule.")
+  return float(rate)
+
+
+def _spacing(magnitude: float, dtype: Any, master_bits: int | None) -> float:
+  """Distance of neighbours at a magnitude, where half of it is lost in a sum."""
   info = jnp.finfo(dtype)
-  mantissa = info.nmant
-  if master_bits is not None:
-    # A float16 correction divides half a unit in the last place by 127 or 32767.
-    extra = {24: 8, 32: 16}[master_bits]
-    mantissa = min(mantissa + extra, jnp.finfo(jnp.float32).nmant)
-  exponent = jnp.frexp(jnp.float32(max(magnitude, float(info.tiny))))[1] - 1
-  return 2.0 ** (int(exponent) - mantissa)
+  exponent = int(jnp.frexp(jnp.float32(max(magnitude, float(info.tiny))))[1]) - 1
+  if master_bits is None or info.bits != 16:
+    return 2.0 ** (exponent - info.nmant)
+  if master_bits == 24 and dtype == jnp.float16:
+    # A correction's unit is half a unit of float16 over 127. What is added to it is
+    # cut off after a 256th.
+    return 2.0 ** (exponent - info.nmant - 1) / 127 / 256
+  return 2.0 ** (exponent - jnp.finfo(jnp.float32).nmant)

@@ -81,7 +81,7 @@ def test_public_names():
       *("to_optax", "from_optax", "convert"),
       *("checkpoint", "export_safetensors", "import_safetensors"),
       *("from_pytorch", "load_pytorch"),
-      *("memory_report", "check_numerics"),
+      *("memory_report", "check_numerics", "nonfinite_leaves"),
       *("released_call", "value_and_release"),
   }
   assert names <= set(fo.__all__)
@@ -161,7 +161,8 @@ def test_optimizer_signatures(name, positional, keyword):
         ),
         (
             "Storage",
-            "(master_bits=24, moment_bits=8, group_size=32, companding='root')",
+            "(master_bits=24, moment_bits=8, group_size=32, companding='root',"
+            " min_quantized_size=4096)",
         ),
     ],
 )
