@@ -65,6 +65,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flashoptim_jax.storage import Storage
@@ -287,11 +288,11 @@ def encode_codes(
   rounding = jnp.asarray(rounding, jnp.float32)
   # NaN fails the comparisons, so that no NaN meets the integer conversion.
   if kind == "second":
-    code = jnp.clip(level + rounding, 1.0, levels)
+    code = _clamped(level + rounding, 1.0, levels)
     return _where(factor > 0, code, 0.0).astype(jnp.uint8)
   level = _where(x < 0, -level, level)
   # Positive, for the conversion to cut off downwards.
-  code = jnp.clip(level + (rounding + 128.0), 128.0 - levels, 128.0 + levels)
+  code = _clamped(level + (rounding + 128.0), 128.0 - levels, 128.0 + levels)
   code = _where(level == level, code, 128.0).astype(jnp.int32)
   return (code - 128).astype(jnp.int8)
 
@@ -354,12 +355,17 @@ def _inverse(s: jax.Array) -> jax.Array:
   return _where(is_zero, 0.0, 1.0 / _where(is_zero, 1.0, s))
 
 
-def _where(condition: jax.Array, x, y) -> jax.Array:
-  """``jnp.where`` for same-shaped arrays and numbers, with no jit of its own.
+# The CPU path compiles this module's functions into calls that XLA must not split up
+# (:mod:`flashoptim_jax.kernels.xla`), so that they call nothing with a jit of its own.
 
-  The CPU path compiles this module's functions into calls that XLA must not
-  split up (:mod:`flashoptim_jax.kernels.xla`).
-  """
+
+def _clamped(x: jax.Array, lowest: float, highest: float) -> jax.Array:
+  """``jnp.clip``, for numbers."""
+  return lax.clamp(x.dtype.type(lowest), x, x.dtype.type(highest))
+
+
+def _where(condition: jax.Array, x, y) -> jax.Array:
+  """``jnp.where`` for same-shaped arrays and numbers."""
   array = x if isinstance(x, jax.Array) else y
   x, y = (
       v if isinstance(v, jax.Array) else lax.full_like(array, v) for v in (x, y)
@@ -367,10 +373,19 @@ def _where(condition: jax.Array, x, y) -> jax.Array:
   return lax.select(condition, x, y)
 
 
-def group_largest(x: jax.Array, kind: Kind, group_size: int) -> jax.Array:
+def group_largest(
+    x: jax.Array, kind: Kind, group_size: int, *, in_one_pass: bool = False
+) -> jax.Array:
   """Largest magnitude of each group; NaN where the group holds one.
 
   What stands out from the rest of its group is limited, see :data:`LARGEST_RATIO`.
+
+  Args:
+    x: The moment, float32.
+    kind: Its kind.
+    group_size: Elements of a group. Only multiples of 8 have halves to compare.
+    in_one_pass: How to compute it: by one reduction to two arrays, which is faster on a
+      GPU, or by two, which is many times faster on a CPU.
   """
   # As integers, the bits of magnitudes are in order, NaN above all others. XLA's
   # float maximum, which has to look for NaN, is many times slower on a CPU.
@@ -378,26 +393,58 @@ def group_largest(x: jax.Array, kind: Kind, group_size: int) -> jax.Array:
   axis = group_axis(x.shape, group_size)
   if axis is None or not x.shape[axis]:
     return lax.bitcast_convert_type(bits, jnp.float32)
-  limits = group_size % (2 * HALF_RUN) == 0
-  inner = (group_size // (2 * HALF_RUN), 2, HALF_RUN) if limits else (1, 1, group_size)
-  whole = x.shape[axis] // group_size
-  parts = []
-  if whole:
-    parts.append(lax.slice_in_dim(bits, 0, whole * group_size, axis=axis))
-  if x.shape[axis] % group_size:
-    rest = lax.slice_in_dim(bits, whole * group_size, None, axis=axis)
+  whole = x.shape[axis] // group_size * group_size
+  parts = [lax.slice_in_dim(bits, 0, whole, axis=axis)] if whole else []
+  if whole < x.shape[axis]:
     padding = [(0, 0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % group_size, 0)
-    parts.append(lax.pad(rest, jnp.int32(0), padding))
-  halves = []
-  for part in parts:
-    groups = part.shape[axis] // group_size
-    grouped = (*x.shape[:axis], groups, *inner, *x.shape[axis + 1 :])
-    largest = jnp.max(part.reshape(grouped), axis=(axis + 1, axis + 3))
-    halves.append(lax.bitcast_convert_type(largest, jnp.float32))
-  both = lax.concatenate(halves, axis)
-  of_half = [lax.index_in_dim(both, i, axis + 1, keepdims=False) for i in range(inner[1])]
-  return limited_largest(*of_half, kind) if limits else of_half[0]
+    padding[axis] = (0, whole + group_size - x.shape[axis], 0)
+    rest = lax.slice_in_dim(bits, whole, None, axis=axis)
+    parts.append(lax.pad(rest, np.int32(0), padding))
+  if group_size % (2 * HALF_RUN):
+    largest = [
+        jnp.max(_grouped(part, axis, group_size), axis=axis + 1) for part in parts
+    ]
+    return lax.bitcast_convert_type(lax.concatenate(largest, axis), jnp.float32)
+  halves_of = _halves_in_one_pass if in_one_pass else _halves
+  largest = [
+      limited_largest(
+          *(
+              lax.bitcast_convert_type(half, jnp.float32)
+              for half in halves_of(_grouped(part, axis, group_size), axis + 1)
+          ),
+          kind,
+      )
+      for part in parts
+  ]
+  return lax.concatenate(largest, axis)
+
+
+def _grouped(x: jax.Array, axis: int, size: int) -> jax.Array:
+  """An array with its groups' elements along the axis after ``axis``."""
+  groups = x.shape[axis] // size
+  return x.reshape(*x.shape[:axis], groups, size, *x.shape[axis + 1 :])
+
+
+def _halves(bits: jax.Array, axis: int) -> list[jax.Array]:
+  """The largest of each half along an axis."""
+  # First of elements eight apart, which are in the same half.
+  turns = _grouped(bits, axis, 2 * HALF_RUN)
+  turn = jnp.max(turns, axis=axis)
+  return [
+      jnp.max(lax.slice_in_dim(turn, start, start + HALF_RUN, axis=axis), axis=axis)
+      for start in (0, HALF_RUN)
+  ]
+
+
+def _halves_in_one_pass(bits: jax.Array, axis: int) -> list[jax.Array]:
+  run = lax.broadcasted_iota(jnp.int32, bits.shape, axis) // HALF_RUN
+  is_first = run % 2 == 0
+  return lax.reduce(
+      (_where(is_first, bits, 0), _where(is_first, 0, bits)),
+      (np.int32(0), np.int32(0)),
+      lambda a, b: tuple(map(lax.max, a, b)),
+      (axis,),
+  )
 
 
 def limited_largest(a: jax.Array, b: jax.Array, kind: Kind) -> jax.Array:

@@ -243,7 +243,9 @@ def _first_pass(
       # together, where it is slow. On a CPU padding is slower.
       new = _with_whole_groups(new, config.storage.group_size)
     largest.append(
-        codec.group_largest(new, moment.kind, config.storage.group_size)
+        codec.group_largest(
+            new, moment.kind, config.storage.group_size, in_one_pass=config.gpu
+        )
     )
   return largest
 
