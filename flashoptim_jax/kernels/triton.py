@@ -25,7 +25,7 @@ import numpy as np
 
 from flashoptim_jax import codec
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf, merging
-from flashoptim_jax.rules import Rule, Scalars
+from flashoptim_jax.rules import LEAST_ROOT, Rule, Scalars
 from flashoptim_jax.storage import Storage
 
 GROUP_SIZE = 32
@@ -35,6 +35,8 @@ _MOST_LEAVES = 32
 # Updates below this size are added to parameters in kernels for several of them.
 _MERGED_BELOW = 1 << 22
 _DTYPES = ("bfloat16", "float16", "float32")
+# Stands for a gain of 0: beside it, a gradient counts for nothing.
+_LEAST_GAIN = 2.0**-60
 
 
 def unavailable() -> str | None:
@@ -73,10 +75,10 @@ def update(
     new_params: bool,
 ) -> list[UpdatedLeaf]:
   """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`."""
-  packed = _pack(scalars)
+  packed = _pack(rule, scalars)
   groups: dict[_Launch, list[int]] = {}
   for i, leaf in enumerate(leaves):
-    launch = _launch_of(rule, storage, leaf, new_params)
+    launch = _launch_of(rule, storage, leaf, new_params, scalars)
     groups.setdefault(launch, []).append(i)
   updated: dict[int, UpdatedLeaf] = {}
   for launch, members in groups.items():
@@ -98,7 +100,7 @@ def update(
   return results
 
 
-def _pack(scalars: Scalars) -> jax.Array:
+def _pack(rule: Rule, scalars: Scalars) -> jax.Array:
   """The kernel's first argument, see ``triton_kernel.SCALARS``."""
   from flashoptim_jax.kernels import triton_kernel
 
@@ -106,9 +108,44 @@ def _pack(scalars: Scalars) -> jax.Array:
   for name in ("mu_correction", "mu_correction_next", "nu_correction"):
     if name in values:
       values[name.replace("correction", "scaling")] = 1.0 / values[name]
+  if LEAST_ROOT in values:
+    values |= adam_scalars(values, rule.nesterov)
   return jnp.stack(
       [jnp.asarray(values.get(n, 0.0), jnp.float32) for n in triton_kernel.SCALARS]
   )
+
+
+def adam_scalars(h: Scalars, nesterov: bool) -> dict[str, jax.Array]:
+  """Scalars of the kernel for Adam's rules with quantised moments.
+
+  It computes the averages in multiples of their gains, ``m' = g + mu_carry · m`` and
+  ``v' = g² + (nu_carry_root · sqrt(v))²``, and the direction as ``direction_scaling ·
+  (m' + grad_share · g) / (sqrt(v' + scaled_eps_root) + scaled_eps)``.
+  """
+  gains = ("one_minus_b1", "one_minus_b2")
+  mu_unit, nu_unit = (
+      jnp.maximum(jnp.asarray(h[name], jnp.float32), _LEAST_GAIN) for name in gains
+  )
+  root_unit = jnp.sqrt(nu_unit * h["nu_scaling"])
+  grad_share = 0.0
+  scaling = mu_unit * h["mu_scaling"]
+  if nesterov:
+    scaling = mu_unit * h["b1"] * h["mu_scaling_next"]
+    # Without a first moment, a share that it counts for nothing beside.
+    scaling = jnp.maximum(scaling, _LEAST_GAIN)
+    grad_share = h["one_minus_b1"] * h["mu_scaling"] / scaling
+  direction_scaling = scaling / root_unit
+  return {
+      "mu_carry": h["b1"] / mu_unit,
+      "mu_unit": mu_unit,
+      "nu_carry_root": jnp.sqrt(h["b2"] / nu_unit),
+      "nu_unit": nu_unit,
+      "grad_share": grad_share,
+      "scaled_eps": h["eps"] / root_unit,
+      "scaled_eps_root": h["eps_root"] / root_unit**2,
+      "scaled_least_root": h[LEAST_ROOT] * direction_scaling,
+      "direction_scaling": direction_scaling,
+  }
 
 
 def _arrays(leaf: Leaf, names: Sequence[str]) -> dict[str, jax.Array]:
@@ -124,7 +161,7 @@ def _arrays(leaf: Leaf, names: Sequence[str]) -> dict[str, jax.Array]:
 
 
 def _launch_of(
-    rule: Rule, storage: Storage, leaf: Leaf, new_params: bool
+    rule: Rule, storage: Storage, leaf: Leaf, new_params: bool, scalars: Scalars
 ) -> "_Launch":
   names = tuple(moment.name for moment in rule.moments)
   arrays = _arrays(leaf, names)
@@ -134,9 +171,15 @@ def _launch_of(
       storage,
       leaf.decay,
       new_params,
+      not _is_zero(scalars.get("eps_root", 0.0)),
       min(length & -length, GROUP_SIZE),
       tuple((name, array.dtype.name) for name, array in arrays.items()),
   )
+
+
+def _is_zero(number: Any) -> bool:
+  """Whether a scalar is known to be 0."""
+  return isinstance(number, (int, float)) and number == 0
 
 
 def _row_length(leaf: Leaf) -> int:
@@ -151,6 +194,7 @@ class _Launch(NamedTuple):
   storage: Storage
   decay: bool
   new_params: bool
+  has_eps_root: bool
   alignment: int
   dtypes: tuple[tuple[str, str], ...]
 
@@ -188,6 +232,7 @@ class _Launch(NamedTuple):
             DECAY=self.decay,
             MASTER_BITS=(self.storage.master_bits or 0) * ("correction" in names),
             COMPRESSED=any(name.endswith("_scale") for name in names),
+            EPS_ROOT=self.has_eps_root,
             ROOT=self.storage.companding == "root",
             NEW_PARAMS=self.new_params,
             BLOCK_GROUPS=tuned["block_groups"],

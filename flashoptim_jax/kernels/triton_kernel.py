@@ -40,7 +40,15 @@ SCALARS = (
     "nu_scaling",
     "momentum",
     "one_minus_dampening",
-    "least_root",
+    "mu_carry",
+    "mu_unit",
+    "nu_carry_root",
+    "nu_unit",
+    "grad_share",
+    "scaled_eps",
+    "scaled_eps_root",
+    "scaled_least_root",
+    "direction_scaling",
     "master_rounding",
     "first_scale_rounding",
     "first_code_rounding",
@@ -74,12 +82,21 @@ _MU_SCALING_NEXT = tl.constexpr(9)
 _NU_SCALING = tl.constexpr(10)
 _MOMENTUM = tl.constexpr(11)
 _ONE_MINUS_DAMPENING = tl.constexpr(12)
-_LEAST_ROOT = tl.constexpr(13)
-_MASTER_ROUNDING = tl.constexpr(14)
+# Of Adam's rules with quantised moments, see `triton.adam_scalars`.
+_MU_CARRY = tl.constexpr(13)
+_MU_UNIT = tl.constexpr(14)
+_NU_CARRY_ROOT = tl.constexpr(15)
+_NU_UNIT = tl.constexpr(16)
+_GRAD_SHARE = tl.constexpr(17)
+_SCALED_EPS = tl.constexpr(18)
+_SCALED_EPS_ROOT = tl.constexpr(19)
+_SCALED_LEAST_ROOT = tl.constexpr(20)
+_DIRECTION_SCALING = tl.constexpr(21)
+_MASTER_ROUNDING = tl.constexpr(22)
 # Of first moments; those of second moments follow.
-_SCALE_ROUNDING = tl.constexpr(15)
-_CODE_ROUNDING = tl.constexpr(16)
-_SLACK_ROUNDING = tl.constexpr(17)
+_SCALE_ROUNDING = tl.constexpr(23)
+_CODE_ROUNDING = tl.constexpr(24)
+_SLACK_ROUNDING = tl.constexpr(25)
 _ROUNDINGS = tl.constexpr(3)
 
 _TINY = tl.constexpr(2.0**-126)
@@ -128,26 +145,37 @@ def _round_scale(scale, rounding):
 
 
 @triton.jit
-def _decode(codes, scale, SIGNED: tl.constexpr, ROOT: tl.constexpr):
+def _decode(codes, scale, carry, SIGNED: tl.constexpr, ROOT: tl.constexpr):
+  """Signed moments times ``carry``, or roots of second moments times ``carry``."""
   c = codes.to(tl.float32)
   s = scale.to(tl.float32)
   if ROOT:
     if SIGNED:
-      return c * tl.abs(c) * (s * (1.0 / 16129.0))[:, None]
-    root = c * c * (s * (1.0 / 65025.0))[:, None]
-    return root * root
-  if SIGNED:
+      x = c * tl.abs(c) * (s * (1.0 / 16129.0) * carry)[:, None]
+    else:
+      x = c * c * (s * (1.0 / 65025.0) * carry)[:, None]
+  elif SIGNED:
     y = c * (1.0 / 127.0)
-    return divide(y, 2.0 - tl.abs(y)) * s[:, None]
-  root = c * (s * (1.0 / 255.0))[:, None]
-  return root * root
+    x = divide(y, 2.0 - tl.abs(y)) * (s * carry)[:, None]
+  else:
+    x = c * (s * (1.0 / 255.0) * carry)[:, None]
+  return x
 
 
 @triton.jit
-def _encode(x, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr):
-  """Codes, as int32, 128 more than signed ones are, and scales, as bfloat16."""
+def _encode(x, root, unit, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr):
+  """Codes, as int32, 128 more than signed ones are, and scales, as bfloat16.
+
+  Args:
+    x: The moment, in multiples of ``unit``.
+    root: The root of a second moment ``x``.
+    unit: A positive number.
+    scalars: The hyperparameters.
+    SIGNED: Whether it is a first moment.
+    ROOT: The companding.
+  """
   roundings = scalars if SIGNED else scalars + _ROUNDINGS
-  largest = _group_largest(x, SIGNED)
+  largest = _group_largest(x, SIGNED) * unit
   largest = tl.where(largest < _TINY, 0.0, largest)
   # The same approximate root and the same order of operations as in XLA's code for
   # GPUs, so that both round alike.
@@ -157,17 +185,17 @@ def _encode(x, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr):
     scale = tl.sqrt(tl.where(largest > _LARGEST_SECOND, _LARGEST_SECOND, largest))
   levels: tl.constexpr = 127.0 if SIGNED else 255.0
   slack = tl.load(roundings + _SLACK_ROUNDING)
+  unit = unit if SIGNED else tl.sqrt(unit)
   if ROOT:
-    factor = (levels * slack * _inverse(tl.sqrt(scale)))[:, None]
-    root = tl.sqrt(tl.abs(x)) if SIGNED else tl.sqrt(tl.sqrt(x))
-    level = root * factor
+    factor = (levels * slack * _inverse(tl.sqrt(scale)) * tl.sqrt(unit))[:, None]
+    level = tl.sqrt(tl.abs(x) if SIGNED else root) * factor
   else:
-    factor = (slack * _inverse(scale))[:, None]
+    factor = (slack * _inverse(scale) * unit)[:, None]
     if SIGNED:
       ratio = tl.abs(x) * factor
       level = levels * divide(2.0 * ratio, 1.0 + ratio)
     else:
-      level = levels * (tl.sqrt(x) * factor)
+      level = levels * (root * factor)
   threshold = tl.load(roundings + _CODE_ROUNDING)
   # What is beyond the largest is left to `saturate`. A NaN gives some code or other, in
   # a group whose scale is NaN.
@@ -207,7 +235,7 @@ def _advance(param, correction, master, step, threshold, MASTER_BITS: tl.constex
   else:
     place = (threshold - _HALF_OF_FLOAT32) * (2.0**-15)
     binade = (_bits(master + step) & 0xFF800000).to(tl.float32, bitcast=True)
-    moved = master + (step + binade * place)
+    moved = master + tl.fma(binade, place, step)
     moved = (_bits(moved) & 0xFFFFFF00).to(tl.float32, bitcast=True)
   return moved
 
@@ -296,6 +324,7 @@ def _update_groups(
     DECAY: tl.constexpr,
     MASTER_BITS: tl.constexpr,
     COMPRESSED: tl.constexpr,
+    EPS_ROOT: tl.constexpr,
     ROOT: tl.constexpr,
     NEW_PARAMS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -315,10 +344,12 @@ def _update_groups(
     DECAY: Whether weight decay applies.
     MASTER_BITS: 24, 32, or 0 for no correction.
     COMPRESSED: Whether moments are codes and scales, or float32.
+    EPS_ROOT: Whether there is a number to add below the root of Adam's rules.
     ROOT: Companding, "root" or "paper".
     NEW_PARAMS: Whether to write the parameter, or the update.
     BLOCK_GROUPS: Groups per program.
   """
+  IN_UNITS: tl.constexpr = RULE == "adam" and COMPRESSED
   lanes = tl.arange(0, _GROUP)[None, :]
   first = block.to(tl.int64) * BLOCK_GROUPS
   local = tl.arange(0, BLOCK_GROUPS)
@@ -356,16 +387,38 @@ def _update_groups(
     mu = tl.load(mu_ptr + at, mask=inside, other=0)
     if COMPRESSED:
       mu_scale = tl.load(mu_scale_ptr + local, mask=in_leaf, other=0.0)
-      mu = _decode(mu, mu_scale, True, ROOT)
+      mu_carry = tl.load(scalars + _MU_CARRY) if IN_UNITS else 1.0
+      mu = _decode(mu, mu_scale, mu_carry, True, ROOT)
   if RULE == "adam":
     nu_ptr = arrays[5] + base
     nu_scale_ptr = arrays[6] + first
     nu = tl.load(nu_ptr + at, mask=inside, other=0)
     if COMPRESSED:
       nu_scale = tl.load(nu_scale_ptr + local, mask=in_leaf, other=0.0)
-      nu = _decode(nu, nu_scale, False, ROOT)
+      nu = _decode(nu, nu_scale, tl.load(scalars + _NU_CARRY_ROOT), False, ROOT)
 
-  if RULE == "adam":
+  rate = -tl.load(scalars + _LEARNING_RATE)
+  decay = rate * tl.load(scalars + _WEIGHT_DECAY)
+  mu_unit = 1.0
+  nu_unit = 1.0
+  nu_root = 0.0
+  if IN_UNITS:
+    # In multiples of the gains, see `triton.adam_scalars`.
+    mu_unit = tl.load(scalars + _MU_UNIT)
+    nu_unit = tl.load(scalars + _NU_UNIT)
+    mu = g + mu
+    nu = tl.fma(g, g, nu * nu)
+    nu_root = tl.sqrt(nu)
+    numerator = mu
+    if NESTEROV:
+      numerator = tl.fma(g, tl.load(scalars + _GRAD_SHARE), mu)
+    root = nu_root
+    if EPS_ROOT:
+      root = tl.sqrt(nu + tl.load(scalars + _SCALED_EPS_ROOT))
+    root = tl.maximum(root, tl.abs(numerator) * tl.load(scalars + _SCALED_LEAST_ROOT))
+    direction = divide(numerator, root + tl.load(scalars + _SCALED_EPS))
+    rate *= tl.load(scalars + _DIRECTION_SCALING)
+  elif RULE == "adam":
     one_minus_b1 = tl.load(scalars + _ONE_MINUS_B1)
     mu = one_minus_b1 * g + tl.load(scalars + _B1) * mu
     nu = tl.load(scalars + _ONE_MINUS_B2) * (g * g) + tl.load(scalars + _B2) * nu
@@ -376,10 +429,7 @@ def _update_groups(
     else:
       mu_hat = mu * tl.load(scalars + _MU_SCALING)
     nu_hat = nu * tl.load(scalars + _NU_SCALING) + tl.load(scalars + _EPS_ROOT)
-    root = tl.sqrt(nu_hat)
-    if COMPRESSED:
-      root = tl.maximum(root, tl.abs(mu_hat) * tl.load(scalars + _LEAST_ROOT))
-    direction = divide(mu_hat, root + tl.load(scalars + _EPS))
+    direction = divide(mu_hat, tl.sqrt(nu_hat) + tl.load(scalars + _EPS))
   elif RULE == "lion":
     c = tl.load(scalars + _ONE_MINUS_B1) * g + tl.load(scalars + _B1) * mu
     direction = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, c))
@@ -391,23 +441,23 @@ def _update_groups(
   else:
     direction = g
 
+  step = rate * direction
   if DECAY:
-    direction += tl.load(scalars + _WEIGHT_DECAY) * master
-  step = -tl.load(scalars + _LEARNING_RATE) * direction
+    step = tl.fma(decay, master, step)
   threshold = tl.load(scalars + _MASTER_ROUNDING)
   master = _advance(param, correction, master, step, threshold, MASTER_BITS)
 
   # Parameters come last: before the moments, `update` takes far more registers.
   if RULE != "sgd":
     if COMPRESSED:
-      codes, scale = _encode(mu, scalars, True, ROOT)
+      codes, scale = _encode(mu, 0.0, mu_unit, scalars, True, ROOT)
       tl.store(mu_ptr + at, saturate_biased(codes), mask=inside)
       tl.store(mu_scale_ptr + local, scale, mask=in_leaf)
     else:
       tl.store(mu_ptr + at, mu, mask=inside)
   if RULE == "adam":
     if COMPRESSED:
-      codes, scale = _encode(nu, scalars, False, ROOT)
+      codes, scale = _encode(nu, nu_root, nu_unit, scalars, False, ROOT)
       tl.store(nu_ptr + at, saturate(codes, tl.uint8), mask=inside)
       tl.store(nu_scale_ptr + local, scale, mask=in_leaf)
     else:
@@ -468,6 +518,7 @@ def update_leaves(
     DECAY: tl.constexpr,
     MASTER_BITS: tl.constexpr,
     COMPRESSED: tl.constexpr,
+    EPS_ROOT: tl.constexpr,
     ROOT: tl.constexpr,
     NEW_PARAMS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -498,6 +549,7 @@ def update_leaves(
       DECAY,
       MASTER_BITS,
       COMPRESSED,
+      EPS_ROOT,
       ROOT,
       NEW_PARAMS,
       BLOCK_GROUPS,
