@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from flashoptim_jax import leafwise
+
 _LARGEST = 3.0e38
 _TINY = 2.0**-126
 
@@ -97,7 +99,10 @@ def evaluate(
     reciprocal: Used in divisions by arrays.
   """
   leaves, tree = jax.tree.flatten(args)
-  closed = jax.make_jaxpr(lambda *x: f(*jax.tree.unflatten(tree, x)))(*leaves)
+  # What is inside calls, such as those of `jnp.where`, is to be cheaper too.
+  closed = leafwise.inline(
+      jax.make_jaxpr(lambda *x: f(*jax.tree.unflatten(tree, x)))(*leaves)
+  )
   known = {
       i: (root, 1.0 / multiple)
       for i, leaf in enumerate(leaves)
@@ -141,7 +146,7 @@ def _run(
   values.update(zip(jaxpr.invars, args, strict=True))
   roots.update({jaxpr.invars[i]: root for i, root in known.items()})
   for eqn in jaxpr.eqns:
-    (out,), name, atoms = eqn.outvars, eqn.primitive.name, eqn.invars
+    out, name, atoms = eqn.outvars[0], eqn.primitive.name, eqn.invars
     if name == "broadcast_in_dim" and not atoms[0].aval.shape:
       scalars[out] = read(atoms[0])
     if name == "mul" and scalar(atoms[0]) is not None:
@@ -172,5 +177,6 @@ def _run(
     if root is not None and adds_zero and atoms[1].val == 0:
       values[out], roots[out] = read(atoms[0]), root
       continue
-    values[out] = eqn.primitive.bind(*map(read, atoms), **eqn.params)
+    results = leafwise.bind(eqn, map(read, atoms))
+    values.update(zip(eqn.outvars, results, strict=True))
   return parts(jaxpr.outvars[0])

@@ -323,6 +323,7 @@ def _update_groups(
     mu = tl.load(scalars + _ONE_MINUS_DAMPENING) * g + momentum * mu
     direction = g + momentum * mu if NESTEROV else mu
   else:
+    tl.static_assert(RULE == "sgd", "unknown rule")
     direction = g
 
   if DECAY:
