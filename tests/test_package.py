@@ -115,6 +115,39 @@ assert found == [1] * 6, found
 """)
 
 
+def test_exported_steps_run_in_another_process(tmp_path):
+  """A serialized step says what states it takes, and gives such states."""
+  optimizers = """
+import functools, pathlib, jax, jax.numpy as jnp, optax
+import flashoptim_jax as fo
+OPTIMIZERS = {
+  "adamw": fo.adamw(0.1),
+  "chain": optax.chain(optax.clip(1.0), fo.lion(optax.constant_schedule(0.1))),
+  "sgd": fo.sgd(0.1, storage=fo.Storage(None, 32)),
+  "compress": fo.compress(optax.adamw(optax.constant_schedule(0.1))),
+}
+def arguments(tx):
+  params = {"w": jnp.ones((2, 32), jnp.bfloat16), "norm": jnp.ones(3)}
+  return params, tx.init(params), params
+"""
+  python(f"""{optimizers}
+for name, tx in OPTIMIZERS.items():
+  step = jax.jit(functools.partial(fo.step, tx))
+  serialized = jax.export.export(step)(*arguments(tx)).serialize()
+  pathlib.Path({str(tmp_path)!r}, name).write_bytes(serialized)
+""")
+  python(f"""{optimizers}
+for name, tx in OPTIMIZERS.items():
+  serialized = pathlib.Path({str(tmp_path)!r}, name).read_bytes()
+  args = arguments(tx)
+  params, state = jax.export.deserialize(bytearray(serialized)).call(*args)
+  assert jax.tree.structure(state) == jax.tree.structure(args[1]), name
+  assert float(params["w"][0, 0]) < 1, name
+  # The state is one that the optimizer itself goes on from.
+  jax.eval_shape(functools.partial(fo.step, tx), args[0], state, params)
+""")
+
+
 def test_public_names():
   names = {
       *("adamw", "adam", "sgd", "lion", "compress", "Storage", "step", "flax"),

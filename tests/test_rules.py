@@ -83,18 +83,16 @@ def test_tpu_kernel_takes_any_moments():
     value = grad if moment.kind == "first" else grad**2
     codes, scale = codec.encode(value, moment.kind, storage)
     pairs.append((codes, scale.astype(codec.SCALE_DTYPE)))
-  leaf = kernels.Leaf(
-      "w", grad, param, jnp.zeros(param.shape, jnp.int8), tuple(pairs), True
-  )
+  arrays = grad, param, jnp.zeros(param.shape, jnp.int8), tuple(pairs)
   rounding = codec.rounding_of(jnp.int32(0))
   scalars = SCALARS | {"scale_rounding": rounding.scale, "code_rounding": rounding.code}
 
   def update(implementation):
-    def updated(grad, moments):
+    def updated(*arrays):
       (result,) = kernels.update_leaves(
           THREE,
           storage,
-          [leaf._replace(grad=grad, moments=moments)],
+          [kernels.Leaf("w", *arrays, decay=True)],
           scalars,
           implementation=implementation,
           new_params=True,
@@ -102,7 +100,7 @@ def test_tpu_kernel_takes_any_moments():
       )
       return result
 
-    return jax.jit(updated)(leaf.grad, leaf.moments)
+    return jax.jit(updated)(*arrays)
 
   kernel, xla = update("mosaic_tpu"), update("xla")
   cases.assert_same(kernel.moments, xla.moments)
