@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import types
 
 import cases
 import jax
@@ -40,17 +41,21 @@ def places(monkeypatch):
   return found
 
 
+def call_triton(kernel, operands, outputs, aliases, **options):
+  """Stands for ``triton._triton_call``."""
+  return jax.ffi.ffi_call("triton_kernel_call", outputs)(*operands)
+
+
 @pytest.fixture
 def gpu_machine(monkeypatch):
   """A process whose default backend is a GPU, and which has the Triton kernel."""
-
-  def update(*args):
-    raise AssertionError("the Triton kernel was chosen")
-
+  gpu = types.SimpleNamespace(compute_capability="9.0")
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(kernels.Place, "is_here", lambda place: True)
+  monkeypatch.setattr(kernels.Place, "is_here", lambda place: place.platform != "tpu")
   monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: name)
-  monkeypatch.setattr(triton, "update", update)
+  monkeypatch.setattr(triton, "_gpu", lambda: gpu)
+  monkeypatch.setattr(triton, "launcher", lambda *args: None)
+  monkeypatch.setattr(triton, "_triton_call", call_triton)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -78,6 +83,18 @@ def test_arrays_on_a_cpu_beside_a_gpu(how, function, gpu_machine, places):
   if "vmap" in how:
     found = jax.tree.map(lambda x: x[1], found)
   cases.assert_equal(found, cases.step(tx, *arguments(tx)), 1)
+
+
+@pytest.mark.parametrize(
+    ("platforms", "count"),
+    [(["cuda"], 3), (["rocm"], 3), (["cpu"], 0), (["tpu"], 0), (["cpu", "cuda"], 3)],
+)
+def test_triton_is_in_programs_for_gpus_alone(platforms, count, gpu_machine):
+  """A launch for each of the leaves, whose rows are aligned in different ways."""
+  tx = cases.make("adamw")
+  traced = jax.jit(functools.partial(fo.step, tx)).trace(*arguments(tx))
+  text = traced.lower(lowering_platforms=tuple(platforms)).as_text()
+  assert text.count("@triton_kernel_call") == count
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
@@ -117,7 +134,7 @@ def test_a_kernel_asked_for_is_refused_elsewhere(where):
     mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     args = jax.device_put(args, sharding)
-  refused = pytest.raises(ValueError, match=r"'large'.*'triton'.*runs on 'cpu'")
+  refused = pytest.raises(ValueError, match=r"'bias'.*'triton'.*runs on 'cpu'")
   with refused:
     fo.step(tx, *args)
   with refused:
