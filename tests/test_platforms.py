@@ -16,15 +16,16 @@ from flashoptim_jax import kernels
 from flashoptim_jax.kernels import mosaic_tpu, triton
 
 SHAPES = {
-    "large": ((64, 1024), jnp.bfloat16),
+    "matrix": ((4, 64), jnp.bfloat16),
     "bias": ((33,), jnp.bfloat16),
     "norm": ((5,), jnp.float32),
 }
+LARGE = SHAPES | {"matrix": ((64, 1024), jnp.bfloat16)}  # Enough for the TPU kernel.
 FUNCTIONS = {"step": cases.step, "update": cases.update}
 
 
-def arguments(tx):
-  params = cases.tree(SHAPES)
+def arguments(tx, shapes=None):
+  params = cases.tree(shapes or SHAPES)
   return cases.grads_like(params), tx.init(params), params
 
 
@@ -63,7 +64,8 @@ def gpu_machine(monkeypatch):
 def test_arrays_on_a_cpu_beside_a_gpu(how, function, gpu_machine, places):
   tx = cases.make("lion")
   take = functools.partial(FUNCTIONS[function], tx)
-  args = arguments(tx)
+  shapes = {"bias": SHAPES["bias"]}
+  args = arguments(tx, shapes)
   if "vmap" in how:
     take = jax.vmap(take)
     args = jax.tree.map(lambda x: jnp.stack([x, x]), args)
@@ -82,7 +84,7 @@ def test_arrays_on_a_cpu_beside_a_gpu(how, function, gpu_machine, places):
   assert set(places) == {"cpu"}
   if "vmap" in how:
     found = jax.tree.map(lambda x: x[1], found)
-  cases.assert_equal(found, cases.step(tx, *arguments(tx)), 1)
+  cases.assert_equal(found, cases.step(tx, *arguments(tx, shapes)), 1)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_triton_is_in_programs_for_gpus_alone(platforms, count, gpu_machine):
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 def test_lowers_for_a_platform_that_is_not_there(platform, places):
   tx = cases.make("adamw")
-  traced = jax.jit(functools.partial(fo.step, tx)).trace(*arguments(tx))
+  traced = jax.jit(functools.partial(fo.step, tx)).trace(*arguments(tx, LARGE))
   assert places == []
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   assert places == [{"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)]
@@ -123,7 +125,7 @@ def test_kernels_are_traced_for_their_platform_alone(monkeypatch):
   monkeypatch.setattr(mosaic_tpu, "update", refuse)
   monkeypatch.setattr(triton, "update", refuse)
   tx = cases.make("lion")
-  jax.jit(functools.partial(fo.step, tx)).lower(*arguments(tx))
+  jax.jit(functools.partial(fo.step, tx)).lower(*arguments(tx, LARGE))
 
 
 @pytest.mark.parametrize("where", ["mesh", "no mesh"])

@@ -1,5 +1,7 @@
 """Rules that the package does not have: what it takes to add an optimizer."""
 
+import functools
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -42,11 +44,11 @@ SCALARS = {
 }
 
 
-def make(rule, implementation=None, storage=cases.STORAGES["root"]):
+def make(rule, implementation=None):
   moments = tuple((moment.name, moment.kind) for moment in rule.moments)
   return flash_transformation(
       rule,
-      Format(rule.name, moments, storage),
+      Format(rule.name, moments, fo.Storage()),
       lambda count: SCALARS,
       plain=lambda: None,
       decay=True,
@@ -58,15 +60,9 @@ def params():
   return cases.tree({"w": ((5, 168), jnp.bfloat16)})
 
 
-@pytest.mark.parametrize("storage", ["root", "32/32"])
-def test_tpu_kernel_equals_xla(storage):
+def test_tpu_kernel_equals_xla():
   both = [
-      cases.train(
-          make(TWO, implementation, cases.STORAGES[storage]),
-          params(),
-          3,
-          cases.jitted_step,
-      )
+      cases.train(make(TWO, implementation), params(), 3, cases.jitted_step)
       for implementation in ("mosaic_tpu", "xla")
   ]
   cases.assert_equal(*both, 3)
@@ -113,12 +109,13 @@ def test_tpu_kernel_takes_any_moments():
 
 @pytest.mark.parametrize("rule", [TWO, DISGUISED], ids=lambda rule: rule.name)
 def test_triton_refuses_rules_that_it_has_no_code_for(rule, monkeypatch):
+  train = functools.partial(cases.train, steps=1, function=cases.jitted_step)
   with pytest.raises(ValueError, match=rf"'w'.*'triton'.*the rule '{rule.name}'"):
-    cases.train(make(rule, "triton"), params(), 1)
-  xla = cases.train(make(rule, "xla"), params(), 1)
+    train(make(rule, "triton"), params())
+  xla = train(make(rule, "xla"), params())
   cases.update_as_on("gpu", monkeypatch, devices=1)
   monkeypatch.setattr(triton, "unavailable", lambda place: None)
-  cases.assert_equal(cases.train(make(rule), params(), 1), xla, 1)
+  cases.assert_equal(train(make(rule), params()), xla, 1)
 
 
 def test_moments_that_the_state_has_no_place_for():
