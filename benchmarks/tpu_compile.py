@@ -6,8 +6,8 @@ array of a leaf's size is copied or given another layout on the way.
 
 Run it as ``python benchmarks/tpu_compile.py``; it takes hours. ``--sample 1`` gives
 each case one of the shapes in turn, so that every case and every shape is compiled,
-but not every pair. ``--quick`` compiles a few cases and prints them, and in which
-order of axes XLA keeps arrays.
+but not every pair. ``--quick`` compiles a few cases and prints them, in which order of
+axes XLA keeps arrays, and where the kernel is chosen by itself.
 """
 
 import argparse
@@ -72,12 +72,16 @@ def shapes() -> list[tuple[int, ...]]:
 
 
 @functools.cache
-def mesh(chip: str) -> jax.sharding.Mesh:
-  """One device of a chip that need not be there."""
-  topology = topologies.get_topology_desc(
+def devices_of(chip: str) -> list[jax.Device]:
+  """Devices of a chip that need not be there."""
+  return topologies.get_topology_desc(
       topology_name=TOPOLOGIES[chip], platform="tpu"
-  )
-  return jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+  ).devices
+
+
+def mesh(chip: str) -> jax.sharding.Mesh:
+  """One of them."""
+  return jax.sharding.Mesh(np.array(devices_of(chip)[:1]), ("x",))
 
 
 def single(chip: str) -> jax.sharding.NamedSharding:
@@ -152,6 +156,42 @@ def quick() -> list[dict]:
   return [check(*case) for case in cases]
 
 
+def chosen(chip: str) -> dict[str, dict]:
+  """What is compiled for one chip, or four, where nobody asks for a kernel."""
+  devices = np.array(devices_of(chip))
+  auto, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+  def meshed(devices, kind):
+    found = jax.sharding.Mesh(devices, ("x",), axis_types=(kind,))
+    return jax.sharding.NamedSharding(found, jax.sharding.PartitionSpec("x"))
+
+  placements = {
+      "one, no mesh": jax.sharding.SingleDeviceSharding(devices[0]),
+      "one, auto": meshed(devices[:1], auto),
+      "all, explicit": meshed(devices, explicit),
+      "all, auto": meshed(devices, auto),
+      "all, auto, given": meshed(devices, auto),
+  }
+  result = {}
+  for name, sharding in placements.items():
+    tx = fo.lion(1e-3)
+    params = {"w": jax.ShapeDtypeStruct((512, 1024), "bfloat16", sharding=sharding)}
+    if name.endswith("given"):
+      tx = fo.with_shardings(tx, params, {"w": sharding})
+    state = jax.tree.map(
+        lambda a, s=sharding: a.update(sharding=s if a.ndim else None),
+        jax.eval_shape(tx.init, params),
+    )
+    step = jax.jit(functools.partial(fo.step, tx), donate_argnums=(1, 2))
+    compiled = step.lower(params, state, params).compile()
+    memory = compiled.memory_analysis()
+    result[name] = {
+        "kernels": compiled.as_text().count("tpu_custom_call"),
+        "temporaries": memory.temp_size_in_bytes,
+    }
+  return result
+
+
 def orders(chip: str) -> list[dict]:
   """The order of axes in which XLA keeps arrays, and the one the kernel expects."""
   sizes = (1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 64, 72, 100, 128, 130, 200, 256, 1000)
@@ -183,7 +223,8 @@ def main():
   parser.add_argument("--sample", type=int, metavar="SHAPES", help="for each case")
   arguments = parser.parse_args()
   if arguments.quick:
-    print(json.dumps({"rows": quick(), "orders": orders("v5e")}))
+    found = {"rows": quick(), "orders": orders("v5e"), "chosen": chosen("v5e")}
+    print(json.dumps(found))
     return
   every = shapes()
   count = arguments.sample or len(every)

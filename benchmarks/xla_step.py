@@ -66,7 +66,7 @@ def seconds_per_step(step, tx, grads, kept):
 
 def profile(rule, storage, leaf, scalars):
   """Seconds of each of the CPU path's passes over one leaf, alone, in place."""
-  config = xla._Config(rule, storage, decay=True, new_params=True)
+  config = xla._Config(rule, storage, decay=True, new_params=True, gpu=False)
   operands = xla._Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
   passes = {}
   for moment, stored in zip(rule.moments, leaf.moments, strict=True):

@@ -1,5 +1,6 @@
 """Optax optimizers with 8-bit moments and 24-bit master weights."""
 
+from flashoptim_jax import exporting
 from flashoptim_jax.apply import step
 from flashoptim_jax.compression import compress
 from flashoptim_jax.conversion import convert, from_optax, to_optax
@@ -22,6 +23,8 @@ from flashoptim_jax.state import CompressedState, FlashState, Format
 from flashoptim_jax.storage import Storage
 
 __version__ = "0.1.0"
+
+exporting.register()
 
 __all__ = [
     "CompressedState",

@@ -6,7 +6,10 @@ twin that is tested against it. Expressions follow Optax's order of operations,
 so that with ``Storage(32, 32)`` the moments equal Optax's bit for bit.
 
 To add an optimizer, write a rule and a factory in
-:mod:`flashoptim_jax.optimizers`.
+:mod:`flashoptim_jax.optimizers`. XLA and the TPU kernel then have it. The GPU kernel
+refuses rules that it has no twin of, and XLA updates the parameters in its place, until
+the rule is written down in :mod:`flashoptim_jax.kernels.triton_kernel` too and named
+among those that :mod:`flashoptim_jax.kernels.triton` takes.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,7 +51,8 @@ class Rule(NamedTuple):
   """An optimizer's arithmetic.
 
   Attributes:
-    name: Identifies the rule; kernels choose their code by it.
+    name: Identifies the rule in states. The GPU kernel chooses its code by it, among
+      the rules that it takes.
     moments: The moments.
     direction: ``(grad, old moments, new moments, scalars) -> direction``. The
       master weight moves by ``-learning_rate · (direction + weight_decay ·

@@ -66,6 +66,12 @@ def flash_transformation(
     implementation: See :func:`flashoptim_jax.kernels.update_leaves`.
   """
   kernels.check_implementation(implementation)
+  for moment in rule.moments:
+    if moment.name not in ("mu", "nu"):
+      raise ValueError(
+          f"The rule {rule.name!r} keeps a moment {moment.name!r}; a FlashState has"
+          " fields for 'mu' and 'nu'."
+      )
 
   def init_fn(params):
     if counterpart.wanted():

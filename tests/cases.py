@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
+from flashoptim_jax import kernels
 from flashoptim_jax.state import by_path, flash_states, map_flash_states
 
 
@@ -191,6 +192,18 @@ def random_state(tx, params, seed: int = 2, count: int = 3):
     })
 
   return map_flash_states(fill, tx.init(params))
+
+
+def update_as_on(platform: str, monkeypatch, devices: int | None = None):
+  """Has leaves updated as on another platform, and number of devices."""
+  update_at = kernels._update_at
+
+  def elsewhere(place, *args):
+    count = place.devices if devices is None else devices
+    return update_at(kernels.Place(platform, count, None), *args)
+
+  monkeypatch.setattr(kernels, "_update_at", elsewhere)
+  monkeypatch.setattr(kernels.Place, "is_here", lambda place: True)
 
 
 def types(values):

@@ -123,3 +123,7 @@ def test_compiles_for_tpus():
     assert row["kernels"] == row["leaves"], row
     assert row["aliased"] == row["outputs"], row
     assert row["copies"] == [], row
+  found = {name: row["kernels"] for name, row in result["chosen"].items()}
+  # Where shards are not known while tracing, it takes TPUs that are there.
+  expected = dict.fromkeys(found, 1) | {"all, auto": 0}
+  assert found == expected

@@ -74,6 +74,80 @@ else:
 """)
 
 
+def test_nothing_is_compiled_twice():
+  """Whatever the first call imports must leave JAX's configuration as it is."""
+  python("""
+import functools, jax, jax.numpy as jnp, optax
+import flashoptim_jax as fo
+
+@jax.jit
+def unrelated(params):
+  return params["w"] + 1
+
+def update(tx, grads, state, params):
+  updates, state = tx.update(grads, state, params)
+  return optax.apply_updates(params, updates), state
+
+def release(tx, _, state, params):
+  def loss(live):
+    product = fo.released_call(lambda w, x: x @ w, live["w"], jnp.ones((2, 2)))
+    return jnp.sum(product)
+  _, *new = fo.value_and_release(loss, tx)(params, state)
+  return new
+
+params = {"w": jnp.ones((2, 40), jnp.bfloat16)}
+unrelated(params)
+runs = []
+for function, tx in (
+  (fo.step, fo.lion(0.1)),
+  (update, fo.lion(0.1)),
+  (release, fo.lion(0.1)),
+  (fo.step, fo.compress(optax.lion(0.1))),
+  (fo.step, fo.sgd(0.1, implementation="mosaic_tpu")),
+):
+  runs.append((jax.jit(functools.partial(function, tx)), params, tx.init(params)))
+for _ in range(3):
+  for i, (step, own, state) in enumerate(runs):
+    runs[i] = step, *step(params, state, own)
+unrelated(params)
+found = [step._cache_size() for step in (unrelated, *(run[0] for run in runs))]
+assert found == [1] * 6, found
+""")
+
+
+def test_exported_steps_run_in_another_process(tmp_path):
+  """A serialized step says what states it takes, and gives such states."""
+  optimizers = """
+import functools, pathlib, jax, jax.numpy as jnp, optax
+import flashoptim_jax as fo
+OPTIMIZERS = {
+  "adamw": fo.adamw(0.1),
+  "chain": optax.chain(optax.clip(1.0), fo.lion(optax.constant_schedule(0.1))),
+  "sgd": fo.sgd(0.1, storage=fo.Storage(None, 32)),
+  "compress": fo.compress(optax.adamw(optax.constant_schedule(0.1))),
+}
+def arguments(tx):
+  params = {"w": jnp.ones((2, 32), jnp.bfloat16), "norm": jnp.ones(3)}
+  return params, tx.init(params), params
+"""
+  python(f"""{optimizers}
+for name, tx in OPTIMIZERS.items():
+  step = jax.jit(functools.partial(fo.step, tx))
+  serialized = jax.export.export(step)(*arguments(tx)).serialize()
+  pathlib.Path({str(tmp_path)!r}, name).write_bytes(serialized)
+""")
+  python(f"""{optimizers}
+for name, tx in OPTIMIZERS.items():
+  serialized = pathlib.Path({str(tmp_path)!r}, name).read_bytes()
+  args = arguments(tx)
+  params, state = jax.export.deserialize(bytearray(serialized)).call(*args)
+  assert jax.tree.structure(state) == jax.tree.structure(args[1]), name
+  assert float(params["w"][0, 0]) < 1, name
+  # The state is one that the optimizer itself goes on from.
+  jax.eval_shape(functools.partial(fo.step, tx), args[0], state, params)
+""")
+
+
 def test_public_names():
   names = {
       *("adamw", "adam", "sgd", "lion", "compress", "Storage", "step", "flax"),

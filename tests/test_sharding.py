@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
+from flashoptim_jax import kernels
 from flashoptim_jax.kernels import triton, xla
 from flashoptim_jax.state import flash_states
 
@@ -209,14 +210,15 @@ class Kernel:
     table = jnp.asarray(np.zeros((2, len(leaves)), np.float32))
     rate = scalars["learning_rate"] + table[0, -1]
     scalars = dict(scalars) | {"learning_rate": rate}
-    return xla.update(rule, storage, leaves, scalars, new_params)
+    place = kernels.Place("gpu", 1, None)
+    return xla.update(rule, storage, leaves, scalars, new_params, place)
 
 
 @pytest.fixture
 def kernel(monkeypatch):
   stand_in = Kernel()
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(triton, "unavailable", lambda: None)
+  cases.update_as_on("gpu", monkeypatch)
+  monkeypatch.setattr(triton, "unavailable", lambda place: None)
   monkeypatch.setattr(triton, "update", stand_in.update)
   return stand_in
 
@@ -423,3 +425,23 @@ def test_with_shardings_changes_nothing_else():
       cases.jitted_step(told, grads, state, params),
       cases.jitted_step(tx, grads, state, params),
   )
+
+
+def test_kernels_see_shards_of_arrays_that_are_yet_to_be_sharded(kernel):
+  """Only the compiler knows about shards: no argument is on a mesh."""
+  shardings = shardings_on(make_mesh("4x2"))
+  tx, params = cases.make("adamw"), cases.tree(SHAPES)
+  placed = fo.state_shardings(tx, params, shardings)
+  step = jax.jit(
+      functools.partial(fo.step, tx),
+      in_shardings=(shardings, placed, shardings),
+      out_shardings=(shardings, placed),
+  )
+  args = jax.device_get((cases.grads_like(params), tx.init(params), params))
+  text = step.lower(*args).compile().as_text()
+  assert not COLLECTIVE.search(text)
+  assert kernel.shapes[-1] == {
+      path: sharding.shard_shape(SHAPES[path][0])
+      for path, sharding in shardings.items()
+  }
+  cases.assert_equal(step(*args), cases.train(tx, params, 1), 1)

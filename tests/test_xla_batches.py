@@ -71,9 +71,7 @@ def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
 
   update = xla._update_batch
   monkeypatch.setattr(xla, "_update_batch", update_batch)
-  # As on one GPU.
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  cases.update_as_on("gpu", monkeypatch, devices=1)
   together = train(tx, params, via)
 
   cases.assert_same(together, alone)
@@ -104,8 +102,6 @@ def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
     ],
 )
 def test_batches_are_limited(limits, expected, monkeypatch):
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
   monkeypatch.setattr(xla, "_JOINED_BELOW", 96)
   for name, limit in limits.items():
     monkeypatch.setattr(xla, name, limit)
@@ -119,6 +115,6 @@ def test_batches_are_limited(limits, expected, monkeypatch):
   assert sorted(found) == sorted(expected)
 
   tx = cases.make("lion", implementation="xla")
-  together = cases.train(tx, params, steps=1)
-  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-  cases.assert_same(together, cases.train(tx, params, steps=1))
+  alone = cases.train(tx, params, steps=1)
+  cases.update_as_on("gpu", monkeypatch, devices=1)
+  cases.assert_same(cases.train(tx, params, steps=1), alone)

@@ -82,7 +82,7 @@ def run_in_interpreter():
   executor._restore_args_dev = lambda self, *args: None
   launches._triton_call = call
   launches._aliased_outputs_are_arguments = lambda: False
-  launches.unavailable = lambda: None
+  launches.unavailable = lambda place: None
   launches._tuning = lambda: {"block_groups": 16, "num_warps": 4}
 
 

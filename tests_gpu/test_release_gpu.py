@@ -13,6 +13,7 @@ from cases import OPTIMIZERS, STORAGES
 from test_release import MODELS, batch, released, value_and_grad
 
 import flashoptim_jax as fo
+from flashoptim_jax import kernels
 from flashoptim_jax.kernels import triton as launches
 
 STEPS = 20
@@ -21,7 +22,7 @@ SHARE_OF_CODES = 1e-4
 
 @pytest.fixture(scope="module", autouse=True)
 def available():
-  reason = launches.unavailable()
+  reason = launches.unavailable(kernels.Place("gpu", 1, None))
   assert reason is None, f"This suite needs a GPU and jax-triton: {reason}."
 
 

@@ -15,6 +15,7 @@ import re
 
 import cases
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -22,6 +23,7 @@ import pytest
 from cases import OPTIMIZERS, STORAGES
 
 import flashoptim_jax as fo
+from flashoptim_jax import kernels
 from flashoptim_jax.kernels import triton as launches
 
 STEPS = 50
@@ -58,7 +60,7 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def available():
-  reason = launches.unavailable()
+  reason = launches.unavailable(kernels.Place("gpu", 1, None))
   assert reason is None, f"This suite needs a GPU and jax-triton: {reason}."
 
 
@@ -72,6 +74,20 @@ def random_tree(seed, dtype, scale):
 
 
 VIA = {"step": cases.step, "update": cases.update}
+
+
+def in_a_scan(step):
+  """A step as the only one of a scan."""
+
+  def scanned(grads, state, params):
+    def body(carry, _):
+      params, state = step(grads, *carry)
+      return (state, params), None
+
+    (state, params), _ = jax.lax.scan(body, (state, params), None, length=1)
+    return params, state
+
+  return scanned
 
 
 def differences(ours, reference, dtype, storage, rounding=None):
@@ -262,3 +278,64 @@ def test_forced_on_a_leaf_that_it_cannot_update(shape, dtype, reason):
   params = {"w": jnp.zeros(shape, dtype)}
   with pytest.raises(ValueError, match=f"'w'.*{reason}"):
     fo.step(tx, params, tx.init(params), params)
+
+
+def on_cpu(tree):
+  return jax.device_put(tree, jax.local_devices(backend="cpu")[0])
+
+
+@pytest.mark.parametrize("how", ["committed", "default device"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.vmap, in_a_scan])
+def test_arrays_on_the_cpu_of_a_machine_with_a_gpu(how, wrap):
+  tx, plain = fo.adamw(1e-2), fo.adamw(1e-2, implementation="xla")
+
+  def check(place):
+    params, state = fo.from_fp32(tx, random_tree(0, F32, 1.0))
+    arrays = place((random_tree(1, BF16, 1.0), state, params))
+    if wrap is jax.vmap:
+      arrays = jax.tree.map(lambda x: jnp.stack([x, x]), arrays)
+    ours, reference = (
+        wrap(functools.partial(fo.step, each))(*arrays) for each in (tx, plain)
+    )
+    for leaf in jax.tree.leaves(ours):
+      assert {device.platform for device in leaf.devices()} == {"cpu"}
+    cases.assert_same(jax.device_get(ours), jax.device_get(reference))
+
+  if how == "committed":
+    check(on_cpu)
+  else:
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+      check(lambda arrays: arrays)
+
+
+def test_each_device_gets_its_own_program():
+  """One jitted function, called with arrays on the GPU, the CPU and the GPU again."""
+  tx = fo.adamw(1e-2)
+  step = jax.jit(functools.partial(fo.step, tx))
+  params, state = fo.from_fp32(tx, {"w": jnp.ones((64, 96))})
+  arrays = {"w": jnp.full((64, 96), 0.5, BF16)}, state, params
+  gpu, cpu = step(*arrays), step(*on_cpu(arrays))
+  again = step(*arrays)
+  cases.assert_same(jax.device_get(again), jax.device_get(gpu))
+  found = differences(
+      jax.device_put(cpu, jax.devices()[0]), gpu, BF16, fo.Storage()
+  )
+  assert float(found["master gap"]) <= 1.0
+  programs = [
+      step.lower(*each).compile().as_text() for each in (arrays, on_cpu(arrays))
+  ]
+  assert ["triton_kernel_call" in program for program in programs] == [True, False]
+
+
+def test_one_lowering_for_gpu_and_cpu():
+  """Each platform has its own branch, and only the GPU's has the kernel."""
+  tx = fo.adamw(1e-2)
+  params, state = fo.from_fp32(tx, {"w": jnp.ones((64, 96))})
+  traced = jax.jit(functools.partial(fo.step, tx)).trace(params, state, params)
+  version = jax.extend.backend.get_backend().platform_version
+  platform = "rocm" if "rocm" in version else "cuda"
+  for platforms, kernels_found in (
+      ((platform,), 1), (("cpu",), 0), (("tpu",), 0), (("cpu", platform), 1)
+  ):
+    text = traced.lower(lowering_platforms=platforms).as_text()
+    assert text.count("@triton_kernel_call") == kernels_found, platforms

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from flashoptim_jax import leafwise
 from flashoptim_jax.rules import Rule
 
 _LARGEST = 3.0e38
@@ -134,7 +135,10 @@ def evaluate(
     reciprocal: Used in divisions by arrays.
   """
   leaves, tree = jax.tree.flatten(args)
-  closed = jax.make_jaxpr(lambda *x: f(*jax.tree.unflatten(tree, x)))(*leaves)
+  # What is inside calls, such as those of `jnp.where`, is to be cheaper too.
+  closed = leafwise.inline(
+      jax.make_jaxpr(lambda *x: f(*jax.tree.unflatten(tree, x)))(*leaves)
+  )
   of_arguments = {
       i: each
       for i, leaf in enumerate(leaves)
@@ -186,7 +190,7 @@ def _run(
     if root is not None:
       roots[variable] = root, root_factor * jnp.sqrt(factor)
   for eqn in jaxpr.eqns:
-    (out,), name, atoms = eqn.outvars, eqn.primitive.name, eqn.invars
+    out, name, atoms = eqn.outvars[0], eqn.primitive.name, eqn.invars
     if name == "broadcast_in_dim" and not atoms[0].aval.shape:
       scalars[out] = read(atoms[0])
     if name in ("mul", "add") and scalar(atoms[0]) is not None:
@@ -225,7 +229,8 @@ def _run(
       (array, factor), added = parts(atoms[0]), scalar(atoms[1])
       products[out] = array + added / factor, factor
     else:
-      values[out] = eqn.primitive.bind(*map(read, atoms), **eqn.params)
+      results = leafwise.bind(eqn, map(read, atoms))
+      values.update(zip(eqn.outvars, results, strict=True))
   return parts(jaxpr.outvars[0])
 
 

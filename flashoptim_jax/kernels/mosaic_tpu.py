@@ -36,7 +36,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from flashoptim_jax import codec
-from flashoptim_jax.kernels import Leaf, UpdatedLeaf
+from flashoptim_jax.kernels import Leaf, Unavailable, UpdatedLeaf
+from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.kernels.mosaic_layout import axis_order
 from flashoptim_jax.kernels.mosaic_math import (
     Known,
@@ -861,14 +862,15 @@ def _scratch(plan: _Plan, dtypes, written) -> dict[str, Any]:
   return shapes
 
 
-def unavailable() -> str | None:
-  """Why the kernel can't run in this process; None if it can.
+def unavailable(place: Place) -> Unavailable | None:
+  """Why the kernel can't run in a place; None if it can.
 
-  On a CPU it runs in interpret mode, and can be compiled for a TPU.
+  On a CPU it runs in interpret mode.
   """
-  backend = jax.default_backend()
-  if backend not in ("tpu", "cpu"):
-    return f"JAX's default backend is {backend!r}, not 'tpu' or 'cpu'"
+  if place.platform not in ("tpu", "cpu"):
+    return Unavailable(f"it runs on {place.platform!r}, not 'tpu' or 'cpu'")
+  if place.platform == "tpu" and place.mesh is None and not place.is_here():
+    return Unavailable("the kind of TPU is not known")
   return None
 
 
@@ -877,8 +879,9 @@ def pays(leaf: Leaf) -> bool:
   return leaf.param.size >= _SMALLEST
 
 
-def unsupported(leaf: Leaf, storage: Storage) -> str | None:
+def unsupported(leaf: Leaf, rule: Rule, storage: Storage) -> str | None:
   """Why the kernel can't update a leaf; None if it can."""
+  del rule  # The kernel calls it.
   shape = leaf.param.shape
   if leaf.quantized and storage.group_size != GROUP_SIZE:
     return f"its group size is {storage.group_size}, not {GROUP_SIZE}"
@@ -934,23 +937,39 @@ def _view(shape: tuple[int, ...], filling: int) -> tuple[int, ...]:
 def update(
     rule: Rule,
     storage: Storage,
+    leaves: Sequence[Leaf],
+    scalars: Scalars,
+    new_params: bool,
+    place: Place,
+) -> list[UpdatedLeaf]:
+  """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`."""
+  # Pallas asks the mesh around it which TPU it compiles for.
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty and place.mesh is not None and place.devices == 1:
+    mesh = place.mesh
+  with jax.sharding.use_abstract_mesh(mesh):
+    interpret = place.platform != "tpu"
+    return [
+        _update(rule, storage, leaf, scalars, new_params, interpret) for leaf in leaves
+    ]
+
+
+def _update(
+    rule: Rule,
+    storage: Storage,
     leaf: Leaf,
     scalars: Scalars,
     new_params: bool,
+    interpret: bool,
 ) -> UpdatedLeaf:
-  """Updates one leaf; see :func:`flashoptim_jax.kernels.update_leaves`."""
   zeros = tuple(
       name for name, value in scalars.items() if isinstance(value, float) and not value
   )
   hyper = tuple(name for name in scalars if name not in zeros)
   packed = jnp.stack([jnp.asarray(scalars[n], jnp.float32) for n in hyper])[None]
   arrays = _fields(rule, leaf)
-  call = functools.partial(_call, rule, storage, leaf.decay, new_params, hyper, zeros)
-  new = lax.platform_dependent(
-      packed,
-      arrays,
-      tpu=functools.partial(call, False),
-      default=functools.partial(call, True),
+  new = _call(
+      rule, storage, leaf.decay, new_params, hyper, zeros, interpret, packed, arrays
   )
   return UpdatedLeaf(
       new["param" if new_params else "update"],

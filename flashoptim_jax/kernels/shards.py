@@ -50,6 +50,7 @@ def update(
     scalars: Scalars,
     shardings: Mapping[str, NamedSharding],
     group_size: int,
+    devices: int,
 ) -> list[UpdatedLeaf]:
   """Updates leaves, sharded in any way, with a function for whole ones.
 
@@ -59,6 +60,7 @@ def update(
     scalars: Numbers and arrays of shape ().
     shardings: Shardings of parameters by path, as far as they are known.
     group_size: Elements of a group of the moments.
+    devices: How many devices leaves may be sharded over.
   """
   unknown: list[int] = []
   by_mesh: dict[Any, dict[int, NamedSharding]] = {}
@@ -75,7 +77,7 @@ def update(
     chosen = [leaves[i] for i in unknown]
     results = (
         update_whole(chosen, scalars)
-        if manual or jax.device_count() == 1
+        if manual or devices == 1
         else _update_auto(update_whole, chosen, *arguments)
     )
     updated.update(zip(unknown, results, strict=True))
@@ -88,7 +90,10 @@ def update(
 
 
 def xla_can_partition(
-    leaf: Leaf, shardings: Mapping[str, NamedSharding], group_size: int
+    leaf: Leaf,
+    shardings: Mapping[str, NamedSharding],
+    group_size: int,
+    devices: int,
 ) -> bool:
   """Whether to leave the partitioning of a leaf's plain jnp update to XLA.
 
@@ -100,8 +105,17 @@ def xla_can_partition(
     return False
   sharding = _known_sharding(leaf, shardings)
   if sharding is None:
-    return jax.device_count() > 1
+    return devices > 1
   return _uncut(leaf, sharding, group_size) == sharding
+
+
+def is_partitioned(
+    leaf: Leaf, shardings: Mapping[str, NamedSharding], devices: int
+) -> bool:
+  """Whether only XLA knows how a leaf is sharded."""
+  return (
+      devices > 1 and not _is_manual() and _known_sharding(leaf, shardings) is None
+  )
 
 
 def _is_manual() -> bool:

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashoptim_jax import codec
-from flashoptim_jax.kernels import Leaf, UpdatedLeaf, merging
+from flashoptim_jax import codec, rules
+from flashoptim_jax.kernels import Leaf, Unavailable, UpdatedLeaf, merging
+from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import LEAST_ROOT, Rule, Scalars
 from flashoptim_jax.storage import Storage
 
@@ -37,23 +38,47 @@ _MERGED_BELOW = 1 << 22
 _DTYPES = ("bfloat16", "float16", "float32")
 # Stands for a gain of 0: beside it, a gradient counts for nothing.
 _LEAST_GAIN = 2.0**-60
+_INSTALL = (
+    "The extras 'cuda12' and 'cuda13' have what is missing: for JAX with CUDA 13, pip"
+    " install 'flashoptim-optax[cuda13]'."
+)
+# Those that the kernel has a twin of.
+_RULES = (
+    *(rules.ADAM, rules.NADAM, rules.LION),
+    *(rules.MOMENTUM, rules.NESTEROV, rules.SGD),
+)
 
 
-def unavailable() -> str | None:
-  """Why the kernel can't run in this process; None if it can."""
-  if jax.default_backend() != "gpu":
-    return f"JAX's default backend is {jax.default_backend()!r}, not 'gpu'"
+def unavailable(place: Place) -> Unavailable | None:
+  """Why the kernel can't run in a place; None if it can."""
+  if place.platform != "gpu":
+    return Unavailable(f"it runs on {place.platform!r}, not 'gpu'")
+  if not place.is_here():
+    return Unavailable("jax-triton compiles for GPUs that are there, and none is")
   for module in ("triton", "jax_triton"):
     if importlib.util.find_spec(module) is None:
-      return f"the package {module!r} is not installed"
-  capability = jax.local_devices()[0].compute_capability
+      return Unavailable(f"the package {module!r} is not installed", _INSTALL)
+  capability = _gpu().compute_capability
   if "." in capability and float(capability) < 8.0:
-    return f"the GPU's compute capability is {capability}, below 8.0"
+    return Unavailable(f"the GPU's compute capability is {capability}, below 8.0")
   return None
 
 
-def unsupported(leaf: Leaf, storage: Storage) -> str | None:
+def _gpu() -> jax.Device:
+  """The GPU that jax-triton compiles for."""
+  return jax.local_devices(backend="gpu")[0]
+
+
+def pays(leaf: Leaf) -> bool:
+  """Whether the kernel is the faster choice for a leaf."""
+  del leaf
+  return True
+
+
+def unsupported(leaf: Leaf, rule: Rule, storage: Storage) -> str | None:
   """Why the kernel can't update a leaf; None if it can."""
+  if rule not in _RULES:
+    return f"it has no code for the rule {rule.name!r}"
   shape = leaf.param.shape
   if leaf.quantized and storage.group_size != GROUP_SIZE:
     return f"its group size is {storage.group_size}, not {GROUP_SIZE}"
@@ -277,7 +302,7 @@ def _tuning() -> dict[str, int]:
   """Block size and warps for this process's GPUs, from the recorded tuning run."""
   path = pathlib.Path(__file__).with_name("triton_tuning.json")
   recorded = json.loads(path.read_text())["tuning"]
-  capability = jax.local_devices()[0].compute_capability
+  capability = _gpu().compute_capability
   return recorded.get(capability, recorded["default"])
 
 

@@ -11,6 +11,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from flashoptim_jax import codec
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf, merging
+from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import LEAST_ROOT, Moment, Rule, Scalars
 from flashoptim_jax.storage import Storage
 
@@ -57,17 +58,22 @@ def update(
     leaves: Sequence[Leaf],
     scalars: Scalars,
     new_params: bool,
+    place: Place,
 ) -> list[UpdatedLeaf]:
-  """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`."""
-  gpu = jax.default_backend() == "gpu"
+  """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`.
+
+  Where the update runs decides in which passes, but not what comes of it.
+  """
+  gpu = place.platform == "gpu"
   configs = [
       _Config(rule, storage, leaf.quantized, leaf.decay, new_params, gpu)
       for leaf in leaves
   ]
   if gpu:
     return _update_in_batches(configs, leaves, scalars)
+  one_cpu = place.platform == "cpu" and place.devices == 1
   return [
-      _update_alone(config, _arrays(leaf), scalars)
+      _update_alone(config, _arrays(leaf), scalars, one_cpu)
       for config, leaf in zip(configs, leaves, strict=True)
   ]
 
@@ -77,22 +83,12 @@ def _arrays(leaf: Leaf) -> _Arrays:
 
 
 def _update_alone(
-    config: _Config, leaf: _Arrays, scalars: Scalars
+    config: _Config, leaf: _Arrays, scalars: Scalars, one_cpu: bool
 ) -> UpdatedLeaf:
-  def in_two_passes(leaf, scalars):
-    (updated,) = _update(config, [leaf], scalars)
-    return updated
-
-  one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-  large = leaf.param.size >= _OUTLINED_FROM and config.quantized
-  if not (one_cpu and large):
-    return in_two_passes(leaf, scalars)
-  return lax.platform_dependent(
-      leaf,
-      scalars,
-      cpu=functools.partial(_update_by_output, config),
-      default=in_two_passes,
-  )
+  if one_cpu and config.quantized and leaf.param.size >= _OUTLINED_FROM:
+    return _update_by_output(config, leaf, scalars)
+  (updated,) = _update(config, [leaf], scalars)
+  return updated
 
 
 def _update_in_batches(

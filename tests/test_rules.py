@@ -1,0 +1,123 @@
+"""Rules that the package does not have: what it takes to add an optimizer."""
+
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flashoptim_jax as fo
+from flashoptim_jax import codec, kernels
+from flashoptim_jax.kernels import triton
+from flashoptim_jax.rules import ADAM, Moment, Rule
+from flashoptim_jax.state import Format
+from flashoptim_jax.transform import flash_transformation
+
+
+def _average(grad, moment, h):
+  return moment + h["rate"] * (grad - moment)
+
+
+def _average_of_squares(grad, moment, h):
+  return _average(jnp.square(grad), moment, h)
+
+
+def _clipped(grad, old, new, h):
+  """Calls other programs, and functions that have derivatives of their own."""
+  mu, nu = new[:2]
+  step = jnp.where(mu * grad > 0, mu, h["damping"] * mu) / (jnp.sqrt(nu) + h["eps"])
+  return jax.nn.relu6(jnp.clip(step, -2.0, 2.0)) - jax.nn.relu(-step) + sum(old[2:])
+
+
+MU, NU = Moment("mu", "first", _average), Moment("nu", "second", _average_of_squares)
+TREND = Moment("trend", "first", _average)
+TWO = Rule("clipped", (MU, NU), _clipped)
+THREE = Rule("trending", (MU, NU, TREND), _clipped)
+# With the name of a rule that kernels know, and another arithmetic.
+DISGUISED = ADAM._replace(direction=_clipped)
+SCALARS = {
+    "rate": 0.25, "damping": 0.5, "eps": 1e-3,
+    "b1": 0.75, "one_minus_b1": 0.25, "b2": 0.75, "one_minus_b2": 0.25,
+    "learning_rate": 2.0**-7, "weight_decay": 0.5,
+}
+
+
+def make(rule, implementation=None):
+  moments = tuple((moment.name, moment.kind) for moment in rule.moments)
+  return flash_transformation(
+      rule,
+      Format(rule.name, moments, fo.Storage()),
+      lambda count: SCALARS,
+      plain=lambda: None,
+      decay=True,
+      implementation=implementation,
+  )
+
+
+def params():
+  return cases.tree({"w": ((5, 168), jnp.bfloat16)})
+
+
+def test_tpu_kernel_equals_xla():
+  both = [
+      cases.train(make(TWO, implementation), params(), 3, cases.jitted_step)
+      for implementation in ("mosaic_tpu", "xla")
+  ]
+  cases.assert_equal(*both, 3)
+  assert not np.array_equal(both[0][0]["w"], params()["w"])
+
+
+def test_tpu_kernel_takes_any_moments():
+  """The state of optimizers has no place for them, but kernels do not mind."""
+  param = params()["w"]
+  grad = cases.grads_like(param, dtype=jnp.float32)
+  storage = fo.Storage()
+  pairs = []
+  for moment in THREE.moments:
+    value = grad if moment.kind == "first" else grad**2
+    codes, scale = codec.encode(value, moment.kind, storage)
+    pairs.append((codes, scale.astype(codec.SCALE_DTYPE)))
+  arrays = grad, param, jnp.zeros(param.shape, jnp.int8), tuple(pairs)
+  rounding = codec.rounding_of(jnp.int32(0))
+  scalars = SCALARS | {"scale_rounding": rounding.scale, "code_rounding": rounding.code}
+
+  def update(implementation):
+    def updated(*arrays):
+      (result,) = kernels.update_leaves(
+          THREE,
+          storage,
+          [kernels.Leaf("w", *arrays, decay=True)],
+          scalars,
+          implementation=implementation,
+          new_params=True,
+          shardings={},
+      )
+      return result
+
+    return jax.jit(updated)(*arrays)
+
+  kernel, xla = update("mosaic_tpu"), update("xla")
+  cases.assert_same(kernel.moments, xla.moments)
+  cases.assert_within_units(
+      codec.merge(kernel.result, kernel.correction),
+      codec.merge(xla.result, xla.correction),
+      1, jnp.bfloat16, 24,
+  )
+
+
+@pytest.mark.parametrize("rule", [TWO, DISGUISED], ids=lambda rule: rule.name)
+def test_triton_refuses_rules_that_it_has_no_code_for(rule, monkeypatch):
+  train = functools.partial(cases.train, steps=1, function=cases.jitted_step)
+  with pytest.raises(ValueError, match=rf"'w'.*'triton'.*the rule '{rule.name}'"):
+    train(make(rule, "triton"), params())
+  xla = train(make(rule, "xla"), params())
+  cases.update_as_on("gpu", monkeypatch, devices=1)
+  monkeypatch.setattr(triton, "unavailable", lambda place: None)
+  cases.assert_equal(train(make(rule), params()), xla, 1)
+
+
+def test_moments_that_the_state_has_no_place_for():
+  with pytest.raises(ValueError, match="'trending' keeps a moment 'trend'"):
+    make(THREE)
