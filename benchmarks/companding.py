@@ -6,7 +6,8 @@ once from lognormal(σ): σ = 0 is a group of equals, at σ = 2 scales in a grou
 a factor of several thousand. They are steady, or shrink tenfold over the first half of
 the steps. Both moments are kept twice, in float32 and in 8 bits with a decode, an
 update and an encode per step, from the same gradients. Figures are over all elements
-and the last 100 steps, since the thresholds of rounding move from step to step:
+and over 100 steps, evenly spaced in the last quarter of the run: the thresholds of
+rounding move from step to step, and all elements share them.
 
 * collapsed: share of codes of v that are zero, while the float32 v is not.
 * median |log|: of decoded/true sqrt(v), infinite for collapsed elements.
@@ -65,7 +66,7 @@ STEP_SIGMAS = (0.5, 1.5)  # of the figures of parameters' steps
 STEP_B2S = (0.95, 0.999)
 GROUP = 32
 SHRINKING = 10  # times
-WINDOW = 100  # steps that figures are taken over
+WINDOW = 100  # steps of the last quarter that figures are taken over
 STOPPED = (30, 100)  # steps after gradients have stopped
 
 
@@ -106,8 +107,8 @@ def simulate(key, sigma, b2, *, steps, groups, shrink, heavy):
   """Moments in float32 and as each variant keeps them.
 
   Returns:
-    The gradients' scales, the moments of the last steps, what one encoding leaves of
-    the float32 m of those, and each m at the steps ``STOPPED``.
+    The gradients' scales, the moments of the window's steps, what one encoding leaves
+    of the float32 m of those, and each m at the steps ``STOPPED``.
   """
   key, scale_key = jax.random.split(key)
   shape = (groups, GROUP)
@@ -136,19 +137,24 @@ def simulate(key, sigma, b2, *, steps, groups, shrink, heavy):
       result[name] = new
     return result
 
+  def several(moments, first, number):
+    return lax.fori_loop(first, first + number, lambda i, x: step(x, i), moments)
+
   def kept(moments, count):
-    moments = step(moments, count)
+    moments = several(moments, count + 1 - gap, gap)
     return moments, moments
 
   def stopped(moments, count):
     moments = step(moments, count, scale * (jnp.arange(GROUP) % 2))
     return moments, {name: m for name, (m, _) in moments.items()}
 
-  moments = lax.fori_loop(0, steps - WINDOW, lambda i, x: step(x, i), start)
-  moments, last = lax.scan(kept, moments, jnp.arange(steps - WINDOW, steps))
+  gap = steps // 4 // WINDOW
+  window = steps - 1 - gap * jnp.arange(WINDOW)[::-1]
+  moments = several(start, 0, steps - gap * WINDOW)
+  moments, last = lax.scan(kept, moments, window)
   once = {
       name: jax.vmap(functools.partial(roundtrip, kind="first", variant=name))(
-          last["float32"][0], count=jnp.arange(steps - WINDOW, steps)
+          last["float32"][0], count=window
       )
       for name in VARIANTS
   }

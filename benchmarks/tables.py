@@ -720,8 +720,8 @@ def companding_table():
   note = (
     f"{results['groups']:,} groups of {results['group_size']}, "
     f"{results['steps']:,} steps ({results['groups'] // companding.FEWER} and "
-    f"{results['steps'] * companding.LONGER:,} for β2={companding.SLOWEST:g}); over"
-    f" the last {results['window']} of them; {results['device']}, jax"
+    f"{results['steps'] * companding.LONGER:,} for β2={companding.SLOWEST:g}),"
+    f" {results['window']} of the last quarter measured; {results['device']}, jax"
     f" {results['versions']['jax']}, {results['date']}."
   )
   return f"{companding.table(results)}\n\n{note}"
