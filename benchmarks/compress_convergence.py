@@ -2,8 +2,9 @@
 
 On the parabola and Rosenbrock's function of Optax's own tests, with their learning
 rates, numbers of steps and tolerance: 3 % and 0.03. ``compressed`` has bfloat16
-parameters with 24-bit master weights and 8-bit moments, and its gradients are those
-at the bfloat16 parameters. Where it does not converge, four more runs say why:
+parameters with 24-bit master weights and 8-bit moments, small as they are, and its
+gradients are those at the bfloat16 parameters. Where it does not converge, four more
+runs say why:
 
 * ``plain``: Optax itself, on float32.
 * ``rounded gradients``: the same with gradients at the parameters rounded to
@@ -37,6 +38,11 @@ import flashoptim_jax as fo
 HERE = pathlib.Path(__file__).parent
 OUTPUT = HERE / "results" / "compress_convergence.json"
 TOLERANCE = 3e-2
+STORAGES = {
+  "compressed": fo.Storage(min_quantized_size=0),
+  "32-bit masters": fo.Storage(master_bits=32, min_quantized_size=0),
+  "32-bit moments": fo.Storage(moment_bits=32),
+}
 
 
 def parabola(params):
@@ -106,20 +112,19 @@ def distance(problem: str, params: np.ndarray) -> float:
 def measure(name: str, problem: str) -> dict:
   optimizer = OPTIMIZERS[name]
   plain = optimizer.make(optimizer.rate)
+  compressed = {
+    variant: functools.partial(
+      run, tx=fo.compress(plain, storage), dtype=jnp.bfloat16
+    )
+    for variant, storage in STORAGES.items()
+  }
   variants = {
-    "compressed": functools.partial(
-      run, tx=fo.compress(plain), dtype=jnp.bfloat16
-    ),
+    "compressed": compressed.pop("compressed"),
     "plain": functools.partial(run, tx=plain, dtype=None),
     "rounded gradients": functools.partial(
       run, tx=plain, dtype=None, rounded=True
     ),
-    "32-bit masters": functools.partial(
-      run, tx=fo.compress(plain, fo.Storage(master_bits=32)), dtype=jnp.bfloat16
-    ),
-    "32-bit moments": functools.partial(
-      run, tx=fo.compress(plain, fo.Storage(moment_bits=32)), dtype=jnp.bfloat16
-    ),
+    **compressed,
   }
   found = {}
   for variant, function in variants.items():

@@ -88,7 +88,7 @@ def reason(distance):
   for variant, text in (
     ("plain", "Optax's own does not converge either"),
     ("rounded gradients", "nor does Optax's own with gradients at bf16 parameters"),
-    ("32-bit masters", "steps below the spacing of 24 bits: use `master_bits=32`"),
+    ("32-bit masters", "24-bit masters: use `master_bits=32`"),
     ("32-bit moments", "8-bit moments: keep them in float32 with `codecs`"),
   ):
     if (distance[variant] > 1) == (variant in ("plain", "rounded gradients")):

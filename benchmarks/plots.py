@@ -175,10 +175,12 @@ def _line(baseline):
 def collapse(canvas, runs):
   """Accuracy of sqrt(v) by companding, over the spread of a group."""
   axes = canvas.subplots(1, 3)
-  sigmas = sorted({run["sigma"] for run in runs})
   cases = {
-    (run["sigma"], run["b2"]): run["figures"] for run in runs if not run["shrink"]
+    (run["sigma"], run["b2"]): run["figures"]
+    for run in runs
+    if not run["shrink"] and not run["heavy"]
   }
+  sigmas = sorted({sigma for sigma, _ in cases})
   for ax, key, title in zip(
     axes,
     ("collapsed", "median_abs_log", "m_rms_once"),

@@ -719,7 +719,9 @@ def companding_table():
   results = load("companding.json")
   note = (
     f"{results['groups']:,} groups of {results['group_size']}, "
-    f"{results['steps']:,} steps, {results['device']}, jax"
+    f"{results['steps']:,} steps ({results['groups'] // companding.FEWER} and "
+    f"{results['steps'] * companding.LONGER:,} for β2={companding.SLOWEST:g}),"
+    f" {results['window']} of the last quarter measured; {results['device']}, jax"
     f" {results['versions']['jax']}, {results['date']}."
   )
   return f"{companding.table(results)}\n\n{note}"

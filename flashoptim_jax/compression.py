@@ -70,9 +70,9 @@ def compress(
       ``"second_moment"`` (never negative), or ``"float32"`` (kept as it is).
 
   Returns:
-    A transformation whose ``update`` needs ``params`` and returns updates of
-    the gradients' dtype. Extra arguments are passed on to ``tx``; functions among
-    them are called with float32 parameters.
+    A transformation whose ``update`` needs ``params`` and returns updates of the
+    dtype to which those of a gradient and its parameter promote. Extra arguments are
+    passed on to ``tx``; functions among them are called with float32 parameters.
 
   Raises:
     ValueError: For unknown codecs, codecs of fields that the state lacks, flash

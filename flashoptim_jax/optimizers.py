@@ -77,8 +77,8 @@ def adamw(
       best that is available for each leaf.
 
   Returns:
-    A transformation whose ``update`` needs ``params`` and returns updates of
-    the gradients' dtype.
+    A transformation whose ``update`` needs ``params`` and returns updates of the
+    dtype to which those of a gradient and its parameter promote.
 
   Raises:
     ValueError: For ``mu_dtype``, unknown options, parameters that are not

@@ -313,8 +313,10 @@ class _Placed:
         for moment in state_lib.stored_moments(state)
         for tree in (moment.values, moment.scales)
     ]
-    # By parameter, in the order of the updates.
-    parts = jax.tree.map(lambda *sizes: sum(sizes), *moments, state.correction)
+    # By parameter, in the order of the updates. Small leaves have no scales.
+    parts = jax.tree.map(
+        lambda *sizes: sum(jax.tree.leaves(sizes)), *moments, state.correction
+    )
     leaves = [
         *jax.tree.leaves(parts["embed"]),
         *jax.tree.leaves(parts["layers"]) * self._num_layers,

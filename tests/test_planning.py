@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from leaf_sets import gpt2, llama3_8b
+from leaf_sets import gpt2, llama3_8b, resnet50
 from test_package import python
 
 import flashoptim_jax as fo
@@ -270,6 +270,33 @@ def test_one_device_is_the_memory_report():
       report.params, report.state, report.gradients
   )
   assert usual.total == sum(report.baseline.values())
+
+
+@pytest.mark.parametrize("shapes", [llama3_8b, gpt2, resnet50])
+def test_small_leaves_in_float32_take_next_to_nothing(shapes):
+  shapes = {k: jax.ShapeDtypeStruct(v, jnp.bfloat16) for k, v in shapes().items()}
+  check_small_leaves(shapes)
+
+
+@pytest.mark.parametrize("layers", [separate, lambda model: model.stacked_parts])
+@pytest.mark.parametrize("name", ["gpt2", "llama3-8b", "gemma2-9b"])
+def test_small_leaves_of_built_in_models(name, layers):
+  check_small_leaves(
+      jax.tree.map(
+          lambda array: jax.ShapeDtypeStruct(array.shape, jnp.bfloat16),
+          layers(models.load(name)),
+          is_leaf=is_array,
+      )
+  )
+
+
+def check_small_leaves(shapes):
+  usual, small_too = (
+      fo.memory_report(fo.adamw(1e-3, storage=storage), shapes)
+      for storage in (fo.Storage(), fo.Storage(min_quantized_size=0))
+  )
+  assert usual.moments >= small_too.moments == 2 * usual.num_params
+  assert usual.bytes_per_param <= 1.005 * small_too.bytes_per_param
 
 
 @pytest.mark.parametrize(("row", "name"), [(0, "optax"), (1, "flash")])
