@@ -122,8 +122,9 @@ def import_safetensors(
 
   Raises:
     FileNotFoundError: If a file is missing.
-    ValueError: If a file is damaged, files are of different exports, or tensors
-      are missing, left over, or of other shapes or dtypes. Nothing is loaded then.
+    ValueError: If a file is damaged, files are of different exports, there is one
+      file and an index of others, or tensors are missing, left over, or of other
+      shapes or dtypes. Nothing is loaded then.
   """
   from safetensors import SafetensorError, safe_open
 
@@ -398,7 +399,7 @@ def _read_index(
   index = _index_path(path)
   _require_regular(index)
   try:
-    content = json.loads(index.read_bytes())
+    content = json.loads(index.read_bytes(), object_pairs_hook=_unique)
     weight_map = dict(content["weight_map"].items())
     metadata = content.get("metadata")
   # RecursionError: lists in lists in lists.
@@ -413,6 +414,14 @@ def _read_index(
       )
   export = metadata.get(_EXPORT) if isinstance(metadata, dict) else None
   return {name: path.with_name(file) for name, file in weight_map.items()}, export
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """An object of JSON; raises a ValueError if a key is there twice."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    raise ValueError(f"a key of {list(found)[:3]}... is there twice")
+  return found
 
 
 def _require_regular(file: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Shardings of the optimizer state, derived from those of the parameters."""
 
+import types
 import warnings
 from typing import Any, NamedTuple
 
@@ -138,13 +139,14 @@ def with_shardings(
     ValueError: As for :func:`state_shardings`.
   """
   shardings = _broadcast(param_shardings, params)
-  by_path = {
+  # Not a tree, which Optax's masks would mask, or fail to: paths have no order.
+  by_path = types.MappingProxyType({
       path: sharding
       for (path, _), sharding in zip(
           jax.tree.leaves_with_path(params), shardings, strict=True
       )
       if isinstance(sharding, NamedSharding)
-  }
+  })
   inner = optax.with_extra_args_support(tx)
 
   def update_fn(updates, state, params=None, **extra_args):

@@ -22,7 +22,7 @@ NEW_PARAMS = "flashoptim_new_params"
 DEFERRED = "flashoptim_deferred"
 
 # The extra argument by which `flashoptim_jax.with_shardings` says how parameters
-# are sharded: a dict from a parameter's path, as JAX gives it, to its sharding.
+# are sharded: a mapping from a parameter's path, as JAX gives it, to its sharding.
 PARAM_SHARDINGS = "flashoptim_param_shardings"
 
 

@@ -346,6 +346,7 @@ def test_float64(tmp_path):
         ("[]", "damaged"),
         ("{}", "weight_map"),
         ('{"weight_map": [1]}', "damaged"),
+        ('{"weight_map": {"w": "shard", "w": "other"}}', r"\['w'\].* there twice"),
         ('{"weight_map": {"w": 3}}', "found 3 as the file of tensor 'w'"),
         ('{"weight_map": {"w": ["a"]}}', "as the file of tensor 'w'"),
         ('{"weight_map": {"w": null}}', "found None"),

@@ -414,7 +414,7 @@ def test_given_sharding_must_fit(kernel):
 
 
 @cases.every_twin
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", [False, True, "with extra args"])
 def test_leaves_of_one_name_have_their_own_sharding(kernel, masked, twin):
   """Also where a mask hides one of them from the optimizer."""
   specs = P("fsdp"), P(None, "tensor")
@@ -422,7 +422,11 @@ def test_leaves_of_one_name_have_their_own_sharding(kernel, masked, twin):
   params = twin(jnp.ones((16, 64), jnp.bfloat16), jnp.ones((3, 256), jnp.bfloat16))
   tx = cases.make("adamw")
   if masked:
-    tx = optax.masked(tx, twin(True, False))
+    tx = optax.masked(
+        tx,
+        twin(True, False),
+        mask_compatible_extra_args=masked == "with extra args",
+    )
   tx = fo.with_shardings(tx, params, twin(*shardings))
   jax.eval_shape(functools.partial(fo.step, tx), params, tx.init(params), params)
   (seen,) = [tuple(shapes.values()) for shapes in kernel.shapes if shapes]
