@@ -1,7 +1,7 @@
-"""Checks what damage to a checkpoint does: an error, never other numbers.
+"""Checks what damage to checkpoints and exports does: an error, never other numbers.
 
-Kills a process at random times while it saves, and removes, truncates and flips
-bytes of every file of a checkpoint's metadata. The tests do a little of it.
+Kills a process at random times while it saves, or exports to safetensors, and
+removes, truncates and flips bits of every file's metadata. The tests do a little.
 
   JAX_PLATFORMS=cpu python benchmarks/checkpoint_faults.py --kills 50 --flips 20
 """
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,10 +41,10 @@ def identical(a: Any, b: Any) -> bool:
 
 @dataclasses.dataclass
 class Damage:
-  """What became of damaged checkpoints.
+  """What became of damaged checkpoints or exports.
 
   Attributes:
-    files: Files of the checkpoint.
+    files: Files of the checkpoint or exports.
     refused: Damages that gave an error.
     harmless: Damages after which the same tree came back.
     wrong: Those after which another tree came back.
@@ -72,34 +73,81 @@ def damage(path: pathlib.Path, tree: Any, flips: int, seed: int) -> Damage:
   for file in sorted(p for p in path.rglob("*") if p.is_file()):
     content = file.read_bytes()
     name = file.relative_to(path)
-    changes: list[tuple[str, bytes | None]] = [
-      ("missing", None),
-      ("truncated", content[: len(content) // 2]),
-    ]
-    if "d" not in name.parts:  # Files of arrays are not metadata.
-      for _ in range(flips):
-        at, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
-        flipped = bytes([content[at] ^ bit])
-        changes.append(
-          (f"bit flipped at {at}", content[:at] + flipped + content[at + 1 :])
-        )
+    # Files of arrays are not metadata.
+    metadata = 0 if "d" in name.parts else len(content)
     report.files += 1
-    for what, new in changes:
+    for what, new in _changes(content, metadata, flips, rng):
       shutil.rmtree(broken, ignore_errors=True)
       shutil.copytree(path, broken)
       if new is None:
         (broken / name).unlink()
       else:
         (broken / name).write_bytes(new)
-      _judge(report, broken, tree, f"{name} {what}")
+      _judge(report, lambda: restore(broken, tree), tree, f"{name} {what}")
   shutil.rmtree(broken, ignore_errors=True)
   return report
 
 
-def _judge(report: Damage, path: pathlib.Path, tree: Any, what: str) -> None:
+def _changes(
+  content: bytes, metadata: int, flips: int, rng: random.Random
+) -> Iterator[tuple[str, bytes | None]]:
+  """Damaged contents of a file, None for a missing one, and what was done."""
+  yield "missing", None
+  yield "truncated", content[: len(content) // 2]
+  for _ in range(flips if metadata else 0):
+    at, bit = rng.randrange(metadata), 1 << rng.randrange(8)
+    flipped = bytes([content[at] ^ bit])
+    yield f"bit flipped at {at}", content[:at] + flipped + content[at + 1 :]
+
+
+def restore(path: pathlib.Path, tree: Any) -> Any:
+  """Restores a checkpoint."""
+  with ocp.Checkpointer(fo.checkpoint.Handler()) as checkpointer:
+    return checkpointer.restore(path, args=fo.checkpoint.Restore(tree))
+
+
+def damage_export(folder: pathlib.Path, flips: int, seed: int) -> Damage:
+  """Damages an export of one file and one of several, and imports them.
+
+  Args:
+    folder: An empty folder.
+    flips: Bits to flip in each file's header, or in the index, one at a time.
+    seed: Chooses the bits.
+  """
+  rng = random.Random(seed)
+  report = Damage()
+  params = {name: jnp.full((8, 8), i, jnp.bfloat16) for i, name in enumerate("abcd")}
+  state = fo.adamw(1e-3).init(params)
+  masters = fo.to_fp32(params, state)
+  for i, limit in enumerate((None, 600)):
+    path = folder / f"{i}.safetensors"
+    before = set(folder.iterdir())
+    fo.export_safetensors(path, params, state, max_shard_bytes=limit)
+    for file in sorted(set(folder.iterdir()) - before):
+      content = file.read_bytes()
+      is_index = file.suffix == ".json"
+      header = len(content) if is_index else 8 + int.from_bytes(content[:8], "little")
+      report.files += 1
+      for what, new in _changes(content, header, flips, rng):
+        if new is None:
+          file.unlink()
+        else:
+          file.write_bytes(new)
+        _judge(
+          report,
+          lambda path=path: fo.import_safetensors(path, params),
+          masters,
+          f"{file.name} {what}",
+        )
+      file.write_bytes(content)
+  return report
+
+
+def _judge(
+  report: Damage, read: Callable[[], Any], tree: Any, what: str
+) -> None:
   try:
-    with ocp.Checkpointer(fo.checkpoint.Handler()) as checkpointer:
-      restored = checkpointer.restore(path, args=fo.checkpoint.Restore(tree))
+    restored = read()
   except Exception as error:
     report.refused += 1
     if not isinstance(error, (ValueError, FileNotFoundError)):
@@ -135,17 +183,82 @@ def save_forever(folder: pathlib.Path) -> None:
 
 @dataclasses.dataclass
 class Kills:
-  """What became of checkpoints whose process was killed.
+  """What became of checkpoints or exports whose process was killed.
 
   Attributes:
     tries: Processes killed.
-    during_save: Of these, those that left an unfinished checkpoint.
-    wrong: What was wrong with the last complete checkpoint.
+    during_save: Of these, those that left an unfinished checkpoint or export.
+    refused: Those that left an older export and a newer one, between which the
+      reader has to choose.
+    wrong: What was wrong with the last complete checkpoint or export.
   """
 
   tries: int = 0
   during_save: int = 0
+  refused: int = 0
   wrong: list[str] = dataclasses.field(default_factory=list)
+
+
+def _killed(what: str, folder: pathlib.Path, seconds: float) -> int:
+  """Kills a process of this script a while after its first step; the last one."""
+  process = subprocess.Popen(
+    [sys.executable, __file__, what, str(folder)], stdout=subprocess.PIPE, text=True
+  )
+  assert process.stdout is not None
+  done = int(process.stdout.readline())
+  time.sleep(seconds)
+  process.kill()
+  done = max([done, *map(int, process.stdout.read().split())])
+  process.wait()
+  return done
+
+
+def exported(step: int) -> tuple[Any, Any]:
+  """The parameters and state exported at a step: every number tells the step."""
+  params = {f"w{i}": jnp.full((64, 64), step % 100, jnp.bfloat16) for i in range(8)}
+  return params, fo.adamw(1e-3).init(params)
+
+
+def export_forever(folder: pathlib.Path) -> None:
+  """Exports step after step over the last one, in one file or several."""
+  step = 0
+  while True:
+    step += 1
+    limit = (None, 2**15, 2**14)[step % 3]
+    path = folder / "model.safetensors"
+    fo.export_safetensors(path, *exported(step), max_shard_bytes=limit)
+    print(step, flush=True)
+
+
+def kill_exports(folder: pathlib.Path, tries: int, seed: int) -> Kills:
+  """Kills exporting processes at random times and imports what they left."""
+  rng = random.Random(seed)
+  report = Kills()
+  for i in range(tries):
+    own = folder / str(i)
+    own.mkdir()
+    done = _killed("--export-forever", own, rng.uniform(0, 0.1))
+    report.tries += 1
+    path = own / "model.safetensors"
+    index = path.with_name(f"{path.name}.index.json")
+    named = set()
+    if index.exists():
+      named = {index.name, *json.loads(index.read_bytes())["weight_map"].values()}
+    report.during_save += {file.name for file in own.iterdir()} != (
+      named or {path.name}
+    )
+    if path.exists() and index.exists():
+      report.refused += 1  # What import_safetensors says, and no more.
+      continue
+    trees = [fo.to_fp32(*exported(step)) for step in (done, done + 1)]
+    try:
+      found = fo.import_safetensors(path, trees[0])
+    except Exception as error:
+      report.wrong.append(f"step {done}: {error}"[:300])
+      continue
+    if not any(identical(found, tree) for tree in trees):
+      report.wrong.append(f"step {done} came back as another tree")
+  return report
 
 
 def kill(folder: pathlib.Path, tries: int, seed: int) -> Kills:
@@ -153,17 +266,7 @@ def kill(folder: pathlib.Path, tries: int, seed: int) -> Kills:
   rng = random.Random(seed)
   report = Kills()
   for _ in range(tries):
-    process = subprocess.Popen(
-      [sys.executable, __file__, "--save-forever", str(folder)],
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    assert process.stdout is not None
-    done = int(process.stdout.readline())
-    time.sleep(rng.uniform(0, 0.5))
-    process.kill()
-    done = max([done, *map(int, process.stdout.read().split())])
-    process.wait()
+    done = _killed("--save-forever", folder, rng.uniform(0, 0.5))
     report.tries += 1
     report.during_save += any(
       "tmp" in path.name for path in folder.iterdir() if path.is_dir()
@@ -189,9 +292,12 @@ def main() -> int:
   parser.add_argument("--kills", type=int, default=50)
   parser.add_argument("--flips", type=int, default=20)
   parser.add_argument("--save-forever", type=pathlib.Path, help=argparse.SUPPRESS)
+  parser.add_argument("--export-forever", type=pathlib.Path, help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.save_forever:
     save_forever(arguments.save_forever)
+  if arguments.export_forever:
+    export_forever(arguments.export_forever)
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "0"
     tx = fo.adamw(1e-3)
@@ -204,16 +310,26 @@ def main() -> int:
   print(damaged, flush=True)
   with tempfile.TemporaryDirectory() as folder:
     killed = kill(pathlib.Path(folder), arguments.kills, seed=0)
-  print(killed)
+  print(killed, flush=True)
+  with tempfile.TemporaryDirectory() as folder:
+    damaged_exports = damage_export(pathlib.Path(folder), arguments.flips, seed=0)
+  print(damaged_exports, flush=True)
+  with tempfile.TemporaryDirectory() as folder:
+    killed_exports = kill_exports(pathlib.Path(folder), arguments.kills, seed=0)
+  print(killed_exports)
   result = {
     "date": datetime.date.today().isoformat(),
     "jax": jax.__version__,
     "orbax": ocp.__version__,
     "damaged": dataclasses.asdict(damaged),
     "killed": dataclasses.asdict(killed),
+    "damaged_exports": dataclasses.asdict(damaged_exports),
+    "killed_exports": dataclasses.asdict(killed_exports),
   }
   RESULT.write_text(json.dumps(result, indent=1) + "\n")
-  return 1 if damaged.wrong or damaged.unclear or killed.wrong else 0
+  reports = damaged, killed, damaged_exports, killed_exports
+  unclear = damaged.unclear + damaged_exports.unclear
+  return 1 if unclear or any(report.wrong for report in reports) else 0
 
 
 if __name__ == "__main__":

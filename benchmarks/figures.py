@@ -35,6 +35,7 @@ TABLES = {
   "tpu-sharding": tables.tpu_sharding,
   "tpu-train-step": tables.tpu_train_step,
   "checkpoints": tables.checkpoints,
+  "faults": tables.faults,
   "storage-bytes": tables.storage_bytes,
   "companding": tables.companding_table,
   "example-losses": tables.example_losses,

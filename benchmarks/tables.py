@@ -606,6 +606,32 @@ def fsdp():
   )
 
 
+def faults():
+  """What came of faults injected into saving and exporting."""
+  found = load("checkpoint_faults.json")
+  rows = []
+  for key, what in (
+    ("damaged", "Orbax checkpoint: a file missing, cut short or with a bit flipped"),
+    ("damaged_exports", "safetensors: the same"),
+  ):
+    damage = found[key]
+    tries = damage["refused"] + damage["harmless"] + len(damage["wrong"])
+    outcomes = damage["refused"], damage["harmless"], len(damage["wrong"])
+    rows.append((what, *map(str, (tries, *outcomes))))
+  for key, what in (
+    ("killed", "Orbax checkpoint: the process killed"),
+    ("killed_exports", "safetensors, over an older export: the process killed"),
+  ):
+    kills = found[key]
+    left = f"{what} ({kills['during_save']} left unfinished files)"
+    whole = kills["tries"] - kills["refused"] - len(kills["wrong"])
+    outcomes = kills["refused"], whole, len(kills["wrong"])
+    rows.append((left, *map(str, (kills["tries"], *outcomes))))
+  header = ("fault", "injected", "refused", "read whole", "read wrong")
+  table = markdown(header, rows)
+  return f"{table}\n\njax {found['jax']}, Orbax {found['orbax']}, {found['date']}."
+
+
 def checkpoints():
   """Files, faults, export."""
   size, faults = load("checkpoint_size.json"), load("checkpoint_faults.json")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 
@@ -62,7 +63,12 @@ def main() -> int:
   arguments = parser.parse_args()
   try:
     arguments.run(arguments)
-  except (ValueError, FileNotFoundError) as error:
+    sys.stdout.flush()
+  except BrokenPipeError:  # The reader has seen enough, as in `| head`.
+    # Lest Python complain when it flushes at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+  except (ValueError, OSError) as error:
     print(error, file=sys.stderr)
     return 1
   return 0

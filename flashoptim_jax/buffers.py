@@ -137,6 +137,11 @@ def _fields(init: Callable[[Any], Any]) -> dict[str, tuple[str, ...]]:
     if path and is_placeholder(node):
       field = jax.tree_util.keystr(path[-1:], simple=True)
       owner = type(_at(state, path[:-1])).__name__
+      if dotted(path) in found:
+        raise ValueError(
+            f"Two fields of the state have the path {dotted(path)!r}, the second at"
+            f" {jax.tree_util.keystr(path)}; expected labels without dots."
+        )
       found[dotted(path)] = (f"{owner}.{field}", field)
   return found
 

@@ -13,11 +13,15 @@ the arrays and compare it with what is asked for, before anything is loaded::
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from flashoptim_jax import paths
@@ -27,6 +31,9 @@ from flashoptim_jax import state as state_lib
 FORMAT_VERSION = 1
 # The description's key in Orbax's metadata.
 KEY = "flashoptim_jax"
+
+# Dtypes of Python's numbers and of NumPy's arrays by default, which JAX narrows.
+_64_BITS = ("int64", "uint64", "float64")
 
 _ARRAY = tuple[tuple[int, ...], str]
 
@@ -39,19 +46,23 @@ class Description:
     states: For every flash state, by its path: optimizer, moments and storage,
       as :class:`flashoptim_jax.Format` has them, in JSON's types.
     arrays: Shape and dtype of every array, by its path.
+    described: Whether it was saved with :class:`Save`. If not, the arrays are those
+      that Orbax keeps.
   """
 
   states: Mapping[str, Mapping[str, Any]]
   arrays: Mapping[str, _ARRAY]
+  described: bool = True
 
 
 def describe(tree: Any) -> Description:
   """Describes a tree of arrays or ``jax.ShapeDtypeStruct``s."""
   nodes = jax.tree.leaves_with_path(tree, is_leaf=state_lib.is_flash_state)
+  formats = [(p, node.format) for p, node in nodes if state_lib.is_flash_state(node)]
+  paths.require_distinct(((p, paths.name(p)) for p, _ in formats), "optimizer state")
   states = {
-      paths.name(path): json.loads(json.dumps(dataclasses.asdict(node.format)))
-      for path, node in nodes
-      if state_lib.is_flash_state(node)
+      paths.name(path): json.loads(json.dumps(dataclasses.asdict(form)))
+      for path, form in formats
   }
   return Description(states, paths.arrays(tree))
 
@@ -80,6 +91,11 @@ class Handler(ocp.StandardCheckpointHandler):
     """Saves a tree; see ``ocp.StandardCheckpointHandler``."""
     if args is not None:
       item, save_args = args.item, args.save_args
+    # Of two arrays under one name, Orbax would keep one.
+    paths.require_distinct(
+        ((path, state_lib.dotted(path)) for path, _ in jax.tree.leaves_with_path(item)),
+        "Orbax's array",
+    )
     args = ocp.args.StandardSave(
         item, save_args, custom_metadata={KEY: _to_json(describe(item))}
     )
@@ -89,10 +105,18 @@ class Handler(ocp.StandardCheckpointHandler):
     """Restores a tree, if it is the one that is asked for."""
     target = item if args is None else args.item
     check(_read_description(self, directory), target)
+    _check_shardings(target)
     try:
-      return super().restore(directory, args=ocp.args.StandardRestore(target))
+      request = _request(target, _arrays_of(self.metadata(directory).tree))
+      restored = super().restore(directory, args=ocp.args.StandardRestore(request))
     except Exception as error:
-      raise damaged(directory, error) from error
+      raise ValueError(
+          f"Nothing of the checkpoint in {directory} was loaded: {error} Either it is"
+          " damaged or incomplete, or what was asked for can't be made here: before"
+          " giving it up, ask for arrays without shardings, as jax.eval_shape returns"
+          " them."
+      ) from error
+    return jax.tree.map_with_path(_as_asked, target, restored)
 
 
 @ocp.args.register_with_handler(Handler, for_save=True)
@@ -137,13 +161,26 @@ def check(found: Description, target: Any) -> None:
   """
   wanted = describe(target)
   states = dict(found.states)
-  if not states:
-    # Saved without a description: the storage is known by its dtypes alone.
+  if not found.described:
+    # As Orbax keeps arrays, and as JAX has them: the storage is known by its dtypes
+    # alone.
+    wanted = Description(wanted.states, paths.arrays(_as_stored(target)))
+    found = Description({}, _canonical(found.arrays), described=False)
     states = {
         path: form
         for path, form in wanted.states.items()
         if f"{path}/count".removeprefix("<root>/") in found.arrays
     }
+  part = wanted.states.items() <= states.items()
+  if part and wanted.arrays.items() < found.arrays.items():
+    missing = [path for path in found.arrays if path not in wanted.arrays]
+    raise ValueError(
+        f"The checkpoint holds {missing[0]!r} and {len(missing) - 1} other arrays"
+        " that were not asked for. Ask for the whole tree; or, for a part of it, such"
+        " as the parameters without the optimizer's state, restore with"
+        " ocp.args.PyTreeRestore(part, restore_args="
+        "ocp.checkpoint_utils.construct_restore_args(part), partial_restore=True)."
+    )
   for path in [*wanted.states, *states]:
     seen, expected = states.get(path), wanted.states.get(path)
     if seen == expected:
@@ -181,6 +218,94 @@ def check(found: Description, target: Any) -> None:
     )
 
 
+def _is_key(leaf: Any) -> bool:
+  return jnp.issubdtype(getattr(leaf, "dtype", np.dtype(int)), jax.dtypes.prng_key)
+
+
+def _as_stored(tree: Any) -> Any:
+  """The tree with the numbers that make up its random keys."""
+  return jax.tree.map(
+      lambda leaf: (
+          jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+      ),
+      tree,
+  )
+
+
+def _canonical(arrays: Mapping[str, _ARRAY]) -> dict[str, _ARRAY]:
+  """Arrays in the dtypes that JAX takes them in: int32 for NumPy's int64."""
+  return {
+      path: (shape, jax.dtypes.canonicalize_dtype(dtype).name)
+      for path, (shape, dtype) in arrays.items()
+  }
+
+
+def _check_shardings(target: Any) -> None:
+  """Raises a ValueError for shardings that don't fit the arrays to restore."""
+  for path, leaf in jax.tree.leaves_with_path(target):
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+      continue
+    try:
+      sharding.shard_shape(tuple(leaf.shape))
+    except ValueError as error:
+      raise ValueError(
+          f"The sharding to restore {paths.name(path)!r} to, {sharding}, does not fit"
+          f" its shape {tuple(leaf.shape)}; expected one that divides it. The"
+          " checkpoint itself was not read."
+      ) from error
+
+
+def _request(target: Any, stored: Mapping[str, _ARRAY]) -> Any:
+  """What to ask Orbax for: the target, less what it can't restore or would truncate.
+
+  Numbers of 64 bits are restored as NumPy's arrays of their own dtype first.
+  """
+
+  def request(name, leaf):
+    dtype = stored[name][1] if name in stored else None
+    if dtype in _64_BITS and dtype != getattr(leaf, "dtype", dtype):
+      return np.broadcast_to(np.zeros([], dtype), leaf.shape)
+    # It restores to arrays, not to NumPy's scalars.
+    return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+
+  treedef: Any
+  leaves, treedef = jax.tree.flatten(target)
+  return treedef.unflatten(map(request, paths.unique_names(target), leaves))
+
+
+def _as_asked(path: jax.tree_util.KeyPath, leaf: Any, restored: Any) -> Any:
+  """A restored array, as the type of the leaf that was asked for.
+
+  Raises:
+    ValueError: If one of them is a random key and the other is not: of that, Orbax's
+      metadata says nothing, and what it restores is what was saved. Or if it has
+      numbers that the leaf's dtype has not.
+  """
+  if not hasattr(leaf, "dtype"):
+    return restored
+  wanted, found = (jnp.result_type(x) for x in (leaf, restored))
+  if (_is_key(leaf) or _is_key(restored)) and wanted != found:
+    raise ValueError(
+        f"The checkpoint holds an array of {found.name} at {paths.name(path)!r};"
+        f" asked for {wanted.name}. Restore what was saved, and call"
+        " jax.random.wrap_key_data or jax.random.key_data."
+    )
+  if restored.dtype != leaf.dtype:
+    with np.errstate(over="ignore"):
+      narrow = restored.astype(leaf.dtype)
+    exact = np.issubdtype(narrow.dtype, np.integer)
+    kept = narrow == restored if exact else np.isfinite(narrow) == np.isfinite(restored)
+    if not kept.all():
+      raise ValueError(
+          f"The checkpoint holds numbers of {restored.dtype} at {paths.name(path)!r}"
+          f" that {leaf.dtype} has not; ask for {restored.dtype}, in a NumPy array."
+      )
+    sharding = getattr(leaf, "sharding", None)
+    restored = narrow if sharding is None else jax.device_put(narrow, sharding)
+  return restored[()] if isinstance(leaf, np.generic) else restored
+
+
 def _advice(found: _ARRAY | None, wanted: _ARRAY | None) -> str:
   """How to get from an array of the checkpoint to the one that is wanted."""
   if found is None or wanted is None or found[0] != wanted[0]:
@@ -208,7 +333,8 @@ def _digest(content: Any) -> str:
 
 
 def _to_json(description: Description) -> dict[str, Any]:
-  content = json.loads(json.dumps(dataclasses.asdict(description)))
+  content = {"states": description.states, "arrays": description.arrays}
+  content = json.loads(json.dumps(content))
   return {
       "format_version": FORMAT_VERSION,
       "sha256": _digest(content),
@@ -221,33 +347,65 @@ def _read_description(handler: Any, directory: Any) -> Description:
     metadata = handler.metadata(directory)
     content = (metadata.custom_metadata or {}).get(KEY)
     if content is None:
-      return Description({}, _arrays_of(metadata.tree))
+      return Description({}, _arrays_of(metadata.tree), described=False)
     version = content.pop("format_version")
     digest = content.pop("sha256")
   except Exception as error:
     raise damaged(directory, error) from error
+  if type(version) is not int:
+    raise damaged(directory, f"its description has format version {version!r}")
   if version != FORMAT_VERSION:
+    other = "a later" if version > FORMAT_VERSION else "an earlier"
     raise ValueError(
         f"The checkpoint in {directory} has format version {version!r}; this"
-        f" version of flashoptim_jax reads {FORMAT_VERSION}. Install a later"
+        f" version of flashoptim_jax reads {FORMAT_VERSION}. Install {other}"
         " flashoptim-optax to read it."
     )
   if digest != _digest(content):
     raise damaged(directory, "its description does not match its checksum")
-  return Description(
-      content["states"],
-      {
-          path: (tuple(shape), dtype)
-          for path, (shape, dtype) in content["arrays"].items()
-      },
-  )
+  try:
+    return _from_json(content)
+  except Exception as error:
+    raise damaged(directory, f"its description is malformed: {error!r}") from error
+
+
+def _from_json(content: Mapping[str, Any]) -> Description:
+  """A description; raises some exception if it is none."""
+  for form in content["states"].values():
+    _require_texts(form["optimizer"], *itertools.chain(*form["moments"]))
+    dict(form["storage"])
+  arrays = {}
+  for path, (shape, dtype) in content["arrays"].items():
+    _require_texts(dtype)
+    arrays[path] = tuple(map(operator.index, shape)), dtype
+    if min(shape, default=0) < 0 or not (is_key(dtype) or jnp.dtype(dtype)):
+      raise ValueError(f"{path!r} has shape {shape} and dtype {dtype}")
+  return Description(content["states"], arrays)
+
+
+def _require_texts(*values: Any) -> None:
+  for value in values:
+    if not isinstance(value, str):
+      raise TypeError(f"found {value!r} where a name is expected")
+
+
+def is_key(dtype: str) -> bool:
+  """Whether a dtype's name is that of typed random keys: ``key<fry>``."""
+  return dtype.startswith("key<")
+
+
+def stored_arrays(directory: Any) -> dict[str, _ARRAY]:
+  """Shape and dtype of every array, by its path, as Orbax keeps it."""
+  return _arrays_of(ocp.StandardCheckpointHandler().metadata(directory).tree)
 
 
 def _arrays_of(tree: Any) -> dict[str, _ARRAY]:
   """As :func:`flashoptim_jax.paths.arrays`, from Orbax's metadata."""
   return {
-      paths.name(path): (tuple(leaf.shape), leaf.dtype.name)
-      for path, leaf in jax.tree.leaves_with_path(tree)
+      path: (tuple(leaf.shape), leaf.dtype.name)
+      for path, leaf in zip(
+          paths.unique_names(tree), jax.tree.leaves(tree), strict=True
+      )
       if hasattr(leaf, "shape")
   }
 

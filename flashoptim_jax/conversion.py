@@ -123,6 +123,8 @@ def from_optax(
   )
   start = _initial(tx.init, params, ours)
   narrow, masters = map(state_lib.by_path, (params, params_fp32))
+  if params_fp32 is not None:
+    _require_masters(masters, narrow)
 
   def arrive(layout, node, start):
     if state_lib.is_flash_state(layout):
@@ -319,6 +321,17 @@ def _require_state_of(opt_state: Any, layout: Any, name: str) -> None:
   paths.require_like(opt_state, layout, "opt_state", f"the state of {name}")
 
 
+def _require_masters(masters: dict, params: dict) -> None:
+  """Raises a ValueError unless there is a master weight for every parameter."""
+  for path, param in params.items():
+    found = jnp.shape(masters[path]) if path in masters else "none"
+    if found != jnp.shape(param):
+      raise ValueError(
+          f"The master weight of {paths.name(path)!r} in params_fp32 has shape"
+          f" {found}; expected {jnp.shape(param)}, as in params."
+      )
+
+
 def _kind(node: Any) -> str:
   if not state_lib.is_flash_state(node):
     return "nothing" if node is None else "an array"
@@ -395,12 +408,11 @@ def _take(layout: Any, plain: Any, params: dict, masters: dict) -> AnyState:
       )
 
   def correct(path, correction):
-    leaf = paths.name(path)
-    if leaf not in masters:
-      return jnp.zeros_like(params[leaf], dtype=correction.dtype)
-    master = jnp.asarray(masters[leaf]).astype(jnp.float32)
+    if path not in masters:
+      return jnp.zeros_like(params[path], dtype=correction.dtype)
+    master = jnp.asarray(masters[path]).astype(jnp.float32)
     return codec.residual(
-        master, jnp.asarray(params[leaf]), layout.format.storage.master_bits
+        master, jnp.asarray(params[path]), layout.format.storage.master_bits
     )
 
   correction = jax.tree.map_with_path(correct, layout.correction)

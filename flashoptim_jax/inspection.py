@@ -1,5 +1,6 @@
 """What an Orbax checkpoint holds, as ``python -m flashoptim_jax inspect`` says."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -133,6 +134,11 @@ def inspect(path: str | os.PathLike) -> Inspection:
   description = checkpoint.read_description(directory)
   try:
     nonfinite, counts = _read(directory, description.states)
+    stored = checkpoint.stored_arrays(directory)
+    arrays = {  # Random keys have their size from the numbers that make them up.
+        name: stored[name] if checkpoint.is_key(array[1]) else array
+        for name, array in description.arrays.items()
+    }
   except Exception as error:
     raise checkpoint.damaged(directory, error) from error
   return Inspection(
@@ -150,7 +156,7 @@ def inspect(path: str | os.PathLike) -> Inspection:
               _component(name, description.states),
               nonfinite.get(name, 0),
           )
-          for name, (shape, dtype) in description.arrays.items()
+          for name, (shape, dtype) in arrays.items()
       ),
   )
 
@@ -159,12 +165,17 @@ def _find(path: pathlib.Path) -> pathlib.Path:
   """The directory of a tree."""
   if not path.is_dir():
     raise FileNotFoundError(f"There is no directory {path}.")
-  if (path / "_METADATA").exists():
+  if (path / "_METADATA").is_file():
     return path
-  steps = ocp.utils.checkpoint_steps(path)
-  if steps:
-    return _find(path / str(max(steps)))
-  items = [file.parent for file in sorted(path.glob("*/_METADATA"))]
+  # Orbax marks steps; one without the mark was being deleted, or is very old.
+  steps = sorted(
+      ((path / str(step) / "_CHECKPOINT_METADATA").is_file(), step)
+      for step in ocp.utils.checkpoint_steps(path)
+  )
+  for _, step in reversed(steps):
+    with contextlib.suppress(FileNotFoundError):  # An incomplete one.
+      return _find(path / str(step))
+  items = [f.parent for f in sorted(path.glob("*/_METADATA")) if f.is_file()]
   if not items:
     raise FileNotFoundError(f"There is no complete checkpoint under {path}.")
   if len(items) > 1:
@@ -199,18 +210,18 @@ def _read(
   restore_args = jax.tree.map(
       lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata
   )
+  treedef: Any
+  leaves, treedef = jax.tree.flatten(metadata)
+  names = paths.unique_names(metadata)
   nonfinite, counts = {}, {}
-  for batch in _batches(metadata, counters):
-    wanted = jax.tree.map_with_path(
-        lambda path, leaf, batch=batch: (
-            leaf if paths.name(path) in batch else ocp.PLACEHOLDER
-        ),
-        metadata,
+  for batch in _batches(dict(zip(names, leaves, strict=True)), counters):
+    wanted = treedef.unflatten(
+        leaf if name in batch else ocp.PLACEHOLDER
+        for name, leaf in zip(names, leaves, strict=True)
     )
     args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args)
     restored = handler.restore(directory, args=args)
-    for path, array in jax.tree.leaves_with_path(restored):
-      name = paths.name(path)
+    for name, array in zip(names, treedef.flatten_up_to(restored), strict=True):
       if name not in batch:
         continue
       if name in counters:
@@ -221,12 +232,15 @@ def _read(
   return nonfinite, counts
 
 
-def _batches(metadata: Any, counters: Iterable[str]) -> Iterator[set[str]]:
+def _batches(
+    leaves: Mapping[str, Any], counters: Iterable[str]
+) -> Iterator[set[str]]:
   """Paths of counters and of arrays of floats, a few at a time."""
   batch: set[str] = set()
   filled = 0
-  for path, leaf in jax.tree.leaves_with_path(metadata):
-    name = paths.name(path)
+  for name, leaf in leaves.items():
+    if not hasattr(leaf, "dtype"):  # A text, which plain Orbax saves too.
+      continue
     if name not in counters and not jax.numpy.issubdtype(leaf.dtype, np.floating):
       continue
     nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ from typing import Any, NamedTuple
 EMBED = "embed"  # the residual stream's channels
 WIDE = "wide"  # heads, the MLP's channels, tokens
 EXPERT = "expert"
+
+
+# Of any dimension, count or mesh axis: beyond it, JAX's own arithmetic overflows.
+MAX_SIZE = 2**31 - 1
+_MAX_FILE = 2**24  # Bytes of a config.json.
 
 
 class Array(NamedTuple):
@@ -88,7 +94,8 @@ class _Family:
   Attributes:
     tied: ``tie_word_embeddings`` where it isn't given.
     head_dim: ``head_dim`` where it isn't given; None for width over heads.
-    qkv_bias: Whether queries, keys and values have biases, whatever is given.
+    qkv_bias: Whether queries, keys and values have biases where ``qkv_bias`` isn't
+      given.
     biases: Whether ``attention_bias`` and ``mlp_bias`` are read.
     qk_norm: Whether queries and keys are normalised.
     post_norms: Whether each half of a layer is normalised afterwards too.
@@ -227,10 +234,18 @@ def load(source: str | os.PathLike) -> Model:
         f"{name!r} is no file and no built-in model; expected a config.json, a"
         f" directory with one, or one of {', '.join(BUILT_IN)}."
     )
+  with path.open("rb") as file:
+    text = file.read(_MAX_FILE + 1)
+  if len(text) > _MAX_FILE:
+    raise ValueError(
+        f"{path} has more than {_MAX_FILE} bytes; expected a model's configuration."
+    )
   try:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(text.decode("utf-8-sig"))  # With a byte-order mark or not.
   except ValueError as error:
     raise ValueError(f"{path} is not JSON: {error}.") from error
+  except RecursionError as error:
+    raise ValueError(f"{path} is nested too deep; expected a JSON object.") from error
   if not isinstance(config, dict):
     raise ValueError(
         f"{path} holds a {type(config).__name__}; expected a JSON object."
@@ -259,9 +274,9 @@ def from_config(config: Mapping[str, Any], name: str) -> Model:
     return dataclasses.replace(model, left_out=("the vision tower",))
   if model_type == "gpt2":
     return _from_gpt2(_Reader(config, name))
-  if model_type not in _FAMILIES:
+  if not isinstance(model_type, str) or model_type not in _FAMILIES:
     raise ValueError(
-        f"{name}: found model_type {model_type!r}; expected one of"
+        f"{name}: found model_type {_shown(model_type)}; expected one of"
         f" {', '.join(SUPPORTED)}."
     )
   family = _FAMILIES[model_type]
@@ -281,8 +296,12 @@ class _Reader:
     if value is None and default is not None:
       return default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      found = "nothing" if value is None else repr(value)
+      found = "nothing" if value is None else _shown(value)
       raise self.error(f"found {found} for {key!r}; expected a positive integer")
+    if value > MAX_SIZE:
+      raise self.error(
+          f"found {_shown(value)} for {key!r}; expected at most {MAX_SIZE}"
+      )
     return value
 
   def flag(self, key: str, default: bool) -> bool:
@@ -291,12 +310,17 @@ class _Reader:
     if value is None:
       return default
     if not isinstance(value, bool):
-      raise self.error(f"found {value!r} for {key!r}; expected true or false")
+      raise self.error(f"found {_shown(value)} for {key!r}; expected true or false")
     return value
 
   def error(self, what: str) -> ValueError:
     """An error about this configuration."""
     return ValueError(f"{self.name}: {what}.")
+
+
+def _shown(value: Any) -> str:
+  """A value for an error message, on one line however long it is."""
+  return reprlib.repr(value)
 
 
 def _norms(width: int, *names: str) -> dict[str, Array]:
@@ -360,7 +384,8 @@ def _attention(read: _Reader, family: _Family) -> dict[str, Array]:
         f"num_attention_heads is {heads}; expected a multiple of"
         f" num_key_value_heads, {kv_heads}"
     )
-  if family.head_dim is None and "head_dim" not in read.config and width % heads:
+  given = family.head_dim or read.config.get("head_dim")
+  if given is None and width % heads:
     raise read.error(
         f"hidden_size is {width}; expected a multiple of num_attention_heads,"
         f" {heads}, where there is no head_dim"
@@ -368,9 +393,10 @@ def _attention(read: _Reader, family: _Family) -> dict[str, Array]:
   channels = read.size("head_dim", family.head_dim or width // heads)
   arrays = {}
   biased = family.biases and read.flag("attention_bias", False)
+  qkv_biased = biased or (family.qkv_bias and read.flag("qkv_bias", True))
   for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
     arrays[name] = Array((width, count * channels), (EMBED, WIDE))
-    if biased or family.qkv_bias:
+    if qkv_biased:
       arrays[f"{name}_bias"] = Array((count * channels,), (WIDE,))
   arrays["o"] = Array((heads * channels, width), (WIDE, EMBED))
   if biased:
@@ -404,7 +430,7 @@ def _mlp(read: _Reader, family: _Family) -> dict[str, Array]:
     arrays[f"experts/{name}"] = Array(
         (experts, *array.shape), (EXPERT, *array.roles)
     )
-  if "shared_expert_intermediate_size" in read.config:
+  if read.config.get("shared_expert_intermediate_size") is not None:
     shared = _gated(width, read.size("shared_expert_intermediate_size"))
     arrays |= {f"shared/{name}": array for name, array in shared.items()}
     arrays["shared/router"] = Array((width, 1), (EMBED, None))

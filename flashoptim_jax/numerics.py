@@ -128,22 +128,21 @@ def check_numerics(
   bits = {}
   states = state_lib.flash_states(opt_state)
   for state in states:
-    for leaf in state_lib.by_path(state.correction):
-      bits[leaf] = state.format.storage.master_bits
+    for path in state_lib.by_path(state.correction):
+      bits[path] = state.format.storage.master_bits
   rate = _at(learning_rate, max(int(state.count) for state in states))
   masters = precision.to_fp32(params, opt_state)
   originals = state_lib.by_path(params)
   stalled = []
   for path, master in jax.tree.leaves_with_path(masters):
-    leaf = paths.name(path)
-    dtype = originals[leaf].dtype
+    dtype = originals[path].dtype
     if not jnp.issubdtype(dtype, jnp.floating) or not master.size:
       continue
     magnitude = jnp.where(jnp.isfinite(master), jnp.abs(master), 0)
     largest = float(jnp.max(magnitude))
-    spacing = _spacing(largest, dtype, bits.get(leaf))
+    spacing = _spacing(largest, dtype, bits.get(path))
     if rate < spacing / 2:
-      stalled.append(StalledLeaf(leaf, largest, spacing, spacing / 2))
+      stalled.append(StalledLeaf(paths.name(path), largest, spacing, spacing / 2))
   report = NumericsReport([*nonfinite_leaves(params, opt_state), *stalled])
   if report and raise_error:
     raise NumericsError(

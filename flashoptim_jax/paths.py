@@ -1,7 +1,9 @@
 """Names of leaves, and errors that name them."""
 
+import collections
 import fnmatch
-from collections.abc import Container, Mapping
+import numbers
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +13,50 @@ import jax.numpy as jnp
 def name(path: jax.tree_util.KeyPath) -> str:
   """A leaf's path with slashes: ``layers/0/kernel``; ``<root>`` for a bare leaf."""
   return jax.tree_util.keystr(path, simple=True, separator="/") or "<root>"
+
+
+def unique_names(tree: Any) -> list[str]:
+  """A name for each leaf of a tree, no two alike.
+
+  Where keys joined by slashes give two leaves one name, as in
+  ``{"a/b": x, "a": {"b": y}}``, slashes in keys are escaped; where that is not
+  enough, as for the keys ``1`` and ``"1"``, names are Python's.
+  """
+  found = [path for path, _ in jax.tree.leaves_with_path(tree)]
+  names = list(map(name, found))
+  for spell in (_escaped, jax.tree_util.keystr):
+    count = collections.Counter(names)
+    names = [
+        spell(path) if count[taken] > 1 else taken
+        for path, taken in zip(found, names, strict=True)
+    ]
+  return names
+
+
+def _escaped(path: jax.tree_util.KeyPath) -> str:
+  return "/".join(name((key,)).replace("/", "\\/") for key in path)
+
+
+def require_distinct(
+    names: Iterable[tuple[jax.tree_util.KeyPath, str]], what: str
+) -> None:
+  """Raises a ValueError if two leaves get one name.
+
+  Args:
+    names: For each leaf its path, and what it is called.
+    what: What is called so: ``"tensor"``.
+  """
+  taken: dict[str, jax.tree_util.KeyPath] = {}
+  for path, given in names:
+    if given in taken:
+      pair = name(taken[given]), name(path)
+      if pair[0] == pair[1]:
+        pair = jax.tree_util.keystr(taken[given]), jax.tree_util.keystr(path)
+      raise ValueError(
+          f"Leaves {pair[0]!r} and {pair[1]!r} both become {what} {given!r};"
+          " expected different names."
+      )
+    taken[given] = path
 
 
 def matches(path: jax.tree_util.KeyPath, globs: tuple[str, ...]) -> bool:
@@ -59,11 +105,20 @@ def leaves_like(
 
 
 def arrays(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-  """Shape and dtype of every array of a tree, by its path."""
-  return {
-      name(path): (tuple(jnp.shape(leaf)), jnp.result_type(leaf).name)
-      for path, leaf in jax.tree.leaves_with_path(tree)
-  }
+  """Shape and dtype of every array of a tree, by its unique name.
+
+  Raises:
+    ValueError: If a leaf is neither an array, nor its shape, nor a number.
+  """
+  found = {}
+  for path, leaf in zip(unique_names(tree), jax.tree.leaves(tree), strict=True):
+    if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+      raise ValueError(
+          f"Leaf {path!r} is a {type(leaf).__name__}; expected an array, a"
+          " jax.ShapeDtypeStruct or a number."
+      )
+    found[path] = tuple(jnp.shape(leaf)), jnp.result_type(leaf).name
+  return found
 
 
 def first_difference(

@@ -220,7 +220,7 @@ def parse_mesh(text: str) -> dict[str, int]:
   for part in text.split(","):
     name, _, size = part.partition("=")
     name = name.strip()
-    if not size.strip().isdecimal() or name in mesh:
+    if not re.fullmatch(r" *[0-9]{1,20} *", size) or name in mesh:
       raise ValueError(
           f"Mesh {text!r}: found {part!r}; expected axes once each, such as"
           " fsdp=32,tp=8."
@@ -317,15 +317,15 @@ class _Placed:
     parts = jax.tree.map(
         lambda *sizes: sum(jax.tree.leaves(sizes)), *moments, state.correction
     )
-    leaves = [
-        *jax.tree.leaves(parts["embed"]),
-        *jax.tree.leaves(parts["layers"]) * self._num_layers,
-        *jax.tree.leaves(parts["top"]),
-    ]
+    first, layer, last = (
+        jax.tree.leaves(parts[part]) for part in ("embed", "layers", "top")
+    )
+    # More layers have no more kinds of neighbours.
+    leaves = [*first, *layer * min(self._num_layers, hosted.IN_FLIGHT + 1), *last]
     windows = range(max(1, len(leaves) - hosted.IN_FLIGHT + 1))
     return (
         max(sum(leaves[i : i + hosted.IN_FLIGHT]) for i in windows),
-        sum(leaves),
+        sum(first) + self._num_layers * sum(layer) + sum(last),
     )
 
 
@@ -365,14 +365,22 @@ def _check_mesh(mesh: Mapping[str, int]) -> None:
       raise ValueError(
           f"Mesh axis {name!r} is not known; expected one of {', '.join(_ROLES)}."
       )
-    if size < 1:
-      raise ValueError(f"Mesh axis {name!r} has size {size}; expected 1 or more.")
+    if not 1 <= size <= models.MAX_SIZE:
+      raise ValueError(
+          f"Mesh axis {name!r} has size {size}; expected 1 or more, at most"
+          f" {models.MAX_SIZE}."
+      )
+  if math.prod(mesh.values()) > models.MAX_SIZE:
+    raise ValueError(
+        f"The mesh {dict(mesh)} has {math.prod(mesh.values())} devices; expected at"
+        f" most {models.MAX_SIZE}."
+    )
 
 
 def _device_bytes(device: str) -> int:
   if device.lower() in DEVICES:
     return int(DEVICES[device.lower()] * 2**30)
-  found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(Gi?B)", device)
+  found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(Gi?B)", device)
   if found is None:
     raise ValueError(
         f"Device {device!r} is not known; expected one of {', '.join(DEVICES)}, or"

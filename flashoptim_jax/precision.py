@@ -31,7 +31,7 @@ def cast_params(
     ValueError: If ``dtype`` is not floating point.
   """
   _check_float(dtype)
-  keep = _patterns(keep)
+  keep = patterns(keep)
 
   def cast(path, leaf):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
@@ -115,11 +115,10 @@ def split_masters(
   def correct(state: AnyState) -> AnyState:
     def split(path, correction):
       del correction
-      leaf = paths.name(path)
-      master = jnp.asarray(wide[leaf]).astype(jnp.float32)
+      master = jnp.asarray(wide[path]).astype(jnp.float32)
       bits = state.format.storage.master_bits
       # Not a cast's rounding: a tie must go where the correction can reach.
-      rounded[leaf], rest = codec.split(master, rounded[leaf].dtype, bits)
+      rounded[path], rest = codec.split(master, rounded[path].dtype, bits)
       return rest
 
     correction = jax.tree.map_with_path(split, state.correction)
@@ -146,13 +145,13 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
   Raises:
     ValueError: If there is no flash state, or it does not match ``params``.
   """
-  known = host_memory.to_device(corrections(params, opt_state))
+  known = corrections(params, opt_state)
 
   def merge(path, param):
     param = jnp.asarray(param)
     if not jnp.issubdtype(param.dtype, jnp.floating):
       return param
-    correction = known.get(paths.name(path))
+    correction = host_memory.to_device(known.get(path))
     # A state brought back from a checkpoint may hold NumPy arrays.
     correction = None if correction is None else jnp.asarray(correction)
     return codec.merge(param, correction)
@@ -205,24 +204,25 @@ def _join(a: Any, b: Any) -> Any:
 
 def corrections(
     params: optax.Params, opt_state: optax.OptState
-) -> dict[str, jax.Array]:
+) -> dict[jax.tree_util.KeyPath, jax.Array]:
   """The corrections that all flash states hold, by their parameter's path.
 
   Raises:
     ValueError: If there is no flash state, or it does not match ``params``.
   """
-  found: dict[str, jax.Array] = {}
+  found: dict[jax.tree_util.KeyPath, jax.Array] = {}
   for state in state_lib.flash_states(opt_state):
     found.update(state_lib.by_path(state.correction))
   known = state_lib.by_path(params)
-  for path, correction in sorted(found.items()):
+  for path, correction in found.items():
+    leaf = paths.name(path)
     if path not in known:
       raise ValueError(
-          f"opt_state has a correction for {path!r}, which params lacks."
+          f"opt_state has a correction for {leaf!r}, which params lacks."
       )
     if correction.shape != jnp.shape(known[path]):
       raise ValueError(
-          f"Parameter {path!r} has shape {jnp.shape(known[path])}, its"
+          f"Parameter {leaf!r} has shape {jnp.shape(known[path])}, its"
           f" correction {correction.shape}; expected the same."
       )
   return found
@@ -233,5 +233,6 @@ def _check_float(dtype: Any) -> None:
     raise ValueError(f"dtype is {dtype!r}; expected a floating-point dtype.")
 
 
-def _patterns(keep: Sequence[str]) -> tuple[str, ...]:
-  return (keep,) if isinstance(keep, str) else tuple(keep)
+def patterns(globs: Sequence[str]) -> tuple[str, ...]:
+  """Glob patterns, of which one may be given alone."""
+  return (globs,) if isinstance(globs, str) else tuple(globs)

@@ -10,6 +10,7 @@ optimizer's state to the parameter's dtype, so a state dict has int8 error bits
 as numbers of that dtype, and int16 error bits and float16 scales as its bits.
 """
 
+import collections
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from flashoptim_jax import conversion, paths, precision
+from flashoptim_jax import conversion, precision
 from flashoptim_jax import state as state_lib
 from flashoptim_jax.state import FlashState
 
@@ -100,8 +101,8 @@ def from_pytorch(
     moments in its storage. States of other transformations are initial.
 
   Raises:
-    ValueError: If the two state dicts don't fit together, or the optimizer is
-      another than that of ``tx``.
+    ValueError: If the two state dicts don't fit together, one of them holds what
+      FlashOptim does not write, or the optimizer is another than that of ``tx``.
   """
   decoded = decode(model_state, optimizer_state, names)
   to_tree = to_tree or dict
@@ -111,8 +112,7 @@ def from_pytorch(
       name: state_lib.by_path(to_tree(moment))
       for name, moment in decoded.moments.items()
   }
-  if count is None:
-    count = decoded.count or 0
+  count = (decoded.count or 0) if count is None else _steps(count, "count")
 
   def fill(state: FlashState) -> FlashState:
     wanted = [name for name, _ in state.format.moments]
@@ -123,7 +123,7 @@ def from_pytorch(
       )
     moments = {
         name: jax.tree.map_with_path(
-            lambda path, _, name=name: known[name][paths.name(path)],
+            lambda path, _, name=name: known[name][path],
             getattr(state, name),
         )
         for name in wanted
@@ -141,35 +141,33 @@ def decode(
     names: Sequence[str] | None = None,
 ) -> Decoded:
   """Decodes a checkpoint, see :func:`from_pytorch`."""
-  groups = optimizer_state["param_groups"]
+  groups, states = _parts(optimizer_state)
   indices = [index for group in groups for index in group["params"]]
   names = _names(model_state, groups, names)
-  if len(names) != len(indices):
-    raise ValueError(
-        f"The optimizer has {len(indices)} parameters and there are"
-        f" {len(names)} names; expected as many. Pass names in the optimizer's"
-        " order."
-    )
   widths = [
       group.get("master_bytewidth", 0) for group in groups for _ in group["params"]
   ]
-  states = optimizer_state["state"]
-  masters = {
-      name: np.asarray(_to_numpy(value)) for name, value in model_state.items()
-  }
+  masters = {name: _numbers(value, name) for name, value in model_state.items()}
   found: dict[str, dict[str, np.ndarray]] = {"mu": {}, "nu": {}}
   counts = set()
+  with_state = set()
   for name, index, width in zip(names, indices, widths, strict=True):
     if name not in masters:
       raise ValueError(f"The model's state has no parameter {name!r}.")
     param = masters[name]
-    state = {k: _to_numpy(v) for k, v in states.get(index, {}).items()}
+    state = {
+        key: _to_numpy(value)
+        for key, value in states.get(index, {}).items()
+        if value is not None
+    }
     for moment, keys in (("mu", _FIRST), ("nu", _SECOND)):
       values = _moment(state, keys, param, name)
       if values is not None:
         found[moment][name] = values
+    if state:
+      with_state.add(name)
     if "step" in state:
-      counts.add(int(state["step"]))
+      counts.add(_steps(state["step"], f"step of {name!r}"))
     masters[name] = _master(param, state.get("error_bits"), width, name)
   for name, value in masters.items():
     if jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize == 2:
@@ -177,20 +175,77 @@ def decode(
   if len(counts) > 1:
     raise ValueError(f"Parameters have done different numbers of steps: {counts}.")
   moments = {moment: values for moment, values in found.items() if values}
-  for kept in moments.values():
+  for moment, kept in moments.items():
     for name, master in masters.items():
+      if name not in kept and name in with_state:
+        raise ValueError(
+            f"The optimizer's state of {name!r} has no {moment}, and other"
+            " parameters' have one; expected the same of all."
+        )
       # A parameter that has had no gradient has no state.
       kept.setdefault(name, np.zeros(master.shape, np.float32))
   return Decoded(masters, moments, counts.pop() if counts else None)
 
 
+def _parts(optimizer_state: Mapping[str, Any]) -> tuple[Any, Mapping[Any, Any]]:
+  """The groups of an optimizer's state dict, and the states of its parameters."""
+  for key in ("param_groups", "state"):
+    if key not in optimizer_state:
+      raise ValueError(
+          f"The optimizer's state has no {key!r}; expected an optimizer's"
+          " state_dict()."
+      )
+  groups, states = optimizer_state["param_groups"], optimizer_state["state"]
+  indices = [index for group in groups for index in group["params"]]
+  _require_unique("the parameters of the optimizer's groups", indices)
+  if unknown := states.keys() - set(indices):
+    raise ValueError(
+        f"The optimizer has a state for parameter {unknown.pop()!r}, which none of"
+        " its groups has."
+    )
+  return groups, states
+
+
+def _numbers(value: Any, name: str) -> np.ndarray:
+  array = np.asarray(_to_numpy(value))
+  if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != bool:
+    raise ValueError(
+        f"The model's {name!r} is an array of {array.dtype}; expected numbers."
+    )
+  return array
+
+
+def _require_unique(what: str, values: Sequence[Any]) -> None:
+  counted = collections.Counter(values)
+  if twice := [value for value, count in counted.items() if count > 1]:
+    raise ValueError(
+        f"{twice[0]!r} is {counted[twice[0]]} times among {what}; expected each once."
+    )
+
+
+def _steps(value: Any, what: str) -> int:
+  """A number of steps, as the state's count can be."""
+  if np.ndim(value) == 0 and 0 <= value <= np.iinfo(np.int32).max and value % 1 == 0:
+    return int(value)
+  raise ValueError(
+      f"The {what} is {value}; expected a whole number, at least 0 and at most"
+      f" {np.iinfo(np.int32).max}."
+  )
+
+
 def _names(model_state, groups, names) -> list[str]:
   """The optimizer's parameters, in its order."""
-  if names is not None:
-    return list(names)
-  if all("param_names" in group for group in groups):
-    return [name for group in groups for name in group["param_names"]]
-  return list(model_state)
+  if names is None and all("param_names" in group for group in groups):
+    names = [name for group in groups for name in group["param_names"]]
+  names = list(model_state if names is None else names)
+  count = sum(len(group["params"]) for group in groups)
+  if len(names) != count:
+    raise ValueError(
+        f"The optimizer has {count} parameters and there are {len(names)} names;"
+        " expected as many. Pass names in the optimizer's order."
+    )
+  _require_unique("names", names)
+  return names
 
 
 def _to_numpy(value: Any) -> Any:
@@ -213,10 +268,19 @@ def _to_numpy(value: Any) -> Any:
 def _moment(state, keys, param, name) -> np.ndarray | None:
   """A moment in float32, of the parameter's shape; None if there is none."""
   for key in keys:
+    if f"{key}::scales" in state and f"{key}::quantized" not in state:
+      raise ValueError(f"The {key} of {name!r} has scales and no codes.")
     if key in state:
       values = np.asarray(state[key]).astype(np.float32)
     elif f"{key}::quantized" in state:
-      codes, scales = state[f"{key}::quantized"], state[f"{key}::scales"]
+      codes = np.asarray(state[f"{key}::quantized"])
+      scales = np.asarray(state.get(f"{key}::scales", ()))
+      groups = -(-codes.size // _GROUP)
+      if scales.size != groups:
+        raise ValueError(
+            f"The {key} of {name!r} has {scales.size} scales for {codes.size} codes;"
+            f" expected {groups}, one for each {_GROUP}."
+        )
       values = _dequantized(codes, scales, signed=keys is _FIRST)
     else:
       continue
@@ -251,7 +315,21 @@ def _master(param, errors, width: int, name: str) -> np.ndarray:
         f"Parameter {name!r} of dtype {param.dtype.name} has error bits for"
         f" {width} bytes; expected bfloat16 or float16, and 3 or 4."
     )
+  errors = np.asarray(errors)
+  # In four bytes they are the bits of numbers of two.
+  fits = width == 3 or errors.dtype.itemsize == 2
+  if errors.shape != param.shape or not fits:
+    raise ValueError(
+        f"The error bits of {name!r} have shape {errors.shape} and dtype"
+        f" {errors.dtype}; expected {param.shape}, as the parameter, and"
+        f" {param.dtype} or int{8 * (width - 2)}."
+    )
   if width == 3:
+    whole = np.rint(errors.astype(np.float32))
+    if not ((whole == errors) & (np.abs(whole) <= 128)).all():
+      raise ValueError(
+          f"The error bits of {name!r} are not all whole numbers of one byte."
+      )
     errors, largest = errors.astype(np.int8), np.float32(127)
   else:
     errors, largest = errors.view(np.int16), np.float32(32767)

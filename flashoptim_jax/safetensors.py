@@ -7,14 +7,17 @@ https://huggingface.co/docs/safetensors
 """
 
 import contextlib
+import fnmatch
 import functools
 import itertools
 import json
 import math
 import os
 import pathlib
+import re
+import secrets
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +35,10 @@ _DTYPES = {
     "bool": "BOOL",
 }
 _BLOCK = 2**22  # Elements that are put together at once.
+_METADATA = "__metadata__"  # The header's key that is no tensor's.
+_MAX_HEADER = 100_000_000  # Bytes; the library reads no more.
+# The key, in metadata, of what tells one export's files from another's.
+_EXPORT = "flashoptim_export"
 
 Rename = Callable[[str], str]
 
@@ -47,49 +54,54 @@ def export_safetensors(
   """Writes ``to_fp32(params, opt_state)`` without making it.
 
   Args:
-    path: The file, ``DIRECTORY/NAME.safetensors``. It appears when it is complete.
+    path: The file, ``DIRECTORY/NAME.safetensors``. It appears when it is complete,
+      and takes the place of an older export, of one file or several. One that is
+      interrupted leaves the older export whole.
     params: The parameters, in arrays that this process can read.
     opt_state: The state of the transformation that trains them.
     rename: Gives a tensor's name for a parameter's path, its keys joined by
       slashes. By default the slashes become dots: ``layers.0.kernel``.
     max_shard_bytes: Write several files of at most this size (a larger leaf gets
       its own), ``NAME-00001-of-00003.safetensors`` and so on, and
-      ``NAME.safetensors.index.json``, which says what is where. By default one
-      file.
+      ``NAME.safetensors.index.json``, which says what is where. The names differ,
+      by a tag, from those of an older export. By default one file.
 
   Raises:
     ValueError: If there is no flash state, it does not match ``params``, two
-      parameters get one name, or an array is not addressable or of a dtype that
-      the format lacks.
+      parameters get one name or one gets a name that the format lacks, or an array
+      is not addressable or of a dtype that the format lacks.
   """
   path = _checked(path)
   corrections = precision.corrections(params, opt_state)
-  leaves = {
-      paths.name(key): jnp.asarray(leaf)
+  names = _names(params, rename)
+  tensors = {
+      names[key]: _Tensor(paths.name(key), jnp.asarray(leaf), corrections.get(key))
       for key, leaf in jax.tree.leaves_with_path(params)
   }
-  names = _names(leaves, rename)
-  tensors = {
-      names[leaf]: _Tensor(leaf, param, corrections.get(leaf))
-      for leaf, param in leaves.items()
-  }
+  index_path = _index_path(path)
+  for file in (path, index_path):
+    if os.path.lexists(file):
+      _require_regular(file)
+  older = _older_shards(path)
   if max_shard_bytes is None:
-    _write(path, tensors)
-    return
-  shards = _shards(tensors, max_shard_bytes)
-  index: dict[str, str] = {}
-  for i, shard in enumerate(shards, 1):
-    file = path.with_name(f"{path.stem}-{i:05}-of-{len(shards):05}{path.suffix}")
-    _write(file, shard)
-    index |= dict.fromkeys(shard, file.name)
-  total = sum(tensor.nbytes for tensor in tensors.values())
-  content = {"metadata": {"total_size": total}, "weight_map": index}
-  with _replacing(_index_path(path)) as file:
-    file.write(json.dumps(content, indent=1).encode())
+    _write(path, tensors, {})
+    # From here on the new file is what is read.
+    index_path.unlink(missing_ok=True)
+  else:
+    files = _write_shards(path, _shards(tensors, max_shard_bytes))
+    # From here on the new files are what is read.
+    path.unlink(missing_ok=True)
+    older = [file for file in older if file not in files]
+  for file in older:
+    file.unlink(missing_ok=True)
 
 
 def import_safetensors(
-    path: str | os.PathLike, like: optax.Params, *, rename: Rename | None = None
+    path: str | os.PathLike,
+    like: optax.Params,
+    *,
+    rename: Rename | None = None,
+    ignore_patterns: Sequence[str] = (),
 ) -> optax.Params:
   """Reads full-precision parameters, for :func:`flashoptim_jax.from_fp32`.
 
@@ -97,8 +109,12 @@ def import_safetensors(
     path: The file, or, of several, the name that their index is called after:
       ``DIRECTORY/NAME.safetensors``, as for :func:`export_safetensors`.
     like: The parameters to read: a tree of arrays or ``jax.ShapeDtypeStruct``s,
-      of which structure, shapes and shardings count.
+      of which structure, shapes, dtypes and shardings count. All floats are read
+      as float32 (float64 for float64); other dtypes must be the file's.
     rename: As for :func:`export_safetensors`.
+    ignore_patterns: Glob patterns (as in :mod:`fnmatch`) on the names of tensors
+      in the file that ``like`` lacks, such as ``"lm_head.*"`` where the embedding
+      is the head as well. Any other tensor that is left over is an error.
 
   Returns:
     The parameters, 16-bit floats widened to float32, with the shardings of
@@ -106,44 +122,76 @@ def import_safetensors(
 
   Raises:
     FileNotFoundError: If a file is missing.
-    ValueError: If a file is damaged, or tensors are missing, left over or of
-      other shapes. Nothing is loaded then.
+    ValueError: If a file is damaged, files are of different exports, there is one
+      file and an index of others, or tensors are missing, left over, or of other
+      shapes or dtypes. Nothing is loaded then.
   """
   from safetensors import SafetensorError, safe_open
 
   path = _checked(path)
-  leaves = {paths.name(key): leaf for key, leaf in jax.tree.leaves_with_path(like)}
-  names = _names(leaves, rename)
-  where = _locate(path)
-  try:
-    files = {
-        file: safe_open(file, framework="numpy")
-        for file in dict.fromkeys(where.values())
-    }
-    held = {file: set(opened.keys()) for file, opened in files.items()}
-    found = {
-        name: tuple(files[file].get_slice(name).get_shape())
-        for name, file in where.items()
-        if name in held[file]
-    }
-  except SafetensorError as error:
-    raise ValueError(f"{path} is damaged: {error}") from error
-  wanted = {names[leaf]: tuple(jnp.shape(array)) for leaf, array in leaves.items()}
-  for name in [*wanted, *where]:
-    if name not in wanted or found.get(name) != wanted.get(name):
+  names = _names(like, rename)
+  where, export = _locate(path)
+  files = {}
+  found: dict[str, tuple[tuple[int, ...], str]] = {}
+  for file in dict.fromkeys(where.values()):
+    try:
+      files[file] = safe_open(file, framework="numpy")
+      metadata = files[file].metadata() or {}
+      for name in files[file].keys():  # noqa: SIM118
+        if where.get(name) == file:
+          stored = files[file].get_slice(name)
+          found[name] = tuple(stored.get_shape()), stored.get_dtype()
+    except SafetensorError as error:
+      raise ValueError(f"{file} is damaged: {error}") from error
+    if export is not None and metadata.get(_EXPORT) != export:
       raise ValueError(
-          f"Tensor {name!r} of {path} has shape {found.get(name, 'none')};"
-          f" expected {wanted.get(name, 'no such tensor')}."
+          f"{file} is of another export than {_index_path(path)}: found"
+          f" {metadata.get(_EXPORT)!r}, expected {export!r}. Export, or copy, all of"
+          " the files again."
+      )
+  dtypes = {}
+  for key, leaf in jax.tree.leaves_with_path(like):
+    name, shape = names[key], tuple(jnp.shape(leaf))
+    dtypes[name], readable = _readable(jnp.result_type(leaf))
+    stored_shape, stored_dtype = found.get(name, ("none", None))
+    if stored_shape != shape:
+      raise ValueError(
+          f"Tensor {name!r} of {path} has shape {stored_shape}; expected {shape}."
+      )
+    if stored_dtype not in readable:
+      raise ValueError(
+          f"Tensor {name!r} of {path} has dtype {stored_dtype}; expected"
+          f" {' or '.join(readable) or 'none'}, for a leaf of"
+          f" {jnp.result_type(leaf).name}."
+      )
+  ignored = precision.patterns(ignore_patterns)
+  for name in where:
+    if name not in dtypes and not any(fnmatch.fnmatchcase(name, p) for p in ignored):
+      raise ValueError(
+          f"Tensor {name!r} of {path} has shape {found.get(name, ('none',))[0]};"
+          " expected no such tensor. Pass ignore_patterns to leave it out."
       )
 
   def read(key, leaf):
-    name = names[paths.name(key)]
+    name = names[key]
     tensor = files[where[name]].get_tensor(name)
-    if tensor.dtype.itemsize == 2 and jnp.issubdtype(tensor.dtype, jnp.floating):
-      tensor = tensor.astype(np.float32)
+    tensor = tensor.astype(dtypes[name], copy=False)
     return jax.device_put(tensor, getattr(leaf, "sharding", None))
 
   return jax.tree.map_with_path(read, like)
+
+
+def _readable(dtype: Any) -> tuple[Any, tuple[str, ...]]:
+  """What a leaf of a dtype is read as, and from which of the format's dtypes."""
+  stored = _DTYPES.get(_wide(dtype).name)
+  if stored is None or not jnp.issubdtype(dtype, jnp.floating):
+    return dtype, () if stored is None else (stored,)
+  return _wide(dtype), ("F32", "BF16", "F16", *["F64"] * (stored == "F64"))
+
+
+def _wide(dtype: Any) -> Any:
+  """The dtype of a master weight."""
+  return jnp.dtype(jnp.float32) if dtype.name in ("bfloat16", "float16") else dtype
 
 
 class _Tensor:
@@ -156,9 +204,7 @@ class _Tensor:
           " that this one can read (jax.experimental.multihost_utils"
           ".process_allgather gathers them)."
       )
-    dtype = param.dtype
-    if jnp.issubdtype(dtype, jnp.floating):
-      dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = _wide(param.dtype)
     if dtype.name not in _DTYPES:
       raise ValueError(
           f"Parameter {leaf!r} has dtype {dtype.name}; expected one of"
@@ -209,8 +255,10 @@ def _blocks(
       )
 
 
-def _write(path: pathlib.Path, tensors: dict[str, _Tensor]) -> None:
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _write(
+    path: pathlib.Path, tensors: dict[str, _Tensor], metadata: dict[str, str]
+) -> None:
+  header: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
   offset = 0
   for name, tensor in tensors.items():
     header[name] = {
@@ -221,11 +269,41 @@ def _write(path: pathlib.Path, tensors: dict[str, _Tensor]) -> None:
     offset += tensor.nbytes
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)
+  if len(text) > _MAX_HEADER:
+    raise ValueError(
+        f"The header of {path} has {len(text)} bytes, for {len(tensors)} tensors;"
+        f" expected at most {_MAX_HEADER}. Pass a smaller max_shard_bytes."
+    )
   with _replacing(path) as file:
     file.write(struct.pack("<Q", len(text)) + text)
     for tensor in tensors.values():
       for block in tensor.blocks():
         file.write(np.ascontiguousarray(block).data)
+
+
+def _write_shards(
+    path: pathlib.Path, shards: list[dict[str, _Tensor]]
+) -> list[pathlib.Path]:
+  """Writes several files and their index, which makes them the ones that are read."""
+  export = secrets.token_hex(4)
+  files = _shard_files(path, len(shards), export)
+  weight_map: dict[str, str] = {}
+  try:
+    for file, shard in zip(files, shards, strict=True):
+      _write(file, shard, {_EXPORT: export})
+      weight_map |= dict.fromkeys(shard, file.name)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    content = {
+        "metadata": {"total_size": total, _EXPORT: export},
+        "weight_map": weight_map,
+    }
+    with _replacing(_index_path(path)) as opened:
+      opened.write(json.dumps(content, indent=1).encode())
+  except BaseException:
+    for file in set(files).difference(_older_shards(path)):
+      file.unlink(missing_ok=True)
+    raise
+  return files
 
 
 @contextlib.contextmanager
@@ -235,6 +313,9 @@ def _replacing(path: pathlib.Path) -> Iterator[Any]:
   try:
     with partial.open("wb") as file:
       yield file
+      # Lest a crash of the machine leave the name without the content.
+      file.flush()
+      os.fsync(file.fileno())
     partial.replace(path)
   finally:
     partial.unlink(missing_ok=True)
@@ -256,43 +337,126 @@ def _shards(
   return shards
 
 
-def _names(leaves: dict[str, Any], rename: Rename | None) -> dict[str, str]:
+def _names(
+    tree: Any, rename: Rename | None
+) -> dict[jax.tree_util.KeyPath, str]:
   """A tensor's name for each leaf."""
   rename = rename or (lambda leaf: leaf.replace("/", "."))
-  names = {leaf: rename(leaf) for leaf in leaves}
-  taken: dict[str, str] = {}
-  for leaf, name in names.items():
-    if name in taken:
+  names = {
+      key: rename(paths.name(key)) for key, _ in jax.tree.leaves_with_path(tree)
+  }
+  for key, name in names.items():
+    if not isinstance(name, str) or name == _METADATA or not _is_unicode(name):
       raise ValueError(
-          f"Parameters {taken[name]!r} and {leaf!r} both become tensor"
-          f" {name!r}; expected different names."
+          f"Parameter {paths.name(key)!r} becomes tensor {name!r}; expected a text"
+          f" that UTF-8 has, other than {_METADATA!r}. Pass rename to call it"
+          " something else."
       )
-    taken[name] = leaf
+  paths.require_distinct(names.items(), "tensor")
   return names
 
 
-def _locate(path: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The file of every tensor."""
+def _is_unicode(text: str) -> bool:
+  """Whether UTF-8 has it: it has no lone surrogates."""
+  return not re.search("[\ud800-\udfff]", text)
+
+
+def _locate(path: pathlib.Path) -> tuple[dict[str, pathlib.Path], str | None]:
+  """The file of every tensor, and the export that all files must be of, if known."""
   from safetensors import SafetensorError, safe_open
 
-  if path.exists():
+  index = _index_path(path)
+  single = os.path.lexists(path)
+  if not single and not os.path.lexists(index):
+    raise FileNotFoundError(f"There is neither {path} nor {index}.")
+  where: dict[str, pathlib.Path] = {}
+  export = None
+  if os.path.lexists(index):
+    where, export = _read_index(path)
+    if single and set(where.values()) != {path}:
+      raise ValueError(
+          f"There are both {path} and {index}; expected one of them. Delete the one"
+          " that is out of date."
+      )
+  if single and not where:
+    _require_regular(path)
     try:
       with safe_open(path, framework="numpy") as file:
-        return dict.fromkeys(file.keys(), path)
+        return dict.fromkeys(file.keys(), path), None
     except SafetensorError as error:
       raise ValueError(f"{path} is damaged: {error}") from error
-  index = _index_path(path)
-  if not index.exists():
-    raise FileNotFoundError(f"There is neither {path} nor {index}.")
-  try:
-    entries = json.loads(index.read_bytes())["weight_map"].items()
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{index} is damaged: {error!r}") from error
-  where = {name: path.with_name(file) for name, file in entries}
-  for file in where.values():
-    if not file.exists():
+  for file in dict.fromkeys(where.values()):
+    if not os.path.lexists(file):
       raise FileNotFoundError(f"{file}, which {index} names, is missing.")
-  return where
+    _require_regular(file)
+  return where, export
+
+
+def _read_index(
+    path: pathlib.Path,
+) -> tuple[dict[str, pathlib.Path], str | None]:
+  """What the index of several files says: as :func:`_locate`."""
+  index = _index_path(path)
+  _require_regular(index)
+  try:
+    content = json.loads(index.read_bytes(), object_pairs_hook=_unique)
+    weight_map = dict(content["weight_map"].items())
+    metadata = content.get("metadata")
+  # RecursionError: lists in lists in lists.
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    raise ValueError(f"{index} is damaged: {error!r}") from error
+  for name, file in weight_map.items():
+    is_text = isinstance(file, str) and _is_unicode(file) and "\0" not in file
+    if not is_text or not file or pathlib.PurePath(file).name != file:
+      raise ValueError(
+          f"{index} is damaged: found {file!r} as the file of tensor {name!r};"
+          " expected the name of a file beside it."
+      )
+  export = metadata.get(_EXPORT) if isinstance(metadata, dict) else None
+  return {name: path.with_name(file) for name, file in weight_map.items()}, export
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """An object of JSON; raises a ValueError if a key is there twice."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    raise ValueError(f"a key of {list(found)[:3]}... is there twice")
+  return found
+
+
+def _require_regular(file: pathlib.Path) -> None:
+  if not file.is_file():  # Opening a pipe would wait for ever.
+    raise ValueError(
+        f"{file} is no regular file, nor a link to one; expected one that"
+        " export_safetensors wrote."
+    )
+
+
+def _older_shards(path: pathlib.Path) -> list[pathlib.Path]:
+  """The files of an older export of several files, going by their names."""
+  if not os.path.lexists(_index_path(path)):
+    return []
+  try:
+    where, _ = _read_index(path)
+  except ValueError:  # Not one of ours, then.
+    return []
+  pattern = re.compile(
+      re.escape(path.stem) + r"(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors"
+  )
+  return [f for f in dict.fromkeys(where.values()) if pattern.fullmatch(f.name)]
+
+
+def _shard_files(path: pathlib.Path, count: int, tag: str) -> list[pathlib.Path]:
+  """Names for the files of an export; with a tag where the plain ones are taken."""
+
+  def named(stem):
+    return [
+        path.with_name(f"{stem}-{i:05}-of-{count:05}{path.suffix}")
+        for i in range(1, count + 1)
+    ]
+
+  plain = named(path.stem)
+  return named(f"{path.stem}-{tag}") if any(map(os.path.lexists, plain)) else plain
 
 
 def _index_path(path: pathlib.Path) -> pathlib.Path:

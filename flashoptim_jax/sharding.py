@@ -1,5 +1,6 @@
 """Shardings of the optimizer state, derived from those of the parameters."""
 
+import types
 import warnings
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ def state_shardings(
   }
   state = jax.eval_shape(tx.init, params)
   replicated = _replicated(shardings)
-  cut: dict[str, str] = {}
+  cut: dict[jax.tree_util.KeyPath, str] = {}
 
   def place(path, leaf, group_size=None):
     param_path = paths.param_path(path, known)
@@ -83,7 +84,7 @@ def state_shardings(
     if group_size is not None:
       local = param.sharding.shard_shape(param.shape)
       if why := specs.cut_groups(param.shape, local, group_size):
-        cut[paths.name(param_path)] = why
+        cut[param_path] = why
     return _fitted(param.sharding, leaf.shape)
 
   def place_node(path, node):
@@ -104,7 +105,7 @@ def state_shardings(
       place_node, state, is_leaf=state_lib.is_flash_state
   )
   if cut:
-    named = [f"{path!r} ({why})" for path, why in cut.items()]
+    named = [f"{paths.name(path)!r} ({why})" for path, why in cut.items()]
     if len(named) > _NAMED_AT_MOST:
       named[_NAMED_AT_MOST:] = [f"{len(named) - _NAMED_AT_MOST} more"]
     warnings.warn(
@@ -138,13 +139,14 @@ def with_shardings(
     ValueError: As for :func:`state_shardings`.
   """
   shardings = _broadcast(param_shardings, params)
-  by_path = {
-      paths.name(path): sharding
+  # Not a tree, which Optax's masks would mask, or fail to: paths have no order.
+  by_path = types.MappingProxyType({
+      path: sharding
       for (path, _), sharding in zip(
           jax.tree.leaves_with_path(params), shardings, strict=True
       )
       if isinstance(sharding, NamedSharding)
-  }
+  })
   inner = optax.with_extra_args_support(tx)
 
   def update_fn(updates, state, params=None, **extra_args):

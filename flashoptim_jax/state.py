@@ -278,6 +278,9 @@ def map_flash_states(f: Callable[[Any], AnyState], opt_state: Any) -> Any:
   )
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-  """The arrays of a params-shaped tree of the state, by their leaf's path."""
-  return {paths.name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+def by_path(tree: Any) -> dict[jax.tree_util.KeyPath, Any]:
+  """The arrays of a params-shaped tree of the state, by their leaf's path.
+
+  By its keys, not its name, which two leaves may have in common.
+  """
+  return dict(jax.tree.leaves_with_path(tree))

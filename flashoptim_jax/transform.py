@@ -22,7 +22,7 @@ NEW_PARAMS = "flashoptim_new_params"
 DEFERRED = "flashoptim_deferred"
 
 # The extra argument by which `flashoptim_jax.with_shardings` says how parameters
-# are sharded: a dict from path to sharding.
+# are sharded: a mapping from a parameter's path, as JAX gives it, to its sharding.
 PARAM_SHARDINGS = "flashoptim_param_shardings"
 
 
@@ -92,6 +92,8 @@ def flash_transformation(
     ]
     deferred_update = extra_args.get(DEFERRED, False)
     update = deferred.update_leaves if deferred_update else kernels.update_leaves
+    given = extra_args.get(PARAM_SHARDINGS, {})
+    known = [given.get(path) for path, _ in jax.tree.leaves_with_path(params)]
     updated = update(
         rule,
         form.storage,
@@ -99,7 +101,11 @@ def flash_transformation(
         {**scalars(state.count), **codec.rounding_scalars(state.count)},
         implementation=implementation,
         new_params=new_params,
-        shardings=extra_args.get(PARAM_SHARDINGS, {}),
+        shardings={
+            leaf.path: sharding
+            for leaf, sharding in zip(leaves, known, strict=True)
+            if sharding is not None
+        },
     )
     treedef: Any = jax.tree.structure(params)
     results: list[Any] = [leaf.result for leaf in updated]
@@ -126,9 +132,12 @@ def _leaves(
     )
   state_lib.check_params(params)
   storage = form.storage
+  # Kernels know leaves, and their shardings, by these names.
   named = [
-      (paths.name(path), jnp.asarray(leaf))
-      for path, leaf in jax.tree.leaves_with_path(params)
+      (name, jnp.asarray(leaf))
+      for name, leaf in zip(
+          paths.unique_names(params), jax.tree.leaves(params), strict=True
+      )
   ]
   grads = paths.leaves_like(grads, params, "the gradients", "the parameters")
 

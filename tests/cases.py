@@ -1,5 +1,6 @@
 """What several test files share: optimizers, storages, trees and comparisons."""
 
+import collections
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -122,6 +123,14 @@ def tree(shapes=None, seed: int = 0, low: float = 0.5, dtype=None):
     x = x + np.copysign(low, x)
     result[name] = jnp.asarray(x, dtype or own)
   return result
+
+
+# Trees of two leaves whose keys, joined by slashes, are the same.
+TWINS = {
+    "slash": lambda x, y: {"a": {"b": x}, "a/b": y},
+    "number": lambda x, y: collections.OrderedDict([(1, x), ("1", y)]),
+}
+every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
 
 
 def grads_like(params, seed: int = 1, dtype=None):

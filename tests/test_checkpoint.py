@@ -10,12 +10,14 @@ import checkpoint_faults
 import checkpoint_resume as resume
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
-from flashoptim_jax import checkpoint
+from flashoptim_jax import checkpoint, inspection
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,144 @@ def test_plain_optax_is_refused_with_a_way_to_come_from_it(tmp_path):
     restore(tmp_path / "1", {"params": narrow})
 
 
+ODD_LEAVES = {
+    "typed key": jax.random.key(3),
+    "typed keys": jax.random.split(jax.random.key(3, impl="rbg"), 4),
+    "raw key": jax.random.PRNGKey(3),
+    "int": 7,
+    "float": 0.1,
+    "bool": True,
+    "NumPy int64": np.arange(3),
+    "NumPy float64": np.linspace(0, 1, 3),
+    "NumPy bool": np.array([True, False]),
+    "NumPy scalar": np.int64(5),
+    "NumPy float scalar": np.float64(0.1),
+    "bfloat16 NumPy scalar": jnp.bfloat16(1.5),
+    "int4": jnp.arange(3, dtype=jnp.int4),
+}
+
+
+def value_of(leaf):
+  if jnp.issubdtype(getattr(leaf, "dtype", int), jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  return np.asarray(leaf)
+
+
+@pytest.mark.parametrize("args", [checkpoint.Save, ocp.args.StandardSave])
+def test_odd_leaves(args, tmp_path):
+  """As they were, where the leaf itself is asked for; else as JAX has them."""
+  tree = {**ODD_LEAVES, "state": make_tree(TX)}
+  save(tmp_path / "0", tree, args)
+  restored = restore(tmp_path / "0", tree)
+  abstract = restore(tmp_path / "0", jax.eval_shape(lambda: tree))
+  for name, leaf in ODD_LEAVES.items():
+    if not isinstance(leaf, jax.Array):
+      assert type(restored[name]) is type(leaf)
+    assert jnp.result_type(abstract[name]) == jnp.result_type(leaf)
+    for found in (restored[name], abstract[name]):
+      wanted = value_of(leaf).astype(value_of(found).dtype)
+      np.testing.assert_array_equal(value_of(found), wanted)
+  cases.assert_same(restored["state"], tree["state"])
+  sizes = {a.path: a.nbytes for a in inspection.inspect(tmp_path / "0").arrays}
+  assert (sizes["typed key"], sizes["typed keys"]) == (8, 4 * 16)
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked"),
+    [("typed key", "raw key"), ("raw key", "typed key"), ("typed keys", "typed key")],
+)
+@pytest.mark.parametrize("args", [checkpoint.Save, ocp.args.StandardSave])
+def test_other_keys_are_refused(args, saved, asked, tmp_path):
+  save(tmp_path / "0", {"key": ODD_LEAVES[saved]}, args)
+  with pytest.raises(ValueError, match=r"'key'.*found an array|array of .* at 'key'"):
+    restore(tmp_path / "0", {"key": ODD_LEAVES[asked]})
+
+
+@pytest.mark.parametrize("value", [2**40 + 1, -(2**31) - 1, 1e300])
+@pytest.mark.parametrize("args", [checkpoint.Save, ocp.args.StandardSave])
+def test_numbers_of_64_bits_are_not_truncated(args, value, tmp_path):
+  """Orbax alone would."""
+  for i, leaf in enumerate((value, np.full((2, 3), value))):
+    path = tmp_path / str(i)
+    save(path, {"a": [leaf]}, args)
+    np.testing.assert_array_equal(restore(path, {"a": [leaf]})["a"][0], leaf)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    dtype = jnp.int32 if isinstance(value, int) else jnp.float32
+    abstract = jax.ShapeDtypeStruct(np.shape(leaf), dtype)
+    for target in (abstract, abstract.update(sharding=sharding)):
+      with pytest.raises(ValueError, match=r"64 at 'a/0' that (int|float)32 has not"):
+        restore(path, {"a": [target]})
+  save(tmp_path / "small", {"a": np.full(3, 7)}, args)
+  target = jax.ShapeDtypeStruct((3,), jnp.int32, sharding=sharding)
+  found = restore(tmp_path / "small", {"a": target})
+  cases.assert_same(found, {"a": jnp.full(3, 7)})
+  assert isinstance(found["a"], jax.Array)
+
+
+def test_leaves_that_are_no_arrays(tmp_path):
+  for leaf in ("float32", object(), b"x"):
+    with pytest.raises(ValueError, match=r"'a/b' is a (str|object|bytes); expected"):
+      save(tmp_path / "0", {"a": {"b": leaf}})
+
+
+@pytest.mark.parametrize("dotted", [False, True])
+@pytest.mark.parametrize("twin", [*cases.TWINS.values()], ids=cases.TWINS)
+def test_leaves_of_one_name(twin, dotted, tmp_path):
+  """Restored as they were, or refused with both paths where Orbax would keep one."""
+  tree = twin(jnp.ones(3), jnp.zeros(3))
+  if dotted and "a/b" in tree:
+    tree["a.b"] = tree.pop("a/b")
+  if dotted or 1 in tree:
+    with pytest.raises(ValueError, match=r"both become Orbax's array"):
+      save(tmp_path / "0", {"params": tree})
+    return
+  tree = {"params": tree, "s": TX.init(tree)}
+  save(tmp_path / "0", tree)
+  cases.assert_same(restore(tmp_path / "0", tree), tree)
+  names = [array.path for array in inspection.inspect(tmp_path / "0").arrays]
+  assert len(set(names)) == len(names) == len(jax.tree.leaves(tree))
+  with pytest.raises(ValueError, match=r"both become optimizer state 'a/b/1'"):
+    save(tmp_path / "1", twin(tree["s"], tree["s"]))
+  other = {**tree, "params": twin(jnp.ones(3), jnp.zeros(4))}
+  with pytest.raises(ValueError, match=r"a\\+/b'.*\(3,\).*\(4,\)"):
+    restore(tmp_path / "0", other)
+
+
+def test_shardings_that_do_not_fit(tmp_path):
+  """The error is about the sharding: the checkpoint is sound."""
+  tree = make_tree(TX)
+  save(tmp_path / "0", tree)
+  mesh = resume.make_mesh((4, 2))
+  sharding = jax.sharding.NamedSharding(mesh, P())
+  target = resume.abstract(jax.device_put(tree, sharding))
+  restore(tmp_path / "0", target)
+  matrix = target["params"]["matrix"]
+  target["params"]["matrix"] = matrix.update(sharding=sharding.update(spec=P("x")))
+  with pytest.raises(ValueError, match=r"sharding .*'params/matrix'") as error:
+    restore(tmp_path / "0", target)
+  assert "damaged" not in str(error.value)
+  assert "not read" in str(error.value)
+
+
+@pytest.mark.parametrize("args", [checkpoint.Save, ocp.args.StandardSave])
+def test_the_parameters_alone(args, tmp_path):
+  """Refused, with a way that works."""
+  tree = make_tree(TX)
+  save(tmp_path / "0", tree, args)
+  part = {"params": jax.eval_shape(lambda: tree["params"])}
+  with pytest.raises(ValueError, match=r"opt_state/1/.* partial_restore=True"):
+    restore(tmp_path / "0", part)
+  restore_args = ocp.checkpoint_utils.construct_restore_args(part)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    found = checkpointer.restore(
+        tmp_path / "0",
+        args=ocp.args.PyTreeRestore(
+            part, restore_args=restore_args, partial_restore=True
+        ),
+    )
+  cases.assert_same(found, {"params": tree["params"]})
+
+
 def test_params_and_state_as_items_of_a_manager(tmp_path):
   tree = make_tree(TX)
   with ocp.CheckpointManager(tmp_path) as manager:
@@ -164,12 +304,61 @@ def edit_description(path, edit):
   (path / "_METADATA").write_text(json.dumps(metadata))
 
 
-def test_a_later_format_version(tmp_path):
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (2, r"format version 2; this version.* reads 1.*Install a later"),
+        (0, r"format version 0; this version.* reads 1.*Install an earlier"),
+    ],
+)
+def test_another_format_version(version, message, tmp_path):
   tree = make_tree(TX)
   save(tmp_path / "0", tree)
-  edit_description(tmp_path / "0", lambda d: d.update(format_version=2))
-  with pytest.raises(ValueError, match=r"format version 2; this version.* reads 1"):
-    restore(tmp_path / "0", tree)
+  edit_description(tmp_path / "0", lambda d: d.update(format_version=version))
+  for read in (lambda path: restore(path, tree), inspection.inspect):
+    with pytest.raises(ValueError, match=message):
+      read(tmp_path / "0")
+
+
+STATE = {"optimizer": "adam", "moments": [["mu", "first"]], "storage": {}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format_version": None},
+        {"format_version": "1"},
+        {"format_version": True},
+        {"states": []},
+        {"states": {"opt_state/1": None}},
+        {"states": {"opt_state/1": {"optimizer": "adam"}}},
+        {"states": {"opt_state/1": {**STATE, "storage": 3}}},
+        {"states": {"opt_state/1": {**STATE, "optimizer": []}}},
+        {"states": {"opt_state/1": {**STATE, "moments": [[1, 2]]}}},
+        {"arrays": None},
+        {"arrays": {"x": 3}},
+        {"arrays": {"x": [3, "float32"]}},
+        {"arrays": {"x": [[-3], "float32"]}},
+        {"arrays": {"x": [["3"], "float32"]}},
+        {"arrays": {"x": [[3], "float33"]}},
+        {"arrays": {"x": [[3], None]}},
+    ],
+)
+def test_malformed_descriptions(change, tmp_path):
+  """With the right checksum. For inspect too, which would print them."""
+  tree = make_tree(TX)
+  save(tmp_path / "0", tree)
+
+  def edit(description):
+    description.update(change)
+    rest = ("format_version", "sha256")
+    content = {k: v for k, v in description.items() if k not in rest}
+    description["sha256"] = checkpoint._digest(content)
+
+  edit_description(tmp_path / "0", edit)
+  for read in (lambda path: restore(path, tree), inspection.inspect):
+    with pytest.raises(ValueError, match=r"damaged or incomplete"):
+      read(tmp_path / "0")
 
 
 def test_a_changed_description(tmp_path):
@@ -197,6 +386,18 @@ def test_damaged_files(tmp_path):
   assert report.wrong == []
   assert report.unclear == []
   assert report.refused > report.files / 2  # Orbax can do without some.
+
+
+def test_damaged_exports(tmp_path):
+  report = checkpoint_faults.damage_export(tmp_path, flips=20, seed=1)
+  assert report.wrong == []
+  assert report.unclear == []
+  assert report.refused > report.harmless
+
+
+def test_killed_while_exporting(tmp_path):
+  report = checkpoint_faults.kill_exports(tmp_path, tries=1, seed=0)
+  assert report.wrong == []
 
 
 def test_killed_while_saving(tmp_path):

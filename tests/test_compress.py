@@ -192,6 +192,11 @@ def test_errors():
     fo.compress(optax.adam(1e-2), codecs={"typo": "float32"}).init(params)
   with pytest.raises(ValueError, match="without flash optimizers"):
     fo.compress(fo.adam(1e-2)).init(params)
+  named = optax.named_chain(
+      ("a", optax.chain(optax.scale_by_adam())), ("a.0", optax.scale_by_adam())
+  )
+  with pytest.raises(ValueError, match=r"path 'a\.0\.mu'.*\['a\.0'\]\.mu"):
+    fo.compress(named).init(params)
   tx = fo.compress(optax.adam(1e-2))
   state, grads = tx.init(params), cases.grads_like(params)
   with pytest.raises(ValueError, match="is a tuple; expected a CompressedState"):

@@ -191,6 +191,29 @@ def test_from_optax_without_masters():
   cases.assert_same(state, tx.init(masters))
 
 
+@cases.every_twin
+@pytest.mark.parametrize("make", [
+    lambda storage: fo.adamw(1e-3, storage=storage),
+    lambda storage: fo.compress(optax.adamw(1e-3), storage),
+], ids=["adamw", "compress"])
+def test_leaves_of_one_name(make, twin):
+  """Each keeps its own master weight."""
+  leaves = cases.tree(cases.SMALL_SHAPES, dtype=jnp.float32).values()
+  tx, wide = make(fo.Storage()), make(EXACT)
+  params, state = fo.from_fp32(tx, twin(*leaves))
+  masters = fo.to_fp32(params, state)
+  _, back = to_and_from(tx, params, state)
+  cases.assert_same(back, state)
+  moved = fo.convert(tx, wide, params, state)
+  cases.assert_same(fo.to_fp32(*moved), masters)
+  cases.assert_same(fo.convert(wide, tx, *moved), (params, state))
+  # A tree that differs in one of the two is still refused.
+  x, y = jax.tree.leaves(params)
+  other = twin(x, y[:-1])
+  with pytest.raises(ValueError, match=r"\(33,\)"):
+    fo.to_optax(tx, other, state)
+
+
 def test_from_optax_errors():
   params = cases.tree(cases.TINY_SHAPES)
   masters = fo.cast_params(params, jnp.float32)
@@ -211,6 +234,12 @@ def test_from_optax_errors():
       fo.from_optax(tx, params, bad)
   with pytest.raises(ValueError, match="No flash optimizer state"):
     fo.from_optax(optax.adamw(1e-3), params, good)
+  for bad, message in [
+      ({"norm": masters["norm"]}, r"'matrix' in params_fp32.* none; .*\(2, 40\)"),
+      ({**masters, "matrix": jnp.ones(40)}, r"'matrix' .*\(40,\); .*\(2, 40\)"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      fo.from_optax(tx, params, good, params_fp32=bad)
 
 
 def test_to_optax_errors():

@@ -76,6 +76,13 @@ def test_every_page_is_in_the_navigation():
     assert f": {page.name}\n" in navigation
 
 
+def test_every_test_that_is_named_exists():
+  tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+  for page in pages.PAGES:
+    for name in re.findall(r"`(test_\w+)`", page.read_text()):
+      assert f"def {name}(" in tests, f"{page.name} names {name}"
+
+
 def test_every_picture_is_generated():
   shown = set(
       itertools.chain.from_iterable(

@@ -1,5 +1,6 @@
 """What is said about checkpoints."""
 
+import shutil
 import sys
 
 import cases
@@ -74,6 +75,23 @@ def test_the_command(saved, monkeypatch, capsys):
   assert ["corrections", "1", "80", "B"] in [line[:4] for line in lines]
 
 
+def test_incomplete_steps_are_passed_over(saved):
+  """A folder that a killed process began to delete or to copy."""
+  folder, _ = saved
+  found = inspection.inspect(folder)
+  (folder / "18").mkdir()
+  shutil.copytree(folder / "17", folder / "19")
+  (folder / "19" / "default" / "_METADATA").unlink()
+  (folder / "20" / "default").mkdir(parents=True)
+  shutil.copytree(folder / "17", folder / "21")
+  (folder / "21" / "_CHECKPOINT_METADATA").unlink()
+  shutil.rmtree(folder / "21" / "default" / "d")
+  assert inspection.inspect(folder) == found
+  for step in ("18", "19", "20"):
+    with pytest.raises(FileNotFoundError, match=f"no complete checkpoint .*{step}"):
+      inspection.inspect(folder / step)
+
+
 def test_without_a_description(tmp_path):
   tree = make()
   with ocp.StandardCheckpointer() as checkpointer:
@@ -82,6 +100,15 @@ def test_without_a_description(tmp_path):
   assert not found.states
   assert "storage unknown" in str(found)
   assert {a.path: (a.shape, a.dtype) for a in found.arrays} == fo.paths.arrays(tree)
+
+
+def test_texts_beside_arrays(tmp_path):
+  tree = {"note": "text", "x": jnp.array([1, jnp.nan]), "none": None, "n": [1, 2.5]}
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    checkpointer.save(tmp_path / "0", args=ocp.args.PyTreeSave(tree))
+  found = inspection.inspect(tmp_path / "0")
+  assert {a.path: a.nonfinite for a in found.arrays} == {"x": 1, "n/0": 0, "n/1": 0}
+  assert "storage unknown" in str(found)
 
 
 def test_a_state_alone(tmp_path):

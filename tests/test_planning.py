@@ -1,7 +1,9 @@
 """Shapes from configurations, and plans of what they take."""
 
 import json
+import os
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -186,6 +188,101 @@ def test_broken_configurations(change, message):
   assert str(error.value).startswith("some/config.json: ")
 
 
+HUGE = models.MAX_SIZE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *[
+            ({name: size}, f"found {str(size)[:9]}.* for '{name}'; expected at most")
+            for name in ("hidden_size", "num_hidden_layers", "vocab_size")
+            for size in (HUGE + 1, 2**63, 10**400)
+        ],
+        *[
+            ({"model_type": value}, "found model_type .*; expected one of gpt2")
+            for value in ([], {}, 3, ["llama"], "x" * 10**6)
+        ],
+        ({"hidden_size": float("nan")}, "found nan for"),
+        ({"hidden_size": [1] * 10**6}, "found \\[1, 1, 1, 1, 1, 1, ...\\] for"),
+        ({"head_dim": None, "num_attention_heads": 3, "num_key_value_heads": 3},
+         "where there is no head_dim"),
+        ({"model_type": "gemma3", "text_config": []}, "no 'text_config'"),
+    ],
+)
+def test_hostile_configurations(change, message):
+  with pytest.raises(ValueError, match=message) as error:
+    models.from_config({**TINY, **change}, "some/config.json")
+  assert len(str(error.value)) < 500
+
+
+def largest(name, **others):
+  """A built-in configuration with every size at its limit."""
+  sizes = {k: HUGE for k, v in models.BUILT_IN[name].items() if type(v) is int}
+  return {**models.BUILT_IN[name], **sizes, **others}
+
+
+@pytest.mark.parametrize("name", models.BUILT_IN)
+def test_the_largest_sizes(name):
+  """Plans come out, in a time that doesn't depend on the sizes."""
+  described = largest(name, head_dim=HUGE, attention_bias=True)
+  for mesh in ({"fsdp": HUGE}, {"ep": 2**15, "tp": 2**15}):
+    found = plan(described, mesh, "999999999GiB")
+    assert all(row.total > 0 for row in found.rows)
+    json.dumps(found.to_json())
+    assert str(found)
+
+
+def test_cost_does_not_grow_with_layers():
+  """The host's share of many layers is that of few, in proportion."""
+
+  def hosted(layers):
+    *_, row = plan({**TINY, "num_hidden_layers": layers}, {"fsdp": 1}).rows
+    return row
+
+  few = [hosted(n).host for n in (1, 2)]
+  for layers in (3, 7, 10**6, HUGE):
+    assert hosted(layers).host == few[0] + (layers - 1) * (few[1] - few[0])
+    assert hosted(layers).in_flight == hosted(3).in_flight
+
+
+def test_files_of_another_kind(tmp_path, monkeypatch, capsys):
+  path = tmp_path / "config.json"
+  path.write_bytes(b"\xef\xbb\xbf" + json.dumps(TINY).encode())  # a byte-order mark
+  assert models.load(path).num_params == models.from_config(TINY, "x").num_params
+  for text, message in (
+      ("[" * 200_000, "nested too deep"),
+      ('{"a":' * 200_000, "nested too deep"),
+      (" " * 2**24 + "{}", "more than 16777216 bytes"),
+      ('{"hidden_size": ' + "9" * 5000 + "}", "is not JSON: Exceeds the limit"),
+      ("null", "holds a NoneType"),
+  ):
+    path.write_text(text)
+    status, out, error = run(monkeypatch, capsys, str(path), "--device", "h100")
+    assert (status, out) == (1, "")
+    assert message in error
+    assert error.count("\n") == 1
+  path.unlink()
+  os.mkfifo(path)
+  for name in (str(path), str(tmp_path), "x" * 5000, "\udcff"):
+    assert run(monkeypatch, capsys, name, "--device", "h100")[0] == 1
+
+
+def test_biases_of_queries_keys_and_values():
+  def count(**options):
+    return models.from_config({**TINY, **options}, "tiny").num_params
+
+  biases = 2 * (64 + 32 + 32)
+  moe = {"num_experts": 4, "moe_intermediate_size": 32}
+  for kind in ({"model_type": "qwen2"}, {"model_type": "qwen2_moe", **moe}):
+    assert count(**kind) == count(**kind, qkv_bias=True)
+    assert count(**kind) - count(**kind, qkv_bias=False) == biases
+  shared = {"shared_expert_intermediate_size": None}
+  assert count(**kind, **shared) == count(**kind)
+  with pytest.raises(ValueError, match="'no' for 'qkv_bias'"):
+    count(**kind, qkv_bias="no")
+
+
 def test_files(tmp_path):
   path = tmp_path / "config.json"
   with pytest.raises(ValueError, match=r"is no file and no built-in.*gpt2-medium"):
@@ -358,6 +455,10 @@ def test_experts_are_divided():
         ("fsdp=2,fsdp=2", "found 'fsdp=2'"),
         ("", "found ''"),
         ("fsdp=0", "has size 0; expected 1 or more"),
+        ("fsdp=99999999999999999999", "has size 9{20}; expected 1 or more, at most"),
+        ("fsdp=" + "9" * 5000, "expected axes once each"),
+        ("fsdp=٣", "expected axes once each"),
+        ("fsdp=65536,tp=65536", "has 4294967296 devices; expected at most"),
         ("pipe=2", "'pipe' is not known; expected one of data"),
     ],
 )
@@ -369,7 +470,7 @@ def test_bad_meshes(mesh, message):
 def test_devices():
   assert plan(device="H100").device_bytes == plan(device="79.2GiB").device_bytes
   assert plan(device="80 GB").device_bytes == 80 * 10**9
-  for device in ("h1000", "80", "-1GiB"):
+  for device in ("h1000", "80", "-1GiB", "9" * 400 + "GiB", "٣GiB", "1e9GiB", ""):
     with pytest.raises(ValueError, match=r"not known; expected one of a100.*24GiB"):
       plan(device=device)
 
@@ -416,6 +517,21 @@ def test_what_does_not_fit(monkeypatch, capsys):
       "fo.adamw, gradient release": "yes",
       "fo.adamw, state on the host": "yes",
   }
+
+
+def test_a_reader_that_stops():
+  """As `| head` may: the command says nothing about it."""
+  process = subprocess.Popen(
+      [sys.executable, "-m", "flashoptim_jax", "plan", "gpt2", "--device", "h100"],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+  )
+  process.stdout.close()
+  with process.stderr:
+    assert process.stderr.read() == ""
+  assert process.wait() == 1
 
 
 def test_a_plan_starts_no_backend():

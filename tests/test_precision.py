@@ -1,5 +1,6 @@
 """Precision in and out, memory planning and diagnostics."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +110,22 @@ def test_the_cast_keeps_ties(bits):
   back = np.asarray(fo.to_fp32(*fo.from_fp32(tx, {"w": x}))["w"])
   unit = 2.0**-16 if bits == 24 else 0.0
   assert (np.abs(np.float64(back) - x) <= unit * x).all()
+
+
+@cases.every_twin
+def test_leaves_of_one_name_are_told_apart(twin):
+  tx = fo.adamw(1e-3)
+  x, y = draw()["layers"][0]["kernel"], 100 * draw(1)["layers"][0]["kernel"]
+  for bits, group_size in ((24, 32), (32, 16)):
+    tx = fo.adamw(1e-3, storage=fo.Storage(bits, group_size=group_size))
+    params, state = fo.from_fp32(tx, twin(x, y))
+    alone = [fo.from_fp32(tx, leaf) for leaf in (x, y)]
+    back = jax.tree.leaves(fo.to_fp32(params, state))
+    for found, (param, own) in zip(back, alone, strict=True):
+      np.testing.assert_array_equal(found, fo.to_fp32(param, own))
+    rate = fo.check_numerics(*alone[1], 0.0)[0].smallest_learning_rate * 0.9
+    (leaf,) = fo.check_numerics(params, state, rate)
+    assert leaf.largest == float(jnp.abs(back[1]).max())
 
 
 @every_nesting

@@ -184,6 +184,92 @@ def test_errors():
     fo.from_pytorch(TX["adamw"], model, optimizer)
 
 
+def of(index, **changes):
+  """Changes the state of a parameter."""
+
+  def change(optimizer):
+    optimizer["state"][index] |= changes
+
+  return change
+
+
+def of_group(**changes):
+  def change(optimizer):
+    optimizer["param_groups"][0] |= changes
+
+  return change
+
+
+def without(index, *keys):
+  def change(optimizer):
+    for key in keys:
+      del optimizer["state"][index][key]
+
+  return change
+
+
+BITS = np.zeros((5, 13), np.int8)
+SCALES = "exp_avg::scales"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of(0, error_bits=BITS[0]), r"'0.weight' have shape \(13,\)"),
+        (of(0, error_bits=BITS[None]), r"'0.weight' have shape \(1, 5, 13\)"),
+        (of(0, error_bits=BITS + np.nan), "'0.weight' are not all whole numbers"),
+        (of(0, error_bits=BITS + 0.5), "'0.weight' are not all whole numbers"),
+        (of(0, error_bits=BITS + 200.0), "'0.weight' are not all whole numbers"),
+        (of(0, error_bits=BITS.astype("f4")), "'0.weight'.*float32; expected.*int16"),
+        (of(0, **{SCALES: np.ones(4, "f2")}), "'0.weight' has 4 scales.* 3, one"),
+        (of(0, **{SCALES: np.ones(2, "f2")}), "exp_avg of '0.weight' has 2 scales"),
+        (without(0, SCALES), "exp_avg of '0.weight' has 0 scales"),
+        (without(0, "exp_avg::quantized"), "'0.weight' has scales and no codes"),
+        (without(0, SCALES, "exp_avg::quantized"), "'0.weight' has no mu"),
+        (of(1, step=-7), "step of '0.bias' is -7; expected"),
+        (of(1, step=np.float32(np.nan)), "step of '0.bias' is nan; expected"),
+        (of(1, step=2.5), "step of '0.bias' is 2.5; expected"),
+        (of(1, step=2**31), "step of '0.bias' is 2147483648; expected"),
+        (of(1, step=np.arange(2)), "step of '0.bias' is"),
+        (of(1, step=8), "different numbers of steps"),
+        (of_group(params=[0, 1, 1]), "1 is 2 times among the parameters"),
+        (of_group(param_names=["0.bias", "x", "x"]), "'x' is 2 times among names"),
+        (lambda optimizer: optimizer["state"].update({3: {}}), "parameter 3, which"),
+        (lambda optimizer: optimizer.pop("state"), "no 'state'"),
+        (lambda optimizer: optimizer.pop("param_groups"), "no 'param_groups'"),
+    ],
+)
+def test_broken_states(change, message):
+  model, optimizer, _, _ = make("adamw", 32 if "int16" in message else 24)
+  change(optimizer)
+  with pytest.raises(ValueError, match=message):
+    fo.from_pytorch(TX["adamw"], model, optimizer)
+
+
+@pytest.mark.parametrize("count", [-1, 2**31, float("nan"), 0.5])
+def test_bad_counts(count):
+  model, optimizer, _, _ = make("lion")
+  with pytest.raises(ValueError, match=f"count is {count}; expected a whole number"):
+    fo.from_pytorch(TX["lion"], model, optimizer, count=count)
+
+
+def test_a_model_of_other_things_than_numbers():
+  model, optimizer, _, _ = make("lion")
+  with pytest.raises(ValueError, match="'note' is an array of <U1; expected numbers"):
+    fo.from_pytorch(TX["lion"], {**model, "note": "x"}, optimizer, names=list(model))
+
+
+def test_an_sgd_that_keeps_no_momentum():
+  """PyTorch writes None then."""
+  model, optimizer, masters, _ = make("sgd", quantize=False)
+  for state in optimizer["state"].values():
+    state["momentum_buffer"] = None
+  params, state = fo.from_pytorch(fo.sgd(1e-3), model, optimizer)
+  for name, master in masters.items():
+    found = fo.to_fp32(params, state)[name]
+    np.testing.assert_allclose(found, master, rtol=2.0**-15)
+
+
 def test_files(tmp_path):
   torch = pytest.importorskip("torch")
   model, optimizer, _, _ = make("adamw", 32)

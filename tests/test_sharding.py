@@ -415,6 +415,26 @@ def test_given_sharding_must_fit(kernel):
     fo.step(tx, params, tx.init(params), params)
 
 
+@cases.every_twin
+@pytest.mark.parametrize("masked", [False, True, "with extra args"])
+def test_leaves_of_one_name_have_their_own_sharding(kernel, masked, twin):
+  """Also where a mask hides one of them from the optimizer."""
+  specs = P("fsdp"), P(None, "tensor")
+  shardings = [NamedSharding(make_mesh("4x2"), spec) for spec in specs]
+  params = twin(jnp.ones((16, 64), jnp.bfloat16), jnp.ones((3, 256), jnp.bfloat16))
+  tx = cases.make("adamw")
+  if masked:
+    tx = optax.masked(
+        tx,
+        twin(True, False),
+        mask_compatible_extra_args=masked == "with extra args",
+    )
+  tx = fo.with_shardings(tx, params, twin(*shardings))
+  jax.eval_shape(functools.partial(fo.step, tx), params, tx.init(params), params)
+  (seen,) = [tuple(shapes.values()) for shapes in kernel.shapes if shapes]
+  assert seen == ((4, 64), (3, 128))[: 1 if masked else 2]
+
+
 def test_with_shardings_changes_nothing_else():
   params = cases.tree(cases.TINY_SHAPES)
   tx = optax.chain(optax.clip(1.0), cases.make("adamw"))
