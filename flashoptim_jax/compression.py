@@ -26,8 +26,8 @@ from flashoptim_jax.transform import (
   DEFERRED,
   NEW_PARAMS,
   PARAM_SHARDINGS,
-  NewParam,
   checked_gradient,
+  new_params_request,
 )
 
 _DEFAULT_STORAGE = Storage()
@@ -124,7 +124,7 @@ def compress(
     layout = jax.eval_shape(init_inner, params)
     _check_state(state, params, layout, form())
     treedef: Any = jax.tree.structure(params)
-    new_params = bool(extra_args.get(NEW_PARAMS, False))
+    request = new_params_request(extra_args, params)
     passed_on = {k: v for k, v in extra_args.items() if k not in _OWN_ARGUMENTS}
 
     def update(grads, state, params):
@@ -137,11 +137,10 @@ def compress(
           **passed_on,
       )
       masters = optax.apply_updates(masters, treedef.flatten_up_to(changes))
+      dtypes = [grad.dtype if request is None else None for grad in grads]
       stored = [
-          codec.store(
-              master, param, None if new_params else grad.dtype, storage.master_bits
-          )
-          for master, param, grad in zip(masters, params, grads, strict=True)
+          codec.store(master, param, dtype, storage.master_bits)
+          for master, param, dtype in zip(masters, params, dtypes, strict=True)
       ]
       absent = optax.MaskedNode()
       correction = absent
@@ -165,9 +164,15 @@ def compress(
     else:
       groups, of_state = _groups(state, params)
       results, new_state = sequential.run(update, args, groups, of_state)
-    if new_params:
-      results = list(map(NewParam, results))
-    return treedef.unflatten(results), host_memory.move_like(new_state, state)
+    new_state = host_memory.move_like(new_state, state)
+    if request is not None:
+      results = request.make(
+          results,
+          (paths.name(path) for path, _ in jax.tree.leaves_with_path(params)),
+          _corrections(state, treedef),
+          _corrections(new_state, treedef),
+      )
+    return treedef.unflatten(results), new_state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
