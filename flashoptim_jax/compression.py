@@ -11,6 +11,7 @@ from jax import lax
 from optax._src import base
 
 from flashoptim_jax import (
+  aliasing,
   buffers,
   codec,
   counterpart,
@@ -115,6 +116,7 @@ def compress(
         init_inner(params),
         dict(form().moments),
     )
+    inner = aliasing.apart(inner, params)  # Some keep the parameters themselves.
     return encode_inner(inner, jnp.zeros([], jnp.int32), correction, form())
 
   def update_fn(updates, state, params=None, **extra_args):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import codec, explicit_axes, host_memory, paths
+from flashoptim_jax import aliasing, codec, explicit_axes, host_memory, paths
 from flashoptim_jax import state as state_lib
 from flashoptim_jax.state import AnyState, CompressedState
 
@@ -25,7 +25,7 @@ def cast_params(
       of the head.
 
   Returns:
-    The tree with its leaves cast.
+    The tree with its leaves cast. It shares no array with ``params``.
 
   Raises:
     ValueError: If ``dtype`` is not floating point.
@@ -38,7 +38,7 @@ def cast_params(
       return leaf
     return leaf if paths.matches(path, keep) else jnp.asarray(leaf).astype(dtype)
 
-  return jax.tree.map_with_path(cast, params)
+  return aliasing.apart(jax.tree.map_with_path(cast, params), params)
 
 
 def from_fp32(
@@ -57,14 +57,16 @@ def from_fp32(
 
   Returns:
     The parameters in ``dtype`` and the transformation's state, whose corrections
-    hold what the cast rounded off (as far as ``Storage.master_bits`` goes).
+    hold what the cast rounded off (as far as ``Storage.master_bits`` goes). They
+    share no array with ``params_fp32``, nor with each other, so that both may be
+    donated.
 
   Raises:
     ValueError: If ``tx`` contains no flash optimizer, or for a bad dtype.
   """
   params = cast_params(params_fp32, dtype, keep)
   opt_state = _start_from_masters(tx, params_fp32, tx.init(params))
-  return split_masters(params_fp32, params, opt_state)
+  return aliasing.apart(split_masters(params_fp32, params, opt_state), params_fp32)
 
 
 def _start_from_masters(
@@ -141,7 +143,7 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
   Returns:
     ``params`` with 16-bit floating-point leaves in float32; leaves that no flash
     optimizer holds a correction for are cast, leaves of other dtypes returned
-    as they are.
+    as they are. The result shares no array with ``params``.
 
   Raises:
     ValueError: If there is no flash state, or it does not match ``params``.
@@ -157,7 +159,7 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
     correction = None if correction is None else jnp.asarray(correction)
     return codec.merge(param, correction)
 
-  return jax.tree.map_with_path(merge, params)
+  return aliasing.apart(jax.tree.map_with_path(merge, params), params)
 
 
 def moments(opt_state: optax.OptState) -> dict[str, Any]:
@@ -171,7 +173,8 @@ def moments(opt_state: optax.OptState) -> dict[str, Any]:
     float32 arrays of the parameters' shapes. Those of ``compress`` go by the
     names that the transformation inside has for them. Where several flash optimizers
     share the leaves out, their trees are put together; a leaf that none of them
-    keeps a moment of stays an ``optax.MaskedNode()``.
+    keeps a moment of stays an ``optax.MaskedNode()``. The result shares no array
+    with ``opt_state``.
 
   Raises:
     ValueError: If there is no flash state.
@@ -189,7 +192,7 @@ def moments(opt_state: optax.OptState) -> dict[str, Any]:
             host_memory.to_device(scales),
         )
       trees[name] = _join(trees[name], values) if name in trees else values
-  return trees
+  return aliasing.apart(trees, opt_state)
 
 
 def _join(a: Any, b: Any) -> Any:
