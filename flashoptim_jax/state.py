@@ -1,6 +1,8 @@
 """The optimizer state: trees that mirror the parameters, and what they mean."""
 
 import dataclasses
+import json
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeAlias
 
@@ -32,8 +34,56 @@ class Format:
   moments: tuple[tuple[str, codec.Kind], ...]
   storage: Storage
 
+  def __post_init__(self):
+    # Flax is optional; whoever has imported it may serialise states with it.
+    register_with_flax(sys.modules.get("flax.serialization"))
+
   def __str__(self) -> str:
     return f"flashoptim_jax.{self.optimizer} with {self.storage}"
+
+
+def register_with_flax(serialization: Any) -> None:
+  """Teaches Flax's state dicts, and so its msgpack files, about formats.
+
+  Args:
+    serialization: The module ``flax.serialization``; None does nothing.
+  """
+  if serialization is None or serialization.is_serializable(Format):
+    return
+
+  def to_state_dict(form: Format) -> dict[str, Any]:
+    # A key, not a value: it stays a node without leaves.
+    return {json.dumps(dataclasses.asdict(form)): {}}
+
+  def from_state_dict(form: Format, state: Any) -> Format:
+    found = _format_in(state)
+    if found != form:
+      raise ValueError(
+          f"The state dict at {serialization.current_path()!r} was made by"
+          f" {_with_moments(found)}; this state is of {_with_moments(form)}."
+      )
+    return form
+
+  serialization.register_serialization_state(
+      Format, to_state_dict, from_state_dict
+  )
+
+
+def _format_in(state: Any) -> Any:
+  """The format that a state dict describes; the dict itself if it does not."""
+  try:
+    (text,) = state
+    fields = json.loads(text)
+    moments = tuple(map(tuple, fields["moments"]))
+    return Format(fields["optimizer"], moments, Storage(**fields["storage"]))
+  except (KeyError, TypeError, ValueError):
+    return state
+
+
+def _with_moments(form: Any) -> str:
+  if not isinstance(form, Format):
+    return f"{form!r}"
+  return f"{form} and the moments {form.moments}"
 
 
 class FlashState(NamedTuple):

@@ -435,6 +435,10 @@ def multiplied(call, live, tokens):
   return jnp.mean(live["top"] * 2)
 
 
+def given_to_a_jitted_function(call, live, tokens):
+  return jnp.mean(jnp.clip(live["top"], 0, 1))
+
+
 def checkpointed(call, live, tokens):
   x = jnp.ones((1, DIM))
   return jax.checkpoint(lambda x: call(lambda w, x: (x @ w).mean(), live["top"], x))(x)
@@ -483,6 +487,7 @@ def too_deep(call, live, tokens):
     [
         (used_directly, "'top' was used directly.*released_call"),
         (multiplied, "'top' was used directly.*released_call"),
+        (given_to_a_jitted_function, "'top' was used directly.*released_call"),
         (checkpointed, "inside jax.checkpoint.*leave the jax.checkpoint out"),
         (mapped, "inside jax.vmap"),
         (differentiated, "inside jax.grad"),
@@ -497,6 +502,41 @@ def too_deep(call, live, tokens):
 def test_misuse(model, message):
   with pytest.raises(ValueError, match=message):
     trace(model)
+
+
+def test_live_tree_of_another_step():
+  kept = []
+
+  def keep(call, live, tokens):
+    kept.append(live)
+    return small(call, live, tokens)
+
+  trace(keep)
+  for live in kept:  # Of both runs of its loss function.
+    with pytest.raises(ValueError, match="of another step's `live`"):
+      trace(lambda call, _, tokens, live=live: small(call, live, tokens))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "scalar",
+    [lambda value, params, state: value, lambda value, params, state: params.sum()],
+    ids=["loss", "parameters"],
+)
+def test_reverse_mode_is_refused(wrap, scalar):
+  tx = fo.sgd(0.1)
+  step = wrap(fo.value_and_release(
+      lambda live, x: fo.released_call(lambda w, x: jnp.sin(w * x).sum(), live, x), tx
+  ))
+  x = jnp.linspace(0.0, 1.0, 4)
+  args = x, tx.init(x), x
+  for argnum in (0, 2):
+    with pytest.raises(ValueError, match="differentiate it in reverse mode"):
+      jax.grad(lambda *args: scalar(*step(*args)), argnums=argnum)(*args)
+  _, tangent = jax.jvp(lambda x: jax.jit(step)(*args[:2], x)[0], (x,), (x,))
+  np.testing.assert_allclose(tangent, (jnp.cos(x * x) * x * x).sum(), rtol=1e-6)
+  losses, *_ = jax.vmap(step, (None, None, 0))(*args[:2], jnp.stack([x, 2 * x]))
+  np.testing.assert_allclose(losses[1], jnp.sin(2 * x * x).sum(), rtol=1e-6)
 
 
 def test_leaf_that_is_never_used():
