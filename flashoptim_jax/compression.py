@@ -1,7 +1,8 @@
 """The storage of flash optimizers around any Optax transformation."""
 
 import functools
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -79,6 +80,10 @@ def compress(
       optimizers inside ``tx``, parameters that are not real floating-point
       arrays, and states or gradients that do not match the parameters.
 
+  Warns:
+    UserWarning: Once, from ``init``, naming large arrays of the state of which it
+      can't be told how they belong to the parameters; they stay in float32.
+
   Examples:
     >>> import flashoptim_jax as fo, jax, jax.numpy as jnp, optax
     >>> tx = fo.compress(optax.contrib.muon(0.02))
@@ -95,10 +100,7 @@ def compress(
   tx = optax.with_extra_args_support(tx)
   buffers.check_codecs(codecs)
 
-  @functools.cache
-  def form() -> Format:
-    moments = buffers.find_moments(tx.init, codecs or {})
-    return Format("compress", moments, storage)
+  form_for = _forms(tx, storage, codecs or {})
 
   def init_inner(params):
     inner = tx.init(jax.tree.map(_initial_master, params))
@@ -110,21 +112,24 @@ def compress(
     if counterpart.wanted():
       return counterpart.Counterpart(init_inner(params))
     correction = state_lib.zero_correction(params, storage)
+    inner = init_inner(params)
+    form = form_for(params, inner)
     # XLA would spend its time on encoding the zeros of whole leaves itself.
     inner = state_lib.map_subtrees(
         lambda _, moment: lax.optimization_barrier(moment),
-        init_inner(params),
-        dict(form().moments),
+        inner,
+        dict(form.moments),
     )
     inner = aliasing.apart(inner, params)  # Some keep the parameters themselves.
-    return encode_inner(inner, jnp.zeros([], jnp.int32), correction, form())
+    return encode_inner(inner, jnp.zeros([], jnp.int32), correction, form)
 
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
       raise ValueError(base.NO_PARAMS_MSG)
     state_lib.check_params(params)
     layout = jax.eval_shape(init_inner, params)
-    _check_state(state, params, layout, form())
+    form = form_for(params, layout)
+    _check_state(state, params, layout, form)
     treedef: Any = jax.tree.structure(params)
     request = new_params_request(extra_args, params)
     passed_on = {k: v for k, v in extra_args.items() if k not in _OWN_ARGUMENTS}
@@ -154,7 +159,7 @@ def compress(
       results = [result for result, _ in stored]
       rounding = codec.rounding_of(state.count)
       count = optax.safe_increment(state.count)
-      return results, encode_inner(inner, count, correction, form(), rounding)
+      return results, encode_inner(inner, count, correction, form, rounding)
 
     args = (
         _gradients(updates, params),
@@ -177,6 +182,34 @@ def compress(
     return treedef.unflatten(results), new_state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _forms(
+    tx: optax.GradientTransformation,
+    storage: Storage,
+    codecs: Mapping[str, buffers.Codec],
+) -> Callable[[Any, Any], Format]:
+  """A function from parameters and a transformation's state to its format."""
+  general_fields = functools.cache(lambda: buffers.general_fields(tx.init))
+
+  @functools.cache
+  def warn_once(others):
+    warnings.warn(
+        f"compress keeps {', '.join(map(repr, others))} of the transformation's state"
+        " in float32: there is no telling whether these are moments, since they"
+        " neither lie at the paths of parameters, nor are one array of all of them.",
+        stacklevel=4,
+    )
+
+  def form_for(params, inner):
+    fields = general_fields()
+    if fields is None or not buffers.known_moments(fields, codecs):
+      fields = buffers.fields_for(params, inner)
+    if fields.others:
+      warn_once(fields.others)
+    return Format("compress", buffers.find_moments(fields, codecs), storage)
+
+  return form_for
 
 
 def _gradients(grads: Any, params: Any) -> list[jax.Array]:
