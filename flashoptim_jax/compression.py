@@ -22,6 +22,7 @@ from flashoptim_jax import (
   sequential,
 )
 from flashoptim_jax import state as state_lib
+from flashoptim_jax.kernels import deferred
 from flashoptim_jax.state import CompressedState, Format
 from flashoptim_jax.storage import Storage
 from flashoptim_jax.transform import (
@@ -134,19 +135,30 @@ def compress(
     request = new_params_request(extra_args, params)
     passed_on = {k: v for k, v in extra_args.items() if k not in _OWN_ARGUMENTS}
 
+    call = deferred.call if extra_args.get(DEFERRED, False) else _call
+
     def update(grads, state, params):
-      masters = list(map(codec.merge, params, _corrections(state, treedef)))
+      masters = [
+          call(codec.merge, *each)
+          for each in zip(params, _corrections(state, treedef), strict=True)
+      ]
       wide = [g.astype(m.dtype) for g, m in zip(grads, masters, strict=True)]
       changes, inner = tx.update(
           treedef.unflatten(wide),
-          decode_inner(state, layout),
+          decode_inner(state, layout, call),
           treedef.unflatten(masters),
           **passed_on,
       )
       masters = optax.apply_updates(masters, treedef.flatten_up_to(changes))
       dtypes = [grad.dtype if request is None else None for grad in grads]
       stored = [
-          codec.store(master, param, dtype, storage.master_bits)
+          call(
+              functools.partial(
+                  codec.store, update_dtype=dtype, master_bits=storage.master_bits
+              ),
+              master,
+              param,
+          )
           for master, param, dtype in zip(masters, params, dtypes, strict=True)
       ]
       absent = optax.MaskedNode()
@@ -156,17 +168,22 @@ def compress(
             absent if correction is None else correction
             for _, correction in stored
         ])
-      results = [result for result, _ in stored]
-      rounding = codec.rounding_of(state.count)
-      count = optax.safe_increment(state.count)
-      return results, encode_inner(inner, count, correction, form, rounding)
+      new_state = encode_inner(
+          inner,
+          optax.safe_increment(state.count),
+          correction,
+          form,
+          codec.rounding_of(state.count),
+          call,
+      )
+      return [result for result, _ in stored], new_state
 
     args = (
         _gradients(updates, params),
         host_memory.to_device(state),
         list(map(jnp.asarray, jax.tree.leaves(params))),
     )
-    if extra_args.get(DEFERRED, False):  # The caller takes it apart.
+    if call is deferred.call:  # The caller takes it apart.
       results, new_state = update(*args)
     else:
       groups, of_state = _groups(state, params)
@@ -182,6 +199,12 @@ def compress(
     return treedef.unflatten(results), new_state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _call(function: Callable[..., Any], *args: Any, group_size: int | None = None):
+  """What :func:`flashoptim_jax.kernels.deferred.call` stands for."""
+  del group_size
+  return function(*args)
 
 
 def _forms(
@@ -333,6 +356,7 @@ def encode_inner(
     correction: Any,
     form: Format,
     rounding: codec.Rounding = codec.TO_NEAREST,
+    call: Callable[..., Any] = _call,
 ) -> CompressedState:
   """Puts the moments in a transformation's state into their storage.
 
@@ -342,15 +366,22 @@ def encode_inner(
     correction: The corrections of the parameters.
     form: What to store, and how.
     rounding: How scales and codes are rounded.
+    call: Calls the functions that do it for an array.
   """
   kinds, scales = dict(form.moments), {}
 
   def encode(name, moment):
     treedef: Any
     leaves, treedef = jax.tree.flatten(moment)
+    encode_leaf = functools.partial(
+        explicit_axes.encode, kind=kinds[name], storage=form.storage
+    )
     pairs = [
-        explicit_axes.encode(
-            jnp.asarray(leaf).astype(jnp.float32), kinds[name], form.storage, rounding
+        call(
+            lambda x, rounding: encode_leaf(x, rounding=rounding),
+            jnp.asarray(leaf).astype(jnp.float32),
+            rounding,
+            group_size=form.storage.group_size,
         )
         for leaf in leaves
     ]
@@ -363,19 +394,25 @@ def encode_inner(
   return CompressedState(count, inner, scales, correction, form)
 
 
-def decode_inner(state: CompressedState, layout: Any) -> Any:
+def decode_inner(
+    state: CompressedState, layout: Any, call: Callable[..., Any] = _call
+) -> Any:
   """Inverse of :func:`encode_inner`: the transformation's state, in floats.
 
   Args:
     state: The state of ``compress``.
     layout: The transformation's state in ``jax.ShapeDtypeStruct``s.
+    call: Calls the function that does it for an array.
   """
   kinds, storage = dict(state.format.moments), state.format.storage
 
   def decode(name, moment):
+    decode_leaf = functools.partial(
+        explicit_axes.decode, kind=kinds[name], storage=storage
+    )
     return jax.tree.map(
-        lambda codes, scale, like: explicit_axes.decode(
-            codes, scale, kinds[name], storage
+        lambda codes, scale, like: call(
+            decode_leaf, codes, scale, group_size=storage.group_size
         ).astype(like.dtype),
         moment,
         state.scales[state_lib.scale_name(name)],

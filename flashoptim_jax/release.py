@@ -343,15 +343,14 @@ class _Release(_Run):
       )
     if not used.once_each(shape):
       return False
-    if not used.axes or self._leafwise.sliceable(leaf, used.axes):
-      return True
-    if self._leafwise.groups_within_slices(leaf, used.axes):
+    why = self._leafwise.taken_whole(leaf, used.axes) if used.axes else None
+    if why is not None and self._leafwise.groups_within_slices(leaf, used.axes):
       warnings.warn(
-          f"The transformation treats the stacked leaf {name!r} as a whole, by a"
-          " norm taken over it for example; its whole gradient is held.",
+          f"The transformation treats the stacked leaf {name!r} as a whole, by"
+          f" {why!r} for example; its whole gradient is held.",
           stacklevel=4,
       )
-    return False
+    return why is None
 
   def call(self, fn, leaves, treedef, args, index):
     """Calls the function, and updates the parameters in its backward pass."""

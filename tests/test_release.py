@@ -344,11 +344,29 @@ CHAINS = {
         lambda params: {name: "ba"[name == "stack"] for name in params},
     ),
     "optax": optax.sgd(0.5, 0.9),
+    "frozen after": optax.chain(
+        fo.sgd(0.5), optax.freeze({"stack": True, "norm": False, "top": False})
+    ),
+    "compress": fo.compress(optax.adamw(1e-2)),
+    "compress, no moments": fo.compress(optax.sgd(0.5)),
+    "compress, lossless": fo.compress(optax.sgd(0.5, 0.9), fo.Storage(32, 32)),
+    "compress, partition": fo.compress(
+        optax.chain(
+            optax.clip(1e-3),
+            optax.partition(
+                {"a": optax.inject_hyperparams(optax.lion)(1e-2), "b": optax.sgd(0.5)},
+                {"stack": "a", "norm": "a", "top": "b"},
+            ),
+        )
+    ),
 }
 WHOLE_LEAF_CHAINS = {
     "block rms": sgd(optax.clip_by_block_rms(1e-4)),
     "adaptive": sgd(optax.adaptive_grad_clip(1e-3)),
     "noise": sgd(optax.add_noise(1e-3, 0.5, 0)),
+    "compress": fo.compress(
+        optax.chain(optax.clip_by_block_rms(1e-4), optax.sgd(2.0**-3))
+    ),
 }
 
 
@@ -684,13 +702,20 @@ def test_nnx_stack():
   assert_close(ours, fo.step(tx, grads, state, params)[0])
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_sharded(kind):
+@pytest.mark.parametrize(
+    ("kind", "tx"),
+    [
+        ("Auto", fo.sgd(2.0**-3, 0.9)),
+        ("Explicit", fo.sgd(2.0**-3, 0.9)),
+        ("Explicit", fo.compress(optax.sgd(2.0**-3, 0.9))),
+    ],
+    ids=["Auto", "Explicit", "Explicit, compress"],
+)
+def test_sharded(kind, tx):
   """FSDP × TP: as one device's ordinary step, and no stack is gathered whole."""
   mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType[kind],) * 2)
   specs = {"stack": P(None, "data", "model"), "norm": P(), "top": P("data", "model")}
   # Adam would blow up the rounding errors of gradients summed in another order.
-  tx = fo.sgd(2.0**-3, 0.9)
   params, state = ordinary = fo.from_fp32(tx, small_params())
 
   def model(call, live, tokens):
@@ -730,10 +755,13 @@ def test_sharded(kind):
   assert_close(fo.to_fp32(*ours), fo.to_fp32(*ordinary))
 
 
-def test_memory_of_24_layers():
+@pytest.mark.parametrize(
+    "tx", [fo.sgd(1e-3, 0.9), fo.compress(optax.sgd(1e-3, 0.9))],
+    ids=["flash", "compress"],
+)
+def test_memory_of_24_layers(tx):
   """Temporaries shrink by the gradients; everything is updated in place."""
   layers, dim = 24, 128
-  tx = fo.sgd(1e-3, 0.9)
   struct = jax.ShapeDtypeStruct
   params = {
       "embed": struct((64, dim), jnp.bfloat16),
