@@ -15,6 +15,7 @@ from flashoptim_jax import (
   codec,
   compression,
   counterpart,
+  explicit_axes,
   paths,
   precision,
 )
@@ -225,6 +226,7 @@ def convert(
 
 def _layout(init: Callable[[Any], Any], params: optax.Params) -> Any:
   """``init(params)`` in ``jax.ShapeDtypeStruct``s."""
+  paths.require_arrays(params)
   # A function of its own for each call: JAX remembers what it traced, and what
   # `init` gives depends on whether a counterpart is wanted.
   return jax.eval_shape(functools.partial(init), params)
@@ -438,7 +440,10 @@ def encode(moments: dict[str, Any], form: Format) -> dict[str, Any]:
   return fields
 
 
-_encode_leaf = jax.jit(codec.encode, static_argnames=("kind", "storage"))
+_encode_leaf = jax.jit(
+    functools.partial(explicit_axes.encode, rounding=codec.TO_NEAREST),
+    static_argnames=("kind", "storage"),
+)
 
 
 def _stored(state: Any, layout: Any) -> AnyState:

@@ -124,9 +124,10 @@ class Leafwise:
 
     Raises:
       ValueError: If the update of some leaf needs another's gradient,
-        parameter or state.
+        parameter or state, or a parameter is no array.
     """
     _refuse(opt_state)
+    paths.require_arrays(params)
     extra = {DEFERRED: True}
     traced = jax.make_jaxpr(
         lambda grads, state, params: apply.step(tx, grads, state, params, **extra)

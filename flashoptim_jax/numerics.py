@@ -74,6 +74,7 @@ def check_numerics(
     NumericsError: If asked to, and there are such leaves.
     ValueError: If there is no flash state, or it does not match ``params``.
   """
+  paths.require_arrays(params)
   bits = {}
   for state in state_lib.flash_states(opt_state):
     for leaf in state_lib.by_path(state.correction):

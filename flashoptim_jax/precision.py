@@ -18,7 +18,8 @@ def cast_params(
   """Casts floating-point parameters, but for the leaves to keep.
 
   Args:
-    params: Any tree; leaves that are not floating point are left alone.
+    params: Any tree; leaves that are not floating point, or no arrays, are left
+      alone.
     dtype: The new dtype.
     keep: Glob patterns (as in :mod:`fnmatch`) on a leaf's path, its keys joined
       by slashes: ``"*norm*"`` keeps ``layers/0/norm/scale``, ``"head/*"`` all
@@ -34,6 +35,8 @@ def cast_params(
   keep = _patterns(keep)
 
   def cast(path, leaf):
+    if not paths.is_array(leaf):
+      return leaf
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       return leaf
     return leaf if paths.matches(path, keep) else jnp.asarray(leaf).astype(dtype)
@@ -142,8 +145,8 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
 
   Returns:
     ``params`` with 16-bit floating-point leaves in float32; leaves that no flash
-    optimizer holds a correction for are cast, leaves of other dtypes returned
-    as they are. The result shares no array with ``params``.
+    optimizer holds a correction for are cast, other leaves returned as they are. The
+    result shares no array with ``params``.
 
   Raises:
     ValueError: If there is no flash state, or it does not match ``params``.
@@ -151,6 +154,8 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
   known = host_memory.to_device(corrections(params, opt_state))
 
   def merge(path, param):
+    if not paths.is_array(param):
+      return param
     param = jnp.asarray(param)
     if not jnp.issubdtype(param.dtype, jnp.floating):
       return param

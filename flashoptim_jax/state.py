@@ -218,13 +218,14 @@ def map_subtrees(
 
 def check_params(params: Any) -> None:
   """Raises a ValueError for leaves that a flash optimizer cannot hold."""
+  paths.require_arrays(params)
   for path, leaf in jax.tree.leaves_with_path(params):
     dtype = jnp.result_type(leaf)
     if dtype.name not in SUPPORTED_DTYPES:
       hint = (
           " Wrap the optimizer in optax.contrib.split_real_and_imaginary."
           if jnp.issubdtype(dtype, jnp.complexfloating)
-          else " Leave it out with optax.masked or optax.partition."
+          else f" Leave it out with optax.masked or optax.partition. {paths.MODELS}"
       )
       raise ValueError(
           f"Parameter {paths.name(path)!r} has dtype {dtype.name}; expected one"
