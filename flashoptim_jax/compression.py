@@ -18,6 +18,7 @@ from flashoptim_jax import (
   counterpart,
   explicit_axes,
   host_memory,
+  nnx_metadata,
   paths,
   sequential,
 )
@@ -386,7 +387,7 @@ def encode_inner(
         for leaf in leaves
     ]
     of_moment = treedef.unflatten([scale for _, scale in pairs])
-    scales[state_lib.scale_name(name)] = of_moment
+    scales[state_lib.scale_name(name)] = nnx_metadata.fitted(of_moment)
     return treedef.unflatten([codes for codes, _ in pairs])
 
   if form.storage.moment_bits == 8:

@@ -12,7 +12,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding
 
-from flashoptim_jax import codec, paths, specs
+from flashoptim_jax import codec, nnx_metadata, paths, specs
 from flashoptim_jax.storage import Storage
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -245,7 +245,9 @@ def init(params: Any, form: Format) -> FlashState:
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
 
   def scales():
-    return jax.tree.map(lambda p: zero_scale(p, storage.group_size), params)
+    return nnx_metadata.fitted(
+        jax.tree.map(lambda p: zero_scale(p, storage.group_size), params)
+    )
 
   absent = optax.MaskedNode()
   fields = dict.fromkeys(("mu", "mu_scale", "nu", "nu_scale"), absent)

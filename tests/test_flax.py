@@ -317,6 +317,52 @@ def test_nnx_optimizer_uses_step(recorded_steps):
   assert int(state.step[...]) == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "metadata", "tx", "cls"),
+    [
+        ("Auto", {"sharding": (None, "tensor")}, fo.adamw(0.1), fo.flax.Optimizer),
+        ("Explicit", {"sharding": (None, "tensor")}, fo.adamw(0.1), nnx.Optimizer),
+        ("Explicit", {"sharding": P("data", "tensor")}, fo.lion(0.1), nnx.Optimizer),
+        (
+            "Auto",
+            {
+                "sharding": (None, "out"),
+                "sharding_rules": (("out", ("data", "tensor")),),
+            },
+            fo.lion(0.1),
+            nnx.Optimizer,
+        ),
+        (
+            "Auto",
+            {"sharding": (None, "tensor")},
+            fo.compress(optax.sgd(0.1, 0.9)),
+            fo.flax.Optimizer,
+        ),
+    ],
+    ids=["Auto", "Explicit", "spec", "logical", "compress"],
+)
+def test_nnx_sharding_metadata_that_scales_do_not_fit(kind, metadata, tx, cls):
+  """A scale's axis is left out of what doesn't divide it; the parameter's stays."""
+  mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType[kind],) * 2)
+  with jax.set_mesh(mesh):
+    model = Nnx(nnx.Rngs(0), **metadata)
+    before = model.first.kernel.get_metadata()
+    optimizer = cls(model, tx, wrt=nnx.Param)
+    assert model.first.kernel.get_metadata() == before
+  kernel = model.first.kernel.get_value()
+  rows, columns = kernel.sharding.spec
+  assert columns is not None
+  shapes = set()
+  for path, variable in nnx.to_flat_state(nnx.state(optimizer)):
+    if path[-2:] == ("first", "kernel"):
+      array = variable.get_value()
+      shapes.add(array.shape)
+      spec = (rows, columns) if array.shape == kernel.shape else (rows,)
+      sharding = NamedSharding(mesh, P(*spec))
+      assert array.sharding.is_equivalent_to(sharding, 2), path
+  assert shapes == {(32, 64), (32, 2)}
+
+
 def test_nnx_sharding_metadata_reaches_the_state():
   mesh = jax.make_mesh(
       (2, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2
