@@ -6,8 +6,8 @@ from flashoptim_jax.compression import compress
 from flashoptim_jax.conversion import convert, from_optax, to_optax
 from flashoptim_jax.memory import MemoryReport, memory_report
 from flashoptim_jax.numerics import (
-  NumericsError,
   NonFiniteLeaf,
+  NumericsError,
   NumericsReport,
   StalledLeaf,
   check_numerics,

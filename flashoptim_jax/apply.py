@@ -1,5 +1,6 @@
 """Applying a transformation without materialising updates."""
 
+from collections import OrderedDict
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import optax
 
 from flashoptim_jax import paths
 from flashoptim_jax import state as state_lib
-from flashoptim_jax.transform import NEW_PARAMS, NewParam
+from flashoptim_jax.transform import LAST, NEW_PARAMS, NewParam, NewParams
 
 # States of wrappers that hand updates through as they are, leaf by leaf.
 _TRANSPARENT = (
@@ -35,6 +36,11 @@ def step(
   ``optax.apply_if_finite`` and other wrappers that choose between updates or
   accumulate them) this calls ``update`` and ``apply_updates``.
 
+  ``optax.freeze(mask)`` may follow a flash optimizer in a chain: frozen leaves keep
+  their master weights too. ``tx.update`` can't see what follows; there, and in the
+  other wrappers, master weights of frozen leaves move by what the parameter rounds
+  away. ``optax.selective_transform(tx, freeze_mask=mask)`` holds them everywhere.
+
   Args:
     tx: A transformation; where flash optimizers are part of it, each must be the
       last of its chain.
@@ -48,16 +54,17 @@ def step(
     the new state.
 
   Raises:
-    ValueError: If a transformation follows a flash optimizer in a chain, or if
-      grads, state and params don't match.
+    ValueError: If another transformation follows a flash optimizer in a chain, or
+      if grads, state and params don't match.
   """
   update = tx.update
   if isinstance(tx, optax.GradientTransformation):  # optax.MultiSteps is not.
     update = optax.with_extra_args_support(tx).update
+  _check_last(opt_state)
   if not (_has_flash_state(opt_state) and _carries_params(opt_state)):
     updates, opt_state = update(grads, opt_state, params, **extra_args)
     return optax.apply_updates(params, updates), opt_state
-  extra_args[NEW_PARAMS] = True
+  request = extra_args[NEW_PARAMS] = NewParams(params)
   results, opt_state = update(grads, opt_state, params, **extra_args)
   results = paths.leaves_like(results, params, "the updates", "the parameters")
   leaves = [
@@ -66,6 +73,7 @@ def step(
       else optax.apply_updates(leaf, result)
       for leaf, result in zip(jax.tree.leaves(params), results, strict=True)
   ]
+  opt_state = request.without_lost(results, opt_state)
   return jax.tree.unflatten(jax.tree.structure(params), leaves), opt_state
 
 
@@ -75,11 +83,7 @@ def _has_flash_state(tree: Any) -> bool:
 
 
 def _carries_params(opt_state: Any) -> bool:
-  """Whether new parameters can travel through every wrapper of a flash state.
-
-  Raises:
-    ValueError: If another transformation follows a flash optimizer in a chain.
-  """
+  """Whether new parameters can travel through every wrapper of a flash state."""
   if state_lib.is_flash_state(opt_state):
     return True
   if isinstance(opt_state, _TRANSPARENT):
@@ -88,14 +92,23 @@ def _carries_params(opt_state: Any) -> bool:
     return all(map(_carries_params, opt_state.values()))
   if type(opt_state) is not tuple:
     return not _has_flash_state(opt_state)
-  flash_seen = False
-  for state in opt_state:
-    # Masks may share the leaves out among the transformations of a chain.
-    if flash_seen and not isinstance(state, _MASKING):
-      raise ValueError(
-          "A flash optimizer must be the last transformation of a chain, since"
-          " a later one changes the update that its correction was computed"
-          f" for; found a {type(state).__name__} after it."
-      )
-    flash_seen = flash_seen or _has_flash_state(state)
   return all(map(_carries_params, opt_state))
+
+
+def _check_last(opt_state: Any) -> None:
+  """Raises a ValueError if something follows a flash optimizer in some chain."""
+  for node in jax.tree.leaves(opt_state, is_leaf=_is_chain):
+    if not _is_chain(node):
+      continue
+    flash_seen = False
+    for state in node.values() if isinstance(node, dict) else node:
+      # Masks may share the leaves out among the transformations of a chain.
+      if flash_seen and not isinstance(state, _MASKING):
+        raise ValueError(f"{LAST}; found a {type(state).__name__} after it.")
+      flash_seen = flash_seen or _has_flash_state(state)
+      _check_last(state)
+
+
+def _is_chain(node: Any) -> bool:
+  """Whether a node is the state of ``optax.chain`` or ``named_chain``."""
+  return type(node) is tuple or isinstance(node, OrderedDict)

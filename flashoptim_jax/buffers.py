@@ -19,13 +19,17 @@ has the states of ``optax`` and ``optax.contrib``. What is kept as it is, and wh
 ``benchmarks/compress_convergence.py`` measures what the table's choices do.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 
 from flashoptim_jax import codec
+from flashoptim_jax.paths import param_path
 from flashoptim_jax.state import dotted
 
 Codec = Literal["first_moment", "second_moment", "float32"]
@@ -64,6 +68,8 @@ CODECS: dict[str, Codec] = {
     "ScaleByNovogradState.nu": "float32",
 }
 
+_SMALL = 64  # Elements of an array that may as well be in float32.
+
 _KINDS: dict[str, codec.Kind | None] = {
     "first_moment": "first",
     "second_moment": "second",
@@ -81,33 +87,50 @@ def check_codecs(codecs: Mapping[str, Codec] | None) -> None:
       )
 
 
+class Fields(NamedTuple):
+  """What of a transformation's state is laid out as the parameters are.
+
+  Attributes:
+    names: For each such field, by its dotted path, its name; the longer one, with
+      its state's, comes first.
+    others: Dotted paths of other large arrays, if any were looked for.
+  """
+
+  names: dict[str, tuple[str, ...]]
+  others: tuple[str, ...] = ()
+
+
 def find_moments(
-    init: Callable[[Any], Any], codecs: Mapping[str, Codec]
+    fields: Fields, codecs: Mapping[str, Codec]
 ) -> tuple[tuple[str, codec.Kind], ...]:
   """The moments of a transformation's state, and how they are companded.
 
   Args:
-    init: The transformation's ``init``. It is called with the placeholder by
-      which ``optax.tree.map_params`` finds what has the parameters' structure.
+    fields: The state's fields.
     codecs: What to do otherwise than :data:`CODECS` says.
 
   Returns:
-    Pairs of a path in the state, with dots between its keys, and a kind. None
-    where ``init`` does not take a placeholder, as that of ``optax.lbfgs``.
+    Pairs of a path in the state, with dots between its keys, and a kind.
 
   Raises:
     ValueError: If ``codecs`` has a field that is not in the state.
   """
-  fields = _fields(init)
-  known = {name for names in fields.values() for name in names}
+  known = {name for names in fields.names.values() for name in names}
   for name in codecs:
     if name not in known:
       raise ValueError(
           f"codecs has {name!r}, which is not in the state; expected one of"
           f" {', '.join(map(repr, sorted(known))) or 'no fields'}."
       )
+  return known_moments(fields, codecs)
+
+
+def known_moments(
+    fields: Fields, codecs: Mapping[str, Codec]
+) -> tuple[tuple[str, codec.Kind], ...]:
+  """The same, where ``codecs`` may have fields that are not in the state."""
   found = []
-  for path, names in fields.items():
+  for path, names in fields.names.items():
     choices = [table[n] for table in (codecs, CODECS) for n in names if n in table]
     kind = _KINDS[choices[0]] if choices else None
     if kind is not None:
@@ -115,38 +138,82 @@ def find_moments(
   return tuple(found)
 
 
-def _fields(init: Callable[[Any], Any]) -> dict[str, tuple[str, ...]]:
-  """Names of the fields that hold a tree like the parameters, by dotted path.
+def general_fields(init: Callable[[Any], Any]) -> Fields | None:
+  """The fields of a transformation's state, whatever the parameters.
 
-  The longer name, with the state's, comes first.
+  ``init`` is called with the placeholder by which ``optax.tree.map_params`` finds
+  what has the parameters' structure.
+
+  Returns:
+    None if ``init`` looks at what only real parameters have, such as their tree or
+    shapes; then :func:`fields_for` knows.
   """
   given: list[Any] = []
   optax.tree.map_params(given.append, lambda leaf: leaf, None)
   (placeholder,) = given
   try:
     state = init(placeholder)
-  except Exception:  # It looks at what only real parameters have.
-    return {}
+  except Exception:  # Whatever a function of real parameters may raise.
+    return None
 
   def is_placeholder(node):
     return isinstance(node, type(placeholder))
 
-  found: dict[str, tuple[str, ...]] = {}
   nodes = jax.tree.leaves_with_path(state, is_leaf=is_placeholder)
-  for path, node in nodes:
-    if path and is_placeholder(node):
-      field = jax.tree_util.keystr(path[-1:], simple=True)
-      owner = type(_at(state, path[:-1])).__name__
-      if dotted(path) in found:
-        raise ValueError(
-            f"Two fields of the state have the path {dotted(path)!r}, the second at"
-            f" {jax.tree_util.keystr(path)}; expected labels without dots."
-        )
-      found[dotted(path)] = (f"{owner}.{field}", field)
-  return found
+  paths = [path for path, node in nodes if path and is_placeholder(node)]
+  found: dict[str, tuple[str, ...]] = {}
+  for path in paths:
+    if dotted(path) in found:
+      raise ValueError(
+          f"Two fields of the state have the path {dotted(path)!r}, the second at"
+          f" {jax.tree_util.keystr(path)}; expected labels without dots."
+      )
+    found[dotted(path)] = _names(state, path)
+  return Fields(found)
 
 
-def _at(tree: Any, path: jax.tree_util.KeyPath) -> Any:
+def fields_for(params: Any, state: Any) -> Fields:
+  """The fields of a transformation's state for some parameters.
+
+  A field is like the parameters if what it holds lies at their paths, be it for some
+  of them, or if it is one array of as many elements as they have together, as
+  ``optax.flatten`` makes it.
+
+  Args:
+    params: The parameters.
+    state: Their state: arrays, or ``jax.ShapeDtypeStruct``s.
+  """
+  shapes = {path: jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+  total = sum(map(math.prod, shapes.values()))
+  held: dict[KeyPath, None] = {}
+  others: dict[KeyPath, int] = {}
+  for path, leaf in jax.tree.leaves_with_path(state):
+    if own := param_path(path, shapes):
+      held[path[: len(path) - len(own)]] = None
+    elif total > _SMALL and jnp.shape(leaf) in ((total,), shapes.get(())):
+      held[path] = None
+    elif jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      others[path] = math.prod(jnp.shape(leaf))
+  held.pop((), None)  # It has no name.
+  mixed = {path[:i] for path in others for i in range(len(path))}
+  return Fields(
+      {dotted(path): _names(state, path) for path in held if path not in mixed},
+      # Statistics that are small already are no loss.
+      tuple(
+          dotted(path)
+          for path, size in others.items()
+          if size > max(_SMALL, total // 10)
+      ),
+  )
+
+
+def _names(state: Any, path: KeyPath) -> tuple[str, ...]:
+  """The names of a field: with its state's, and alone."""
+  field = jax.tree_util.keystr(path[-1:], simple=True)
+  return f"{type(_at(state, path[:-1])).__name__}.{field}", field
+
+
+def _at(tree: Any, path: KeyPath) -> Any:
   """The node at a path."""
   nodes = jax.tree.leaves_with_path(
       tree, is_leaf=lambda at, _: at == path, is_leaf_takes_path=True

@@ -33,8 +33,9 @@ before m does, for an update divides m by the root of v.
 
 A spike must not take the codes from its neighbours. The elements of a group are in two
 halves, four and four in turn. Where the largest |m| or sqrt(v) of one half is more than
-4096 times that of the other, which is not zero, 4096 times the other's is stored. A v that overflows is stored
-as that, or else as :data:`LARGEST_SECOND`, the largest there is.
+4096 times that of the other, which is not zero, 4096 times the other's is stored. A v
+that overflows is stored as that, or else as :data:`LARGEST_SECOND`, the largest there
+is.
 
 A group whose largest magnitude is below 2⁻¹²⁶, the smallest normal float32, stores
 scale 0 and decodes to zero. A group that holds a NaN, or whose m is infinite, stores a
@@ -61,6 +62,7 @@ as if nothing were rounded (straight through); codes refuse to be differentiated
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -293,7 +295,7 @@ def encode_codes(
   level = _where(x < 0, -level, level)
   # Positive, for the conversion to cut off downwards.
   code = _clamped(level + (rounding + 128.0), 128.0 - levels, 128.0 + levels)
-  code = _where(level == level, code, 128.0).astype(jnp.int32)
+  code = _where(lax.eq(level, level), code, 128.0).astype(jnp.int32)
   return (code - 128).astype(jnp.int8)
 
 
@@ -408,10 +410,10 @@ def group_largest(
   halves_of = _halves_in_one_pass if in_one_pass else _halves
   largest = [
       limited_largest(
-          *(
+          [
               lax.bitcast_convert_type(half, jnp.float32)
               for half in halves_of(_grouped(part, axis, group_size), axis + 1)
-          ),
+          ],
           kind,
       )
       for part in parts
@@ -447,9 +449,9 @@ def _halves_in_one_pass(bits: jax.Array, axis: int) -> list[jax.Array]:
   )
 
 
-def limited_largest(a: jax.Array, b: jax.Array, kind: Kind) -> jax.Array:
+def limited_largest(halves: Sequence[jax.Array], kind: Kind) -> jax.Array:
   """The largest magnitude of a group, given those of its halves."""
-  largest, other = jnp.maximum(a, b), jnp.minimum(a, b)
+  largest, other = lax.max(*halves), lax.min(*halves)
   limit = other * LARGEST_RATIO[kind]
   stands_out = (other > 0) & (largest > limit)
   if kind == "first":  # An infinity is to be seen.

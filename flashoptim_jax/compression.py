@@ -1,7 +1,8 @@
 """The storage of flash optimizers around any Optax transformation."""
 
 import functools
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,23 +12,26 @@ from jax import lax
 from optax._src import base
 
 from flashoptim_jax import (
+  aliasing,
   buffers,
   codec,
   counterpart,
   explicit_axes,
   host_memory,
+  nnx_metadata,
   paths,
   sequential,
 )
 from flashoptim_jax import state as state_lib
+from flashoptim_jax.kernels import deferred
 from flashoptim_jax.state import CompressedState, Format
 from flashoptim_jax.storage import Storage
 from flashoptim_jax.transform import (
   DEFERRED,
   NEW_PARAMS,
   PARAM_SHARDINGS,
-  NewParam,
   checked_gradient,
+  new_params_request,
   update_dtype,
 )
 
@@ -79,6 +83,10 @@ def compress(
       optimizers inside ``tx``, parameters that are not real floating-point
       arrays, and states or gradients that do not match the parameters.
 
+  Warns:
+    UserWarning: Once, from ``init``, naming large arrays of the state of which it
+      can't be told how they belong to the parameters; they stay in float32.
+
   Examples:
     >>> import flashoptim_jax as fo, jax, jax.numpy as jnp, optax
     >>> tx = fo.compress(optax.contrib.muon(0.02))
@@ -95,10 +103,7 @@ def compress(
   tx = optax.with_extra_args_support(tx)
   buffers.check_codecs(codecs)
 
-  @functools.cache
-  def form() -> Format:
-    moments = buffers.find_moments(tx.init, codecs or {})
-    return Format("compress", moments, storage)
+  form_for = _forms(tx, storage, codecs or {})
 
   def init_inner(params):
     inner = tx.init(jax.tree.map(_initial_master, params))
@@ -110,54 +115,63 @@ def compress(
     if counterpart.wanted():
       return counterpart.Counterpart(init_inner(params))
     correction = state_lib.zero_correction(params, storage)
+    inner = init_inner(params)
+    form = form_for(params, inner)
     # XLA would spend its time on encoding the zeros of whole leaves itself.
     inner = state_lib.map_subtrees(
         lambda _, moment: lax.optimization_barrier(moment),
-        init_inner(params),
-        dict(form().moments),
+        inner,
+        dict(form.moments),
     )
-    return encode_inner(inner, jnp.zeros([], jnp.int32), correction, form())
+    inner = aliasing.apart(inner, params)  # Some keep the parameters themselves.
+    return encode_inner(inner, jnp.zeros([], jnp.int32), correction, form)
 
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
       raise ValueError(base.NO_PARAMS_MSG)
     state_lib.check_params(params)
     layout = jax.eval_shape(init_inner, params)
-    _check_state(state, params, layout, form())
+    form = form_for(params, layout)
+    _check_state(state, params, layout, form)
     treedef: Any = jax.tree.structure(params)
-    new_params = bool(extra_args.get(NEW_PARAMS, False))
+    request = new_params_request(extra_args, params)
     passed_on = {k: v for k, v in extra_args.items() if k not in _OWN_ARGUMENTS}
+
+    call = deferred.call if extra_args.get(DEFERRED, False) else _call
 
     def update(grads, state, params):
       rounding = codec.rounding_of(state.count)
       corrections = _corrections(state, treedef)
-      masters = list(map(codec.merge, params, corrections))
+      masters = [
+          call(codec.merge, *each) for each in zip(params, corrections, strict=True)
+      ]
       wide = [g.astype(m.dtype) for g, m in zip(grads, masters, strict=True)]
       changes, inner = tx.update(
           treedef.unflatten(wide),
-          decode_inner(state, layout),
+          decode_inner(state, layout, call),
           treedef.unflatten(masters),
           **passed_on,
       )
-      # Rounded to the master weights' dtype, as optax.apply_updates would.
-      steps = [
-          jnp.asarray(change).astype(master.dtype)
-          for change, master in zip(
-              treedef.flatten_up_to(changes), masters, strict=True
+      masters = [
+          # Rounded to the master weight's dtype, as by optax.apply_updates.
+          call(codec.advance, *each, change.astype(master.dtype), rounding.master)
+          for *each, change, master in zip(
+              params, corrections, treedef.flatten_up_to(changes), masters, strict=True
           )
       ]
-      masters = [
-          codec.advance(param, correction, step, rounding.master)
-          for param, correction, step in zip(params, corrections, steps, strict=True)
+      dtypes = [
+          update_dtype(grad.dtype, param.dtype) if request is None else None
+          for grad, param in zip(grads, params, strict=True)
       ]
       stored = [
-          codec.store(
+          call(
+              functools.partial(
+                  codec.store, update_dtype=dtype, master_bits=storage.master_bits
+              ),
               master,
               param,
-              None if new_params else update_dtype(grad.dtype, param.dtype),
-              storage.master_bits,
           )
-          for master, param, grad in zip(masters, params, grads, strict=True)
+          for master, param, dtype in zip(masters, params, dtypes, strict=True)
       ]
       absent = optax.MaskedNode()
       correction = absent
@@ -166,27 +180,72 @@ def compress(
             absent if correction is None else correction
             for _, correction in stored
         ])
-      results = [result for result, _ in stored]
-      count = optax.safe_increment(state.count)
-      return results, encode_inner(
-          inner, count, correction, form(), rounding, state.scales
+      new_state = encode_inner(
+          inner,
+          optax.safe_increment(state.count),
+          correction,
+          form,
+          rounding,
+          scales=state.scales,
+          call=call,
       )
+      return [result for result, _ in stored], new_state
 
     args = (
         _gradients(updates, params),
         host_memory.to_device(state),
         list(map(jnp.asarray, jax.tree.leaves(params))),
     )
-    if extra_args.get(DEFERRED, False):  # The caller takes it apart.
+    if call is deferred.call:  # The caller takes it apart.
       results, new_state = update(*args)
     else:
       groups, of_state = _groups(state, params)
       results, new_state = sequential.run(update, args, groups, of_state)
-    if new_params:
-      results = list(map(NewParam, results))
-    return treedef.unflatten(results), host_memory.move_like(new_state, state)
+    new_state = host_memory.move_like(new_state, state)
+    if request is not None:
+      results = request.make(
+          results,
+          (paths.name(path) for path, _ in jax.tree.leaves_with_path(params)),
+          _corrections(state, treedef),
+          _corrections(new_state, treedef),
+      )
+    return treedef.unflatten(results), new_state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _call(function: Callable[..., Any], *args: Any, group_size: int | None = None):
+  """What :func:`flashoptim_jax.kernels.deferred.call` stands for."""
+  del group_size
+  return function(*args)
+
+
+def _forms(
+    tx: optax.GradientTransformation,
+    storage: Storage,
+    codecs: Mapping[str, buffers.Codec],
+) -> Callable[[Any, Any], Format]:
+  """A function from parameters and a transformation's state to its format."""
+  general_fields = functools.cache(lambda: buffers.general_fields(tx.init))
+
+  @functools.cache
+  def warn_once(others):
+    warnings.warn(
+        f"compress keeps {', '.join(map(repr, others))} of the transformation's state"
+        " in float32: there is no telling whether these are moments, since they"
+        " neither lie at the paths of parameters, nor are one array of all of them.",
+        stacklevel=4,
+    )
+
+  def form_for(params, inner):
+    fields = general_fields()
+    if fields is None or not buffers.known_moments(fields, codecs):
+      fields = buffers.fields_for(params, inner)
+    if fields.others:
+      warn_once(fields.others)
+    return Format("compress", buffers.find_moments(fields, codecs), storage)
+
+  return form_for
 
 
 def _gradients(grads: Any, params: Any) -> list[jax.Array]:
@@ -311,7 +370,9 @@ def encode_inner(
     correction: Any,
     form: Format,
     rounding: codec.Rounding | None = None,
+    *,
     scales: Mapping[str, Any] | None = None,
+    call: Callable[..., Any] = _call,
 ) -> CompressedState:
   """Puts the moments in a transformation's state into their storage.
 
@@ -323,6 +384,7 @@ def encode_inner(
     rounding: How scales and codes are rounded, by default to the nearest.
     scales: Those of the state before, whose leaves without any stay in floats. By
       default, shapes decide.
+    call: Calls the functions that do it for an array.
   """
   kinds, new_scales = dict(form.moments), {}
 
@@ -338,15 +400,22 @@ def encode_inner(
           not isinstance(scale, optax.MaskedNode)
           for scale in treedef.flatten_up_to(scales[key])
       ]
+    encode_leaf = functools.partial(
+        explicit_axes.encode, kind=kind, storage=form.storage
+    )
     pairs = [
-        explicit_axes.encode(
-            jnp.asarray(leaf).astype(jnp.float32), kind, form.storage, how
+        call(
+            lambda x, rounding: encode_leaf(x, rounding=rounding),
+            jnp.asarray(leaf).astype(jnp.float32),
+            how,
+            group_size=form.storage.group_size,
         )
         if codes
         else (leaf, optax.MaskedNode())
         for leaf, codes in zip(leaves, quantized, strict=True)
     ]
-    new_scales[key] = treedef.unflatten([scale for _, scale in pairs])
+    of_moment = treedef.unflatten([scale for _, scale in pairs])
+    new_scales[key] = nnx_metadata.fitted(of_moment)
     return treedef.unflatten([codes for codes, _ in pairs])
 
   if form.storage.moment_bits == 8:
@@ -354,23 +423,29 @@ def encode_inner(
   return CompressedState(count, inner, new_scales, correction, form)
 
 
-def decode_inner(state: CompressedState, layout: Any) -> Any:
+def decode_inner(
+    state: CompressedState, layout: Any, call: Callable[..., Any] = _call
+) -> Any:
   """Inverse of :func:`encode_inner`: the transformation's state, in floats.
 
   Args:
     state: The state of ``compress``.
     layout: The transformation's state in ``jax.ShapeDtypeStruct``s.
+    call: Calls the function that does it for an array.
   """
   kinds, storage = dict(state.format.moments), state.format.storage
 
   def decode(name, moment):
+    decode_leaf = functools.partial(
+        explicit_axes.decode, kind=kinds[name], storage=storage
+    )
     return jax.tree.map(
         lambda codes, scale, like: (
             codes
             if isinstance(scale, optax.MaskedNode)
-            else explicit_axes.decode(codes, scale, kinds[name], storage).astype(
-                like.dtype
-            )
+            else call(
+                decode_leaf, codes, scale, group_size=storage.group_size
+            ).astype(like.dtype)
         ),
         moment,
         state.scales[state_lib.scale_name(name)],

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import codec, compression, counterpart, paths, precision
+from flashoptim_jax import (
+  aliasing,
+  codec,
+  compression,
+  counterpart,
+  explicit_axes,
+  paths,
+  precision,
+)
 from flashoptim_jax import state as state_lib
 from flashoptim_jax.state import AnyState, CompressedState, Format
 
@@ -47,7 +55,8 @@ def to_optax(
     initial value gets that value back. Where Optax's optimizer has no such
     option (``sgd`` with ``weight_decay``), the state is that of
     ``optax.chain(optax.trace(...), optax.add_decayed_weights(...),
-    optax.scale_by_learning_rate(...))``.
+    optax.scale_by_learning_rate(...))``. It shares no array with ``params`` and
+    ``opt_state``.
 
   Raises:
     ValueError: If ``opt_state`` is not a state of ``tx`` for ``params``, or for
@@ -72,7 +81,8 @@ def to_optax(
       )
     return _cast(node, layout, start)
 
-  return jax.tree.map(leave, opt_state, plain, start, is_leaf=_is_unit)
+  result = jax.tree.map(leave, opt_state, plain, start, is_leaf=_is_unit)
+  return aliasing.apart(result, params, opt_state)
 
 
 def from_optax(
@@ -96,7 +106,8 @@ def from_optax(
 
   Returns:
     The state for ``tx``. The count of ``optax.sgd`` with a constant learning
-    rate, which keeps none, starts at 0; nothing depends on it.
+    rate, which keeps none, starts at 0; nothing depends on it. The state shares no
+    array with the arguments.
 
   Raises:
     ValueError: If ``optax_state`` is not such a state, or its optimizers have
@@ -146,7 +157,8 @@ def from_optax(
       )
     return _cast(node, layout, None)
 
-  return jax.tree.map(arrive, ours, marked, start, is_leaf=_is_unit)
+  result = jax.tree.map(arrive, ours, marked, start, is_leaf=_is_unit)
+  return aliasing.apart(result, params, optax_state, params_fp32)
 
 
 def convert(
@@ -166,13 +178,15 @@ def convert(
   Returns:
     Parameters, in their old dtypes, and a state for ``tx_to``: master weights
     and moments rounded to the new storage, everything else as it was. More bits
-    lose nothing; what the storages agree on is kept bit for bit.
+    lose nothing; what the storages agree on is kept bit for bit. They share no
+    array with the arguments.
 
   Raises:
     ValueError: If ``opt_state`` is not a state of ``tx_from`` for ``params``, or
       ``tx_to`` differs from it in more than storage.
   """
   _require_state_of(opt_state, _layout(tx_from.init, params), "tx_from")
+  given = params
   treedef: Any
   units, treedef = jax.tree.flatten_with_path(
       opt_state, is_leaf=state_lib.is_flash_state
@@ -208,13 +222,13 @@ def convert(
       return new
     return new._replace(correction=old.correction)
 
-  return params, jax.tree.map(
-      keep, changed, opt_state, is_leaf=state_lib.is_flash_state
-  )
+  kept = jax.tree.map(keep, changed, opt_state, is_leaf=state_lib.is_flash_state)
+  return aliasing.apart((params, kept), given, opt_state)
 
 
 def _layout(init: Callable[[Any], Any], params: optax.Params) -> Any:
   """``init(params)`` in ``jax.ShapeDtypeStruct``s."""
+  paths.require_arrays(params)
   # A function of its own for each call: JAX remembers what it traced, and what
   # `init` gives depends on whether a counterpart is wanted.
   return jax.eval_shape(functools.partial(init), params)
@@ -377,8 +391,7 @@ def _fill(layout: Any, state: AnyState) -> Any:
         if field in _MOMENT_FIELDS
     }
     if "count" in node._fields:
-      # Not the same array in several places, lest a donation fail.
-      fields["count"] = jnp.copy(state.count)
+      fields["count"] = state.count
     return node._replace(**fields)
 
   return jax.tree.map(fill, layout, is_leaf=_is_record)
@@ -444,7 +457,10 @@ def encode(moments: dict[str, Any], form: Format) -> dict[str, Any]:
   return fields
 
 
-_encode_leaf = jax.jit(codec.encode, static_argnames=("kind", "storage"))
+_encode_leaf = jax.jit(
+    functools.partial(explicit_axes.encode, rounding=codec.TO_NEAREST),
+    static_argnames=("kind", "storage"),
+)
 
 
 def _stored(state: Any, layout: Any) -> AnyState:

@@ -2,15 +2,19 @@
 
 Stock ``flax.training.train_state.TrainState`` and ``flax.nnx.Optimizer`` work
 with flash optimizers too, through ``update``; these write new parameters in one
-pass instead.
+pass instead. ``flax.serialization`` writes and reads states; import this module where
+Flax is imported after the optimizer was made.
 """
 
 from typing import Any
 
-from flax import nnx
+from flax import nnx, serialization
 from flax.training import train_state
 
 from flashoptim_jax import apply
+from flashoptim_jax import state as state_lib
+
+state_lib.register_with_flax(serialization)
 
 
 class TrainState(train_state.TrainState):

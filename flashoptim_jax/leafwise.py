@@ -30,6 +30,7 @@ ELEMENTWISE = frozenset([
     "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical",
     "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "xor",
 ])
+_DEFERRED = (deferred.update_p, deferred.call_p)
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 _CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 _INSTEAD = (
@@ -91,6 +92,13 @@ def bind(eqn: core.JaxprEqn, values: Iterable[Any]) -> Sequence[Any]:
   return results if eqn.primitive.multiple_results else [results]
 
 
+def _carry_out(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+  """The same, where the equation may be a deferred call."""
+  if eqn.primitive is deferred.call_p:
+    return eqn.params["function"](*values)
+  return bind(eqn, values)
+
+
 class _Equation(NamedTuple):
   """An equation, and the leaves that it depends on, as a set of bits."""
 
@@ -116,9 +124,10 @@ class Leafwise:
 
     Raises:
       ValueError: If the update of some leaf needs another's gradient,
-        parameter or state.
+        parameter or state, or a parameter is no array.
     """
     _refuse(opt_state)
+    paths.require_arrays(params)
     extra = {DEFERRED: True}
     traced = jax.make_jaxpr(
         lambda grads, state, params: apply.step(tx, grads, state, params, **extra)
@@ -164,6 +173,11 @@ class Leafwise:
       for eqn in self._jaxpr.eqns:
         self._leaves.update(dict.fromkeys(eqn.outvars, self._union(eqn.invars)))
       found = [self._union([var]) for var in self._new_state]
+      unchanged = self._unchanged()
+      found = [
+          leaves or unchanged.get(var, 0)
+          for leaves, var in zip(found, self._state, strict=True)
+      ]
       for what, names, bits in (
           ("new value of", self.names, [self._union([v]) for v in self._new_params]),
           ("optimizer's", self._state_names, found),
@@ -177,6 +191,26 @@ class Leafwise:
       if self._union([var]) & ~(1 << i):
         self._check_single("new value of", self.names[i], self._union([var]) | 1 << i)
     return self._leaves
+
+  def _unchanged(self) -> dict[Any, int]:
+    """Arrays that a step leaves as they are, with the leaf that alone reads them."""
+    readers: dict[Any, set[int]] = {
+        var: set()
+        for var, new in zip(self._state, self._new_state, strict=True)
+        if new is var and _shape(var)
+    }
+    for eqn in self._jaxpr.eqns if readers else ():
+      leaves = self._union(eqn.invars)
+      for var in variables(eqn):
+        if var in readers:
+          readers[var].add(leaves)
+    found = {var: bits.pop() for var, bits in readers.items() if len(bits) == 1}
+    return {
+        var: leaves
+        for var, leaves in found.items()
+        if leaves.bit_count() == 1
+        and _shape(var) == _shape(self._params[leaves.bit_length() - 1])
+    }
 
   def _check_single(self, what: str, name: str, leaves: int) -> None:
     if leaves.bit_count() < 2:
@@ -209,15 +243,18 @@ class Leafwise:
     return all(
         deferred.sliceable(eqn, axes)
         for eqn, leaves in self._equations
-        if leaves == 1 << leaf and eqn.primitive is deferred.update_p
+        if leaves == 1 << leaf and eqn.primitive in _DEFERRED
     )
 
-  def sliceable(self, leaf: int, axes: int) -> bool:
-    """Whether slices of a stacked leaf can be updated one at a time.
+  def taken_whole(self, leaf: int, axes: int) -> str | None:
+    """What takes a stacked leaf as a whole, so that slices can't be updated alone.
 
     Args:
       leaf: Which leaf.
       axes: How many leading axes make up the stack.
+
+    Returns:
+      None if nothing does, else a primitive's name.
     """
     stack = _shape(self._params[leaf])[:axes]
     state = [self._state[i] for i in self.owned[leaf]]
@@ -232,19 +269,23 @@ class Leafwise:
         return not _shape(var) or var in self._uniform
       return var in sliced
 
+    first = None
     for eqn, leaves in self._equations:
       if leaves != 1 << leaf:
         continue
-      if eqn.primitive is deferred.update_p:
+      if eqn.primitive in _DEFERRED:
         arrays, scalars = deferred.operands(eqn)
-        apart = not self._union(scalars)
+        apart = not self._union(scalars) and deferred.sliceable(eqn, axes)
       else:
         arrays, apart = eqn.invars, eqn.primitive.name in ELEMENTWISE
       if apart and all(map(fits, arrays)):
         sliced.update(eqn.outvars)
+      else:
+        first = first or eqn.primitive.name
     results = [self._new_params[leaf], *(self._new_state[i] for i in self.owned[leaf])]
-    within = self.groups_within_slices(leaf, axes)
-    return within and all(var in sliced for var in results)
+    if all(var in sliced for var in results):
+      return None
+    return first or "the state's shape"
 
   def shared(self, state: Sequence[Any]) -> dict[Any, Any]:
     """What no leaf is needed for: counts, schedules, hyperparameters.
@@ -266,7 +307,7 @@ class Leafwise:
         continue
       if eqn.outvars[0] not in self._uniform:
         values = [self._read(env, var) for var in eqn.invars]
-        env.update(zip(eqn.outvars, bind(eqn, values), strict=True))
+        env.update(zip(eqn.outvars, _carry_out(eqn, values), strict=True))
         continue
       values = [v.val if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
       if eqn.primitive.name == "broadcast_in_dim":
@@ -314,7 +355,7 @@ class Leafwise:
       state: For each, the arrays of the state that it owns.
       shared: Values of :meth:`shared`; :meth:`needed` ones are enough.
       axes: How many leading axes the arrays given lack, being slices of leaves
-        that are ``sliceable``.
+        that nothing takes as a whole.
 
     Returns:
       The new parameters and the new arrays of the state, as given.
@@ -335,7 +376,7 @@ class Leafwise:
           updates.append(eqn)
         else:
           values = [self._read(env, var, axes) for var in eqn.invars]
-          env.update(zip(eqn.outvars, bind(eqn, values), strict=True))
+          env.update(zip(eqn.outvars, _carry_out(eqn, values), strict=True))
       values = [[self._read(env, v, axes) for v in eqn.invars] for eqn in updates]
       for eqn, results in zip(updates, deferred.run(updates, values), strict=True):
         env.update(zip(eqn.outvars, results, strict=True))

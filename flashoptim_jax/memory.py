@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flashoptim_jax import paths
 from flashoptim_jax import state as state_lib
 
 
@@ -95,6 +96,7 @@ def memory_report(
   Returns:
     The report. Activations and the compiler's temporaries are not in it.
   """
+  paths.require_arrays(params)
   params = jax.eval_shape(lambda tree: tree, params)
   opt_state = jax.eval_shape(tx.init, params)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -22,17 +22,17 @@ class NonFiniteLeaf(NamedTuple):
   Attributes:
     path: ``params`` or ``opt_state`` and the array's path there, its keys joined by
       slashes.
-    count: How many of its elements are not finite. A scale of 8-bit moments that is
+    non_finite: How many of its elements are not finite. A scale of 8-bit moments that is
       NaN stands for its whole group.
     size: How many it has.
   """
 
   path: str
-  count: int
+  non_finite: int
   size: int
 
   def __str__(self):
-    return f"{self.path}: {self.count} of {self.size} elements are not finite"
+    return f"{self.path}: {self.non_finite} of {self.size} elements are not finite"
 
 
 class StalledLeaf(NamedTuple):
@@ -125,6 +125,7 @@ def check_numerics(
     ValueError: If there is no flash state, or it does not match ``params``, or the
       learning rate is no number.
   """
+  paths.require_arrays(params)
   bits = {}
   states = state_lib.flash_states(opt_state)
   for state in states:

@@ -9,6 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+MODELS = (
+    "Give a model's parameters alone: eqx.filter(model, eqx.is_inexact_array) of an"
+    " Equinox model, nnx.state(model, nnx.Param) of an nnx module."
+)
+
 
 def name(path: jax.tree_util.KeyPath) -> str:
   """A leaf's path with slashes: ``layers/0/kernel``; ``<root>`` for a bare leaf."""
@@ -102,6 +107,21 @@ def leaves_like(
     raise ValueError(
         f"The tree of {what} does not match that of {expected}: {difference}."
     ) from error
+
+
+def is_array(leaf: Any) -> bool:
+  """Whether a leaf is an array, a shape that stands for one, or a number."""
+  return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
+
+
+def require_arrays(params: Any) -> None:
+  """Raises a ValueError for leaves that are functions, strings and the like."""
+  for path, leaf in jax.tree.leaves_with_path(params):
+    if not is_array(leaf):
+      raise ValueError(
+          f"Parameter {name(path)!r} is a {type(leaf).__name__}; expected an array."
+          f" {MODELS}"
+      )
 
 
 def arrays(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import codec, explicit_axes, host_memory, paths
+from flashoptim_jax import aliasing, codec, explicit_axes, host_memory, paths
 from flashoptim_jax import state as state_lib
 from flashoptim_jax.state import AnyState, CompressedState
 
@@ -18,14 +18,15 @@ def cast_params(
   """Casts floating-point parameters, but for the leaves to keep.
 
   Args:
-    params: Any tree; leaves that are not floating point are left alone.
+    params: Any tree; leaves that are not floating point, or no arrays, are left
+      alone.
     dtype: The new dtype.
     keep: Glob patterns (as in :mod:`fnmatch`) on a leaf's path, its keys joined
       by slashes: ``"*norm*"`` keeps ``layers/0/norm/scale``, ``"head/*"`` all
       of the head.
 
   Returns:
-    The tree with its leaves cast.
+    The tree with its leaves cast. It shares no array with ``params``.
 
   Raises:
     ValueError: If ``dtype`` is not floating point.
@@ -34,11 +35,13 @@ def cast_params(
   keep = patterns(keep)
 
   def cast(path, leaf):
+    if not paths.is_array(leaf):
+      return leaf
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       return leaf
     return leaf if paths.matches(path, keep) else jnp.asarray(leaf).astype(dtype)
 
-  return jax.tree.map_with_path(cast, params)
+  return aliasing.apart(jax.tree.map_with_path(cast, params), params)
 
 
 def from_fp32(
@@ -57,14 +60,16 @@ def from_fp32(
 
   Returns:
     The parameters in ``dtype`` and the transformation's state, whose corrections
-    hold what the cast rounded off (as far as ``Storage.master_bits`` goes).
+    hold what the cast rounded off (as far as ``Storage.master_bits`` goes). They
+    share no array with ``params_fp32``, nor with each other, so that both may be
+    donated.
 
   Raises:
     ValueError: If ``tx`` contains no flash optimizer, or for a bad dtype.
   """
   params = cast_params(params_fp32, dtype, keep)
   opt_state = _start_from_masters(tx, params_fp32, tx.init(params))
-  return split_masters(params_fp32, params, opt_state)
+  return aliasing.apart(split_masters(params_fp32, params, opt_state), params_fp32)
 
 
 def _start_from_masters(
@@ -139,8 +144,8 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
 
   Returns:
     ``params`` with 16-bit floating-point leaves in float32; leaves that no flash
-    optimizer holds a correction for are cast, leaves of other dtypes returned
-    as they are.
+    optimizer holds a correction for are cast, other leaves returned as they are. The
+    result shares no array with ``params``.
 
   Raises:
     ValueError: If there is no flash state, or it does not match ``params``.
@@ -148,6 +153,8 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
   known = corrections(params, opt_state)
 
   def merge(path, param):
+    if not paths.is_array(param):
+      return param
     param = jnp.asarray(param)
     if not jnp.issubdtype(param.dtype, jnp.floating):
       return param
@@ -156,7 +163,7 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
     correction = None if correction is None else jnp.asarray(correction)
     return codec.merge(param, correction)
 
-  return jax.tree.map_with_path(merge, params)
+  return aliasing.apart(jax.tree.map_with_path(merge, params), params)
 
 
 def moments(opt_state: optax.OptState) -> dict[str, Any]:
@@ -170,7 +177,8 @@ def moments(opt_state: optax.OptState) -> dict[str, Any]:
     float32 arrays of the parameters' shapes. Those of ``compress`` go by the
     names that the transformation inside has for them. Where several flash optimizers
     share the leaves out, their trees are put together; a leaf that none of them
-    keeps a moment of stays an ``optax.MaskedNode()``.
+    keeps a moment of stays an ``optax.MaskedNode()``. The result shares no array
+    with ``opt_state``.
 
   Raises:
     ValueError: If there is no flash state.
@@ -190,7 +198,7 @@ def moments(opt_state: optax.OptState) -> dict[str, Any]:
             host_memory.to_device(scales),
         )
       trees[name] = _join(trees[name], values) if name in trees else values
-  return trees
+  return aliasing.apart(trees, opt_state)
 
 
 def _join(a: Any, b: Any) -> Any:

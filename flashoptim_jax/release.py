@@ -18,9 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
 
 from flashoptim_jax import paths, uses
 from flashoptim_jax.leafwise import Leafwise
+
+# What a step returns: itself, but for reverse-mode differentiation.
+_result_p = core.Primitive("released_result")
+_result_p.def_impl(lambda x: x)
+_result_p.def_abstract_eval(lambda aval: aval)
+batching.defvectorized(_result_p)
+mlir.register_lowering(_result_p, lambda _, x: [x])
+
+
+def _refuse_transpose(*args: Any) -> NoReturn:
+  del args
+  raise ValueError(
+      "A step of value_and_release was reached by jax.grad, jax.vjp or the like. It"
+      " overwrites parameters, so that nothing is left to differentiate it in reverse"
+      " mode. Differentiate the loss, or an ordinary step (flashoptim_jax.step)."
+  )
+
+
+ad.deflinear2(_result_p, _refuse_transpose)
 
 
 def value_and_release(
@@ -60,8 +81,9 @@ def value_and_release(
     to see which parameters it uses how often.
 
   Raises:
-    ValueError: From ``step``, if a leaf's update depends on other leaves, or if
-      :func:`released_call` is used where it can't be.
+    ValueError: From ``step``, if a leaf's update depends on other leaves, if
+      :func:`released_call` is used where it can't be, or if the step itself is
+      differentiated in reverse mode.
 
   Examples:
     >>> import flashoptim_jax as fo, jax, jax.numpy as jnp
@@ -88,19 +110,23 @@ def value_and_release(
   @functools.wraps(loss_fn)
   def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any, Any]:
     leafwise = Leafwise(tx, params, opt_state)
-    found = uses.count(
-        jax.make_jaxpr(lambda p: loss_fn(_live(_Recorder(p), p), *args))(params)
-    )
+
+    def record(params):
+      with _Recorder(params) as recorder:
+        return loss_fn(_live(recorder, params), *args)
+
+    found = uses.count(jax.make_jaxpr(record)(params))
     release = _Release(leafwise, params, opt_state, found)
 
     def loss(trigger):
       release.trigger = trigger
-      return loss_fn(_live(release, params), *args)
+      with release:
+        return loss_fn(_live(release, params), *args)
 
     # What is differentiated is a zero that every call is given: the backward
     # pass of a call happens even where none of its arguments is differentiable.
     value, _ = jax.value_and_grad(loss, has_aux=has_aux)(jnp.zeros(()))
-    return value, *release.finish()
+    return jax.tree.map(_result, (value, *release.finish()))
 
   return step
 
@@ -142,6 +168,12 @@ def released_call(
           "released_call takes a part of the `live` tree that value_and_release"
           f" gives the loss function; found a {type(leaf).__name__} in it."
       )
+  if not leaves[0].step.running:
+    raise ValueError(
+        f"released_call was given leaf {leaves[0].path!r} of another step's `live`"
+        " tree, kept after its loss function returned; expected a part of the one"
+        " that this call of the loss function got."
+    )
   where = _normalized(index, leaves)
   return leaves[0].step.call(
       fn, [leaf.position for leaf in leaves], treedef, args, where
@@ -202,7 +234,9 @@ class LiveLeaf(np.lib.mixins.NDArrayOperatorsMixin):
         " released_call(fn, part, *args), whose function gets their values."
     )
 
-  __jax_array__ = __array__ = __array_ufunc__ = _no_value
+  # Looked for, and not called, where it is given to a jitted function.
+  __jax_array__ = property(_no_value)
+  __array__ = __array_ufunc__ = _no_value
   __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __int__ = _no_value
 
 
@@ -216,7 +250,24 @@ def _live(step: Any, params: Any) -> Any:
   )
 
 
-class _Recorder:
+class _Run:
+  """A run of the loss function, while which its ``live`` tree can be used.
+
+  Attributes:
+    running: Whether it is going on.
+  """
+
+  running = False
+
+  def __enter__(self):
+    self.running = True
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self.running = False
+
+
+class _Recorder(_Run):
   """Takes note of released calls."""
 
   def __init__(self, params: Any):
@@ -246,7 +297,7 @@ class _Recorder:
       self._inside = False
 
 
-class _Release:
+class _Release(_Run):
   """Parameters and state on their way through one step.
 
   Attributes:
@@ -292,15 +343,14 @@ class _Release:
       )
     if not used.once_each(shape):
       return False
-    if not used.axes or self._leafwise.sliceable(leaf, used.axes):
-      return True
-    if self._leafwise.groups_within_slices(leaf, used.axes):
+    why = self._leafwise.taken_whole(leaf, used.axes) if used.axes else None
+    if why is not None and self._leafwise.groups_within_slices(leaf, used.axes):
       warnings.warn(
-          f"The transformation treats the stacked leaf {name!r} as a whole, by a"
-          " norm taken over it for example; its whole gradient is held.",
+          f"The transformation treats the stacked leaf {name!r} as a whole, by"
+          f" {why!r} for example; its whole gradient is held.",
           stacklevel=4,
       )
-    return False
+    return why is None
 
   def call(self, fn, leaves, treedef, args, index):
     """Calls the function, and updates the parameters in its backward pass."""
@@ -447,6 +497,11 @@ def _write(ref: Any, value: jax.Array, index: tuple[Any, ...]) -> None:
         allow_negative_indices=False,
     )
   ref[...] = value
+
+
+def _result(x: Any) -> Any:
+  """Something that a step returns."""
+  return _result_p.bind(x) if isinstance(x, jax.Array) else x
 
 
 def _is_array(x: Any) -> bool:

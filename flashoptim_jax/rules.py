@@ -87,7 +87,7 @@ def _adam_denominator(numerator, nu, h: Scalars):
   if LEAST_ROOT in h:
     # The errors of two quantised moments don't go together. Whatever they are, the
     # quotient stays in the bounds of exact ones.
-    root = jnp.maximum(root, jnp.abs(numerator) * h[LEAST_ROOT])
+    root = jnp.maximum(root, jnp.abs(numerator * h[LEAST_ROOT]))
   return root + h["eps"]
 
 

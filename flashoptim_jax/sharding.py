@@ -158,6 +158,7 @@ def with_shardings(
 
 def _broadcast(param_shardings: Any, params: Any) -> list[Sharding]:
   """One sharding for each leaf of params."""
+  paths.require_arrays(params)
   try:
     tree = jax.tree.broadcast(param_shardings, params)
   except ValueError as error:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,7 +13,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding
 
-from flashoptim_jax import codec, paths, specs
+from flashoptim_jax import codec, nnx_metadata, paths, specs
 from flashoptim_jax.storage import Storage
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -33,8 +35,56 @@ class Format:
   moments: tuple[tuple[str, codec.Kind], ...]
   storage: Storage
 
+  def __post_init__(self):
+    # Flax is optional; whoever has imported it may serialise states with it.
+    register_with_flax(sys.modules.get("flax.serialization"))
+
   def __str__(self) -> str:
     return f"flashoptim_jax.{self.optimizer} with {self.storage}"
+
+
+def register_with_flax(serialization: Any) -> None:
+  """Teaches Flax's state dicts, and so its msgpack files, about formats.
+
+  Args:
+    serialization: The module ``flax.serialization``; None does nothing.
+  """
+  if serialization is None or serialization.is_serializable(Format):
+    return
+
+  def to_state_dict(form: Format) -> dict[str, Any]:
+    # A key, not a value: it stays a node without leaves.
+    return {json.dumps(dataclasses.asdict(form)): {}}
+
+  def from_state_dict(form: Format, state: Any) -> Format:
+    found = _format_in(state)
+    if found != form:
+      raise ValueError(
+          f"The state dict at {serialization.current_path()!r} was made by"
+          f" {_with_moments(found)}; this state is of {_with_moments(form)}."
+      )
+    return form
+
+  serialization.register_serialization_state(
+      Format, to_state_dict, from_state_dict
+  )
+
+
+def _format_in(state: Any) -> Any:
+  """The format that a state dict describes; the dict itself if it does not."""
+  try:
+    (text,) = state
+    fields = json.loads(text)
+    moments = tuple(map(tuple, fields["moments"]))
+    return Format(fields["optimizer"], moments, Storage(**fields["storage"]))
+  except (KeyError, TypeError, ValueError):
+    return state
+
+
+def _with_moments(form: Any) -> str:
+  if not isinstance(form, Format):
+    return f"{form!r}"
+  return f"{form} and the moments {form.moments}"
 
 
 class FlashState(NamedTuple):
@@ -169,13 +219,14 @@ def map_subtrees(
 
 def check_params(params: Any) -> None:
   """Raises a ValueError for leaves that a flash optimizer cannot hold."""
+  paths.require_arrays(params)
   for path, leaf in jax.tree.leaves_with_path(params):
     dtype = jnp.result_type(leaf)
     if dtype.name not in SUPPORTED_DTYPES:
       hint = (
           " Wrap the optimizer in optax.contrib.split_real_and_imaginary."
           if jnp.issubdtype(dtype, jnp.complexfloating)
-          else " Leave it out with optax.masked or optax.partition."
+          else f" Leave it out with optax.masked or optax.partition. {paths.MODELS}"
       )
       raise ValueError(
           f"Parameter {paths.name(path)!r} has dtype {dtype.name}; expected one"
@@ -206,7 +257,7 @@ def init(params: Any, form: Format) -> FlashState:
   for name, kind in form.moments:
     fields[name] = jax.tree.map(functools.partial(values, kind=kind), params)
     if storage.moment_bits == 8:
-      fields[f"{name}_scale"] = jax.tree.map(scale, params)
+      fields[f"{name}_scale"] = nnx_metadata.fitted(jax.tree.map(scale, params))
   return FlashState(
       count=jnp.zeros([], jnp.int32),
       correction=zero_correction(params, storage),

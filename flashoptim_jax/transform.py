@@ -1,10 +1,11 @@
 """The gradient transformation that every flash optimizer is an instance of."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax._src import base
 
@@ -14,8 +15,8 @@ from flashoptim_jax.kernels import deferred
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.state import FlashState, Format
 
-# The extra argument by which `flashoptim_jax.step` asks for new parameters in
-# place of updates.
+# The extra argument by which `flashoptim_jax.step` asks for new parameters instead
+# of updates: a `NewParams`.
 NEW_PARAMS = "flashoptim_new_params"
 # The extra argument by which gradient release asks for updates that are carried
 # out later, see `flashoptim_jax.kernels.deferred`.
@@ -25,21 +26,93 @@ DEFERRED = "flashoptim_deferred"
 # are sharded: a mapping from a parameter's path, as JAX gives it, to its sharding.
 PARAM_SHARDINGS = "flashoptim_param_shardings"
 
+LAST = (
+    "A flash optimizer must be the last transformation of a chain, since a later"
+    " one changes the update that its correction was computed for"
+)
 
-class NewParam:
+
+class NewParam(np.lib.mixins.NDArrayOperatorsMixin):
   """A new parameter on its way through a chain, in an update's place.
 
-  Opaque to JAX: a later transformation that computes with it fails, where it
-  would silently scale a parameter instead of an update. Not a pytree node.
+  It has a shape and a dtype, which masks may look at, but no value to compute with:
+  a later transformation that tries to fails, where it would silently scale a
+  parameter instead of an update. Not a pytree node.
+
+  Attributes:
+    value: The new parameter.
+    path: The parameter's name.
+    old_correction: Its correction before the update, or None.
+    correction: Its correction after the update, or None.
   """
 
-  def __init__(self, value: jax.Array):
-    self.value = value
+  __array_priority__ = 1000
 
-  # What a mask may look at. There is no dtype, lest it pass for an array.
+  def __init__(self, value: jax.Array, path: str, old_correction, correction):
+    self.value = value
+    self.path = path
+    self.old_correction = old_correction
+    self.correction = correction
+
   shape = property(lambda self: self.value.shape)
+  dtype = property(lambda self: self.value.dtype)
   ndim = property(lambda self: self.value.ndim)
   size = property(lambda self: self.value.size)
+
+  def _no_value(self, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ValueError(
+        f"{LAST}; found one after it that computes with the update of leaf"
+        f" {self.path!r}. Put that before the flash optimizer."
+    )
+
+  # Looked for, and not called, where it is given to a jitted function.
+  __jax_array__ = property(_no_value)
+  __array__ = __array_ufunc__ = _no_value
+  __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __int__ = _no_value
+  reshape = astype = _no_value
+
+
+class NewParams:
+  """A request for new parameters instead of updates.
+
+  It holds for the parameters that the request was made with. A flash optimizer
+  whose wrapper hands it other arrays, such as ``optax.flatten``, returns updates.
+
+  Attributes:
+    made: What flash optimizers made on it.
+  """
+
+  def __init__(self, params: Any):
+    self._params = jax.tree.leaves(params)
+    self._known = set(map(id, self._params))
+    self.made: list[NewParam] = []
+
+  def concerns(self, params: Any) -> bool:
+    """Whether a transformation was given parameters of the request."""
+    return all(id(leaf) in self._known for leaf in jax.tree.leaves(params))
+
+  def make(
+      self, values: Iterable[Any], names: Iterable[str], old: Iterable[Any],
+      new: Iterable[Any]
+  ) -> list[Any]:
+    """New parameters, given their values, names, old and new corrections."""
+    results = list(map(NewParam, values, names, old, new))
+    self.made += results
+    return results
+
+  def without_lost(self, results: Iterable[Any], opt_state: Any) -> Any:
+    """The new state, with old corrections of parameters that did not arrive.
+
+    A later transformation, such as ``optax.freeze``, has put its own updates in
+    their place.
+    """
+    arrived = set(map(id, results))
+    lost = {
+        id(each.correction): each.old_correction
+        for each in self.made
+        if id(each) not in arrived and each.correction is not None
+    }
+    return jax.tree.map(lambda leaf: lost.get(id(leaf), leaf), opt_state)
 
 
 def flash_transformation(
@@ -81,9 +154,9 @@ def flash_transformation(
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
       raise ValueError(base.NO_PARAMS_MSG)
-    new_params = bool(extra_args.get(NEW_PARAMS, False))
+    request = new_params_request(extra_args, params)
     leaves = _leaves(updates, state, params, form)
-    if not new_params:
+    if request is None:
       leaves = list(map(_with_update_dtype, leaves))
     flags = _decay_flags(mask, params) if decay else [False] * len(leaves)
     leaves = [
@@ -100,7 +173,7 @@ def flash_transformation(
         leaves,
         {**scalars(state.count), **codec.rounding_scalars(state.count)},
         implementation=implementation,
-        new_params=new_params,
+        new_params=request is not None,
         shardings={
             leaf.path: sharding
             for leaf, sharding in zip(leaves, known, strict=True)
@@ -109,11 +182,26 @@ def flash_transformation(
     )
     treedef: Any = jax.tree.structure(params)
     results: list[Any] = [leaf.result for leaf in updated]
-    if new_params:
-      results = [NewParam(result) for result in results]
+    if request is not None:
+      results = request.make(
+          results,
+          (leaf.path for leaf in leaves),
+          (leaf.correction for leaf in leaves),
+          (leaf.correction for leaf in updated),
+      )
     return treedef.unflatten(results), _new_state(state, treedef, updated, form)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def new_params_request(
+    extra_args: Mapping[str, Any], params: Any
+) -> NewParams | None:
+  """The request for these new parameters, if there is one."""
+  request = extra_args.get(NEW_PARAMS)
+  if isinstance(request, NewParams) and request.concerns(params):
+    return request
+  return None
 
 
 def _leaves(

@@ -11,6 +11,7 @@ import cases
 import compress_lossless
 import compress_memory
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -167,6 +168,95 @@ def test_inside_of_wrappers(wrap):
   stepped = cases.step(tx, grads, state, params)
   updated = cases.update(tx, grads, state, params)
   cases.assert_same(stepped[0], updated[0])
+
+
+NUMBERS = {"matrix": contrib.MuonDimensionNumbers(), "bias": None}
+
+
+def needs_a_dict(params):
+  """Labels by name, as a function of real parameters alone."""
+  return {name: name for name in params.keys()}  # noqa: SIM118
+
+
+def raveled(tx):
+  """Like ``optax.flatten``, with arrays of no elements for a tree of no leaves."""
+
+  def ravel(tree):
+    return jax.flatten_util.ravel_pytree(tree)[0]
+
+  def update(grads, state, params=None):
+    _, unravel = jax.flatten_util.ravel_pytree(grads)
+    updates, state = tx.update(ravel(grads), state, ravel(params))
+    return unravel(updates), state
+
+  return optax.GradientTransformation(lambda params: tx.init(ravel(params)), update)
+
+
+@pytest.mark.parametrize(
+    ("tx", "same"),
+    [
+        (contrib.muon(1e-2, muon_weight_dimension_numbers=NUMBERS), contrib.muon(1e-2)),
+        (
+            contrib.muon(1e-2, muon_weight_dimension_numbers=lambda _: NUMBERS),
+            contrib.muon(1e-2),
+        ),
+        (
+            optax.partition(
+                {"matrix": optax.adam(1e-2), "bias": optax.sgd(1e-2, 0.9)}, needs_a_dict
+            ),
+            optax.partition(
+                {"matrix": optax.adam(1e-2), "bias": optax.sgd(1e-2, 0.9)},
+                {"matrix": "matrix", "bias": "bias"},
+            ),
+        ),
+        (
+            optax.chain(optax.clip(1.0), optax.flatten(optax.adamw(1e-2))),
+            optax.chain(optax.clip(1.0), optax.adamw(1e-2)),
+        ),
+        (raveled(optax.adamw(1e-2)), optax.adamw(1e-2)),
+    ],
+    ids=["muon", "muon, function", "partition", "flatten", "ravel"],
+)
+@pytest.mark.filterwarnings("error")
+def test_init_that_needs_real_parameters(tx, same):
+  """What the placeholder can't show is seen with the parameters: as much, by name."""
+  params = cases.tree(cases.SMALL_SHAPES)
+  compressed = fo.compress(tx)
+  state = jax.jit(compressed.init)(params)
+  expected = fo.compress(same).init(params)
+  assert state.format == expected.format
+  moments = [fo.memory_report(fo.compress(each), params).moments for each in (tx, same)]
+  assert moments[0] == moments[1]
+  grads = cases.grads_like(params)
+  new, new_state = cases.jitted_step(compressed, grads, state, params)
+  assert cases.types(new_state) == cases.types(state)
+  assert all((new[name] != params[name]).any() for name in params)
+  # At storage that loses nothing, it is the transformation itself.
+  lossless = fo.compress(tx, LOSSLESS)
+  masters = fo.cast_params(params, jnp.float32)
+  desired, _ = cases.jitted_update(
+      tx, fo.cast_params(grads, jnp.float32), tx.init(masters), masters
+  )
+  state = lossless.init(params)
+  actual = fo.to_fp32(*cases.jitted_step(lossless, grads, state, params))
+  for name, leaf in desired.items():
+    cases.assert_within_units(actual[name], leaf, 2, jnp.float32, None)
+
+
+def test_arrays_that_nothing_is_known_of_are_named_once():
+  def init(params):
+    return {"padded": jnp.zeros((2, sum(map(jnp.size, jax.tree.leaves(params)))))}
+
+  tx = fo.compress(optax.chain(
+      optax.GradientTransformation(init, lambda grads, state, _=None: (grads, state)),
+      optax.flatten(optax.adam(1e-2)),
+  ))
+  params = cases.tree(cases.SMALL_SHAPES)
+  with pytest.warns(UserWarning, match=r"keeps '0.padded'.* in float32") as caught:
+    for _ in range(2):
+      state = tx.init(params)
+  assert len(caught) == 1
+  assert [name for name, _ in state.format.moments] == ["1.0.mu", "1.0.nu"]
 
 
 def test_codecs():

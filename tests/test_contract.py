@@ -20,6 +20,7 @@ from optax._src import base
 import flashoptim_jax as fo
 from flashoptim_jax.kernels import xla
 from flashoptim_jax.state import FlashState, flash_states
+from flashoptim_jax.transform import NewParams
 
 # Split along an axis that has no groups, along the groups' axis, and both.
 SHARDED_SHAPES = {
@@ -767,17 +768,99 @@ def test_step_refuses_what_follows_a_flash_optimizer(name, after):
     fo.step(tx, params, tx.init(params), params)
 
 
+def bias_only(optimizer):
+  return optax.masked(optimizer, {"matrix": False, "bias": True})
+
+
 @pytest.mark.parametrize(
-    "after",
-    [optax.scale(0.5), optax.add_decayed_weights(0.1), optax.clip(1.0)],
-    ids=["scale", "decay", "clip"],
+    "make_tx",
+    [
+        lambda flash: optax.named_chain(("a", flash), ("b", optax.scale(0.5))),
+        lambda flash: optax.MultiSteps(optax.chain(flash, optax.scale(0.5)), 2),
+        lambda flash: optax.chain(optax.apply_if_finite(flash, 2), optax.scale(0.5)),
+        lambda flash: optax.chain(flash, bias_only(optax.scale(0.5))),
+        lambda flash: optax.chain(flash, bias_only(optax.add_decayed_weights(0.1))),
+        lambda flash: optax.chain(flash, bias_only(optax.clip(1.0))),
+        lambda flash: optax.chain(flash, bias_only(optax.trace(0.9))),
+        lambda flash: optax.chain(flash, bias_only(optax.flatten(optax.scale(0.5)))),
+    ],
+    ids=[
+        "named", "in a wrapper", "after a wrapper", "masked scale", "masked decay",
+        "masked clip", "masked trace", "masked flatten",
+    ],
 )
-def test_step_fails_where_the_order_is_hidden(after):
-  """A named chain's state is a dict: what follows meets an opaque object."""
-  tx = optax.named_chain(("a", fo.adamw(0.1)), ("b", after))
+@pytest.mark.parametrize("flash", [fo.adamw(0.1), fo.compress(optax.adamw(0.1))])
+def test_step_refuses_what_follows_behind_masks_and_names(make_tx, flash):
+  tx = make_tx(flash)
   params = small()
-  with pytest.raises((TypeError, ValueError)):
-    fo.step(tx, params, tx.init(params), params)
+  with pytest.raises(ValueError, match="must be the last transformation"):
+    jax.eval_shape(
+        functools.partial(fo.step, tx), params, tx.init(params), params
+    )
+
+
+@pytest.mark.parametrize(
+    "freeze",
+    [
+        optax.freeze,
+        lambda mask: optax.masked(optax.set_to_zero(), mask),
+        lambda mask: optax.masked(
+            optax.set_to_zero(), lambda updates: jax.tree.map(
+                lambda u: u.dtype == jnp.bfloat16 and u.ndim == 1, updates
+            )
+        ),
+    ],
+    ids=["freeze", "set_to_zero", "mask of dtypes"],
+)
+@pytest.mark.parametrize(
+    "flash", [fo.adamw(0.1), fo.sgd(0.1), fo.compress(optax.adamw(0.1))],
+    ids=["adamw", "sgd", "compress"],
+)
+def test_step_holds_what_is_frozen_after_a_flash_optimizer(freeze, flash):
+  """A frozen leaf's master weight stays; the others train as without the freeze."""
+  mask = {"matrix": False, "bias": True}
+  tx = optax.chain(flash, freeze(mask))
+  masters = jax.tree.map(lambda x: x.astype(jnp.float32) * 1.001, small())
+  params, state = fo.from_fp32(tx, masters)
+  before = fo.to_fp32(params, state)
+  alone, alone_state = fo.from_fp32(flash, masters)
+  desired = cases.train(flash, alone, state=alone_state)
+  params, state = cases.train(tx, params, state=state)
+  after = fo.to_fp32(params, state)
+  cases.assert_same(after["bias"], before["bias"])
+  cases.assert_same(after["matrix"], fo.to_fp32(*desired)["matrix"])
+  cases.assert_same(fo.moments(state), fo.moments(desired[1]))
+
+
+def test_step_holds_what_is_frozen_on_explicit_axes():
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+  sharding = NamedSharding(mesh, P("x"))
+  params = jax.device_put({"w": jnp.ones((8, 64), jnp.bfloat16)}, sharding)
+  tx = optax.chain(fo.adamw(0.1), optax.freeze({"w": True}))
+  new, state = jax.jit(functools.partial(fo.step, tx))(params, tx.init(params), params)
+  assert new["w"].sharding.is_equivalent_to(sharding, 2)
+  cases.assert_same(jax.device_get((new, fo.to_fp32(new, state))),
+                    jax.device_get((params, fo.cast_params(params, jnp.float32))))
+
+
+@some_cases
+def test_step_falls_back_where_leaves_are_others(name, storage):
+  """Parameters that a wrapper makes are not those that step replaces."""
+  flash = cases.make(name, storage)
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small())
+  grads = cases.grads_like(params)
+  halved = optax.GradientTransformationExtraArgs(
+      flash.init,
+      lambda grads, state, params, **extra: flash.update(
+          grads, state, jax.tree.map(lambda p: p / 2, params), **extra
+      ),
+  )
+  for tx in (optax.flatten(flash), halved):
+    state = tx.init(params)
+    cases.assert_same(
+        cases.step(tx, grads, state, params),
+        cases.update(tx, grads, state, params),
+    )
 
 
 @some_cases
@@ -840,7 +923,7 @@ def test_step_through_every_transparent_wrapper(name, storage):
     cases.assert_same_types(new_params, params)
     cases.assert_same_types(new_state, state)
     seen = optax.with_extra_args_support(tx).update(
-        grads, state, params, flashoptim_new_params=True
+        grads, state, params, flashoptim_new_params=NewParams(params)
     )[0]
     assert type(seen["matrix"]).__name__ == "NewParam"
 

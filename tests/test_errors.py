@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from cases import every_optimizer
+from flax import nnx
 
 import flashoptim_jax as fo
 
@@ -167,6 +168,49 @@ def test_params_of_other_dtypes(name, dtype, advice):
   with raises(*parts):
     tx.init(jax.eval_shape(lambda tree: tree, bad))
   refused(tx, params, state, bad, *parts)
+
+
+WHOLE_MODEL_CALLS = {
+    "init": lambda tx, state, whole: tx.init(whole),
+    "update": lambda tx, state, whole: tx.update(whole, state, whole),
+    "step": lambda tx, state, whole: fo.step(tx, whole, state, whole),
+    "from_fp32": lambda tx, state, whole: fo.from_fp32(tx, whole),
+    "to_optax": lambda tx, state, whole: fo.to_optax(tx, whole, state),
+    "from_optax": lambda tx, state, whole: fo.from_optax(tx, whole, state),
+    "convert": lambda tx, state, whole: fo.convert(tx, tx, whole, state),
+    "memory_report": lambda tx, state, whole: fo.memory_report(tx, whole),
+    "check_numerics": lambda tx, state, whole: fo.check_numerics(whole, state, 0.1),
+    "state_shardings": lambda tx, state, whole: fo.state_shardings(
+        tx, whole, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    ),
+    "release": lambda tx, state, whole: fo.value_and_release(lambda live: 0.0, tx)(
+        whole, state
+    ),
+}
+
+
+@pytest.mark.parametrize("call", WHOLE_MODEL_CALLS)
+@pytest.mark.parametrize(
+    "tx", [fo.adamw(0.1), fo.compress(optax.adamw(0.1))], ids=["flash", "compress"]
+)
+@pytest.mark.parametrize("leaf", [jax.nn.relu, "relu"], ids=["function", "string"])
+def test_a_model_passed_whole(tx, call, leaf):
+  """As an Equinox model is, whose leaves are functions too."""
+  params = {"layer": cases.tree(SHAPES)["bias"]}
+  state = tx.init(params)
+  whole = {**params, "activation": leaf}
+  parts = ("'activation'", f"is a {type(leaf).__name__}", "expected an array")
+  with raises(*parts, "eqx.filter(model", "nnx.state(model, nnx.Param)"):
+    WHOLE_MODEL_CALLS[call](tx, state, whole)
+  assert fo.cast_params(whole, jnp.float16)["activation"] is leaf
+  assert fo.to_fp32(whole, state)["activation"] is leaf
+
+
+def test_an_nnx_module_passed_whole():
+  """It has counts and keys beside its parameters."""
+  module = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+  with raises("dtype", "expected one of", "nnx.state(model, nnx.Param)"):
+    fo.adamw(0.1).init(module)
 
 
 def test_a_single_leaf_has_a_name():

@@ -1,12 +1,16 @@
 """Flax's linen and nnx train with flash optimizers."""
 
+import itertools
+import subprocess
+import sys
+
 import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
+from flax import linen, nnx, serialization
 from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -138,6 +142,66 @@ def test_linen_train_state_uses_step(recorded_steps):
   assert int(state.step) == 1
 
 
+SERIALIZED = {
+    "chain": lambda: optax.chain(optax.clip(1.0), fo.adamw(0.1)),
+    "lossless": lambda: fo.adamw(0.1, storage=cases.STORAGES["32/32"]),
+    "lion": lambda: fo.lion(0.1),
+    "compress": lambda: fo.compress(optax.adamw(0.1)),
+    "codecs": lambda: fo.compress(optax.adamw(0.1), codecs={"nu": "float32"}),
+}
+
+
+@pytest.mark.parametrize("name", SERIALIZED)
+def test_states_as_bytes(name):
+  """What is read back is what was written; another format is refused by name."""
+  params = cases.tree(cases.TINY_SHAPES)
+  fresh = train_state.TrainState.create(
+      apply_fn=None, params=params, tx=SERIALIZED[name]()
+  )
+  state = fresh.replace(
+      params=cases.tree(cases.TINY_SHAPES, seed=1),
+      opt_state=jax.tree.map(lambda x: x + 1, fresh.opt_state),
+  )
+  restored = serialization.from_bytes(fresh, serialization.to_bytes(state))
+  cases.assert_same(
+      (restored.params, restored.opt_state), (state.params, state.opt_state)
+  )
+  # Its format is still no leaf.
+  as_dict = serialization.to_state_dict(state)
+  assert len(jax.tree.leaves(as_dict)) == len(jax.tree.leaves(state))
+
+
+def test_states_as_bytes_of_another_format():
+  forms = [
+      fo.state.flash_states(make().init(cases.tree(cases.TINY_SHAPES)))[0].format
+      for make in SERIALIZED.values()
+  ]
+  for form, other in itertools.permutations(forms, 2):
+    with pytest.raises(ValueError, match="was made by") as error:
+      serialization.from_state_dict(form, serialization.to_state_dict(other))
+    assert str(form) in str(error.value)
+    assert f"{other} and the moments {other.moments}" in str(error.value)
+  with pytest.raises(ValueError, match="'what': 1"):
+    serialization.from_state_dict(forms[0], {"what": 1})
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_states_as_bytes_without_the_flax_module(late):
+  """In a process that imports Flax before the optimizer is made, or after."""
+  code = """if True:
+    import flashoptim_jax as fo, jax.numpy as jnp, sys
+    assert "flax" not in sys.modules
+    {}from flax import serialization
+    tx = fo.adamw(0.1)
+    state = tx.init({{"w": jnp.ones(64, jnp.bfloat16)}})
+    {}import flashoptim_jax.flax
+    from flax import serialization
+    restored = serialization.from_bytes(state, serialization.to_bytes(state))
+    assert restored.format == state.format
+  """.format(*(("# ", "") if late else ("", "# ")))
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_linen_leaves_that_are_overwritten():
   """Flax's fp8 statistics: their gradient is their new value."""
   key = train_state.OVERWRITE_WITH_GRADIENT
@@ -251,6 +315,52 @@ def test_nnx_optimizer_uses_step(recorded_steps):
   state.update(model, nnx.state(model, nnx.Param), value=1.0)
   assert recorded_steps == [{"value": 1.0}]
   assert int(state.step[...]) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "metadata", "tx", "cls"),
+    [
+        ("Auto", {"sharding": (None, "tensor")}, fo.adamw(0.1), fo.flax.Optimizer),
+        ("Explicit", {"sharding": (None, "tensor")}, fo.adamw(0.1), nnx.Optimizer),
+        ("Explicit", {"sharding": P("data", "tensor")}, fo.lion(0.1), nnx.Optimizer),
+        (
+            "Auto",
+            {
+                "sharding": (None, "out"),
+                "sharding_rules": (("out", ("data", "tensor")),),
+            },
+            fo.lion(0.1),
+            nnx.Optimizer,
+        ),
+        (
+            "Auto",
+            {"sharding": (None, "tensor")},
+            fo.compress(optax.sgd(0.1, 0.9)),
+            fo.flax.Optimizer,
+        ),
+    ],
+    ids=["Auto", "Explicit", "spec", "logical", "compress"],
+)
+def test_nnx_sharding_metadata_that_scales_do_not_fit(kind, metadata, tx, cls):
+  """A scale's axis is left out of what doesn't divide it; the parameter's stays."""
+  mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType[kind],) * 2)
+  with jax.set_mesh(mesh):
+    model = Nnx(nnx.Rngs(0), **metadata)
+    before = model.first.kernel.get_metadata()
+    optimizer = cls(model, tx, wrt=nnx.Param)
+    assert model.first.kernel.get_metadata() == before
+  kernel = model.first.kernel.get_value()
+  rows, columns = kernel.sharding.spec
+  assert columns is not None
+  shapes = set()
+  for path, variable in nnx.to_flat_state(nnx.state(optimizer)):
+    if path[-2:] == ("first", "kernel"):
+      array = variable.get_value()
+      shapes.add(array.shape)
+      spec = (rows, columns) if array.shape == kernel.shape else (rows,)
+      sharding = NamedSharding(mesh, P(*spec))
+      assert array.sharding.is_equivalent_to(sharding, 2), path
+  assert shapes == {(32, 64), (32, 2)}
 
 
 def test_nnx_sharding_metadata_reaches_the_state():

@@ -344,11 +344,29 @@ CHAINS = {
         lambda params: {name: "ba"[name == "stack"] for name in params},
     ),
     "optax": optax.sgd(0.5, 0.9),
+    "frozen after": optax.chain(
+        fo.sgd(0.5), optax.freeze({"stack": True, "norm": False, "top": False})
+    ),
+    "compress": fo.compress(optax.adamw(1e-2)),
+    "compress, no moments": fo.compress(optax.sgd(0.5)),
+    "compress, lossless": fo.compress(optax.sgd(0.5, 0.9), fo.Storage(32, 32)),
+    "compress, partition": fo.compress(
+        optax.chain(
+            optax.clip(1e-3),
+            optax.partition(
+                {"a": optax.inject_hyperparams(optax.lion)(1e-2), "b": optax.sgd(0.5)},
+                {"stack": "a", "norm": "a", "top": "b"},
+            ),
+        )
+    ),
 }
 WHOLE_LEAF_CHAINS = {
     "block rms": sgd(optax.clip_by_block_rms(1e-4)),
     "adaptive": sgd(optax.adaptive_grad_clip(1e-3)),
     "noise": sgd(optax.add_noise(1e-3, 0.5, 0)),
+    "compress": fo.compress(
+        optax.chain(optax.clip_by_block_rms(1e-4), optax.sgd(2.0**-3))
+    ),
 }
 
 
@@ -435,6 +453,10 @@ def multiplied(call, live, tokens):
   return jnp.mean(live["top"] * 2)
 
 
+def given_to_a_jitted_function(call, live, tokens):
+  return jnp.mean(jnp.clip(live["top"], 0, 1))
+
+
 def checkpointed(call, live, tokens):
   x = jnp.ones((1, DIM))
   return jax.checkpoint(lambda x: call(lambda w, x: (x @ w).mean(), live["top"], x))(x)
@@ -483,6 +505,7 @@ def too_deep(call, live, tokens):
     [
         (used_directly, "'top' was used directly.*released_call"),
         (multiplied, "'top' was used directly.*released_call"),
+        (given_to_a_jitted_function, "'top' was used directly.*released_call"),
         (checkpointed, "inside jax.checkpoint.*leave the jax.checkpoint out"),
         (mapped, "inside jax.vmap"),
         (differentiated, "inside jax.grad"),
@@ -497,6 +520,41 @@ def too_deep(call, live, tokens):
 def test_misuse(model, message):
   with pytest.raises(ValueError, match=message):
     trace(model)
+
+
+def test_live_tree_of_another_step():
+  kept = []
+
+  def keep(call, live, tokens):
+    kept.append(live)
+    return small(call, live, tokens)
+
+  trace(keep)
+  for live in kept:  # Of both runs of its loss function.
+    with pytest.raises(ValueError, match="of another step's `live`"):
+      trace(lambda call, _, tokens, live=live: small(call, live, tokens))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "scalar",
+    [lambda value, params, state: value, lambda value, params, state: params.sum()],
+    ids=["loss", "parameters"],
+)
+def test_reverse_mode_is_refused(wrap, scalar):
+  tx = fo.sgd(0.1)
+  step = wrap(fo.value_and_release(
+      lambda live, x: fo.released_call(lambda w, x: jnp.sin(w * x).sum(), live, x), tx
+  ))
+  x = jnp.linspace(0.0, 1.0, 4)
+  args = x, tx.init(x), x
+  for argnum in (0, 2):
+    with pytest.raises(ValueError, match="differentiate it in reverse mode"):
+      jax.grad(lambda *args: scalar(*step(*args)), argnums=argnum)(*args)
+  _, tangent = jax.jvp(lambda x: jax.jit(step)(*args[:2], x)[0], (x,), (x,))
+  np.testing.assert_allclose(tangent, (jnp.cos(x * x) * x * x).sum(), rtol=1e-6)
+  losses, *_ = jax.vmap(step, (None, None, 0))(*args[:2], jnp.stack([x, 2 * x]))
+  np.testing.assert_allclose(losses[1], jnp.sin(2 * x * x).sum(), rtol=1e-6)
 
 
 def test_leaf_that_is_never_used():
@@ -644,13 +702,20 @@ def test_nnx_stack():
   assert_close(ours, fo.step(tx, grads, state, params)[0])
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_sharded(kind):
+@pytest.mark.parametrize(
+    ("kind", "tx"),
+    [
+        ("Auto", fo.sgd(2.0**-3, 0.9)),
+        ("Explicit", fo.sgd(2.0**-3, 0.9)),
+        ("Explicit", fo.compress(optax.sgd(2.0**-3, 0.9))),
+    ],
+    ids=["Auto", "Explicit", "Explicit, compress"],
+)
+def test_sharded(kind, tx):
   """FSDP × TP: as one device's ordinary step, and no stack is gathered whole."""
   mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType[kind],) * 2)
   specs = {"stack": P(None, "data", "model"), "norm": P(), "top": P("data", "model")}
   # Adam would blow up the rounding errors of gradients summed in another order.
-  tx = fo.sgd(2.0**-3, 0.9)
   params, state = ordinary = fo.from_fp32(tx, small_params())
 
   def model(call, live, tokens):
@@ -690,10 +755,13 @@ def test_sharded(kind):
   assert_close(fo.to_fp32(*ours), fo.to_fp32(*ordinary))
 
 
-def test_memory_of_24_layers():
+@pytest.mark.parametrize(
+    "tx", [fo.sgd(1e-3, 0.9), fo.compress(optax.sgd(1e-3, 0.9))],
+    ids=["flash", "compress"],
+)
+def test_memory_of_24_layers(tx):
   """Temporaries shrink by the gradients; everything is updated in place."""
   layers, dim = 24, 128
-  tx = fo.sgd(1e-3, 0.9)
   struct = jax.ShapeDtypeStruct
   params = {
       "embed": struct((64, dim), jnp.bfloat16),

@@ -1,14 +1,15 @@
-"""One leaf's update as a JAX primitive, to be carried out later.
+"""One leaf's update, or a part of it, as a JAX primitive, to be carried out later.
 
 Tracing a chain of transformations with such updates in it shows what the update
 of each leaf depends on, whichever kernel carries it out, and leaves it open when,
-and on how much of a leaf, that happens. The primitive has no lowering.
+and on how much of a leaf, that happens. The primitives have no lowering.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -19,6 +20,38 @@ from flashoptim_jax.storage import Storage
 
 update_p = core.Primitive("flash_update")
 update_p.multiple_results = True
+
+# A function that treats slices of a stack alike, unless they cut groups.
+call_p = core.Primitive("flash_call")
+call_p.multiple_results = True
+
+
+@call_p.def_abstract_eval
+def _result_types(*avals, function: Callable[..., list[Any]], group_size: int | None):
+  del group_size
+  return jax.make_jaxpr(function)(*avals).out_avals
+
+
+def call(function: Callable[..., Any], *args: Any, group_size: int | None = None):
+  """``function(*args)``, to be carried out later.
+
+  Args:
+    function: A function of arrays of one leaf, or of its scales, and of scalars. It
+      computes slices along a first axis from such slices.
+    *args: Its arguments.
+    group_size: Elements of the groups that it works on, if it does.
+  """
+  treedef: Any
+  flat, treedef = jax.tree.flatten(args)
+  results: Any = jax.tree.structure(jax.eval_shape(function, *args))
+
+  def function_of_arrays(*flat):
+    return jax.tree.leaves(function(*treedef.unflatten(flat)))
+
+  found = call_p.bind(
+      *map(jnp.asarray, flat), function=function_of_arrays, group_size=group_size
+  )
+  return results.unflatten(found)
 
 
 class _Launch(NamedTuple):
@@ -82,21 +115,27 @@ def update_leaves(
 
 
 def operands(eqn: core.JaxprEqn) -> tuple[list[Any], list[Any]]:
-  """The leaf's own operands, and the scalars, of a bound update."""
+  """The leaf's own operands, and the scalars, of a bound update or call."""
+  if eqn.primitive is call_p:
+    return eqn.invars, []
   count = eqn.params["leaf"].treedef.num_leaves
   return eqn.invars[:count], eqn.invars[count:]
 
 
 def sliceable(eqn: core.JaxprEqn, axes: int) -> bool:
-  """Whether the update of a stack is that of its slices along leading axes."""
-  storage: Storage = eqn.params["launch"].storage
-  shape = _shape(eqn)
-  treedef = eqn.params["leaf"].treedef
-  *_, moments = treedef.unflatten(range(treedef.num_leaves))
-  if all(scale is None for _, scale in moments):
+  """Whether slices along leading axes cut no groups of an update or a call."""
+  if eqn.primitive is call_p:
+    group_size = eqn.params["group_size"]
+  else:
+    treedef = eqn.params["leaf"].treedef
+    *_, moments = treedef.unflatten(range(treedef.num_leaves))
+    grouped = any(scale is not None for _, scale in moments)
+    group_size = eqn.params["launch"].storage.group_size if grouped else None
+  if group_size is None:
     return True
-  whole = codec.group_axis(shape, storage.group_size)
-  slices = codec.group_axis(shape[axes:], storage.group_size)
+  shape = _shape(eqn)
+  whole = codec.group_axis(shape, group_size)
+  slices = codec.group_axis(shape[axes:], group_size)
   return slices is not None and whole == slices + axes
 
 

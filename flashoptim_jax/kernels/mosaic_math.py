@@ -154,84 +154,138 @@ def _run(
     known: dict[int, Known],
     reciprocal: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Any]:
-  values: dict[Any, Any] = {}
-  # Arrays times scalars, multiplied where they are needed.
-  products: dict[Any, tuple[jax.Array, Any]] = {}
-  scalars: dict[Any, Any] = {}  # what a variable is a broadcast of
-  roots: dict[Any, tuple[jax.Array, Any]] = {}
+  jaxpr = closed.jaxpr
+  values = _Values(reciprocal)
+  values.read_as.update(zip(jaxpr.constvars, closed.consts, strict=True))
+  for i, (variable, value) in enumerate(zip(jaxpr.invars, args, strict=True)):
+    if i not in known:
+      values.read_as[variable] = value
+      continue
+    array, factor, root, root_factor = known[i]
+    values.products[variable] = array, factor
+    if root is not None:
+      values.roots[variable] = root, root_factor * jnp.sqrt(factor)
+  for eqn in jaxpr.eqns:
+    values.evaluate(eqn)
+  return values.parts(jaxpr.outvars[0])
 
-  def read(atom):
+
+class _Values:
+  """What is known of the variables of a jaxpr.
+
+  Attributes:
+    read_as: Their values.
+    products: Arrays and the scalars that these are to be multiplied by where they are
+      needed.
+    scalars: What a variable is a broadcast of.
+    roots: Square roots, as products.
+    magnitudes: Products of which neither part is negative.
+  """
+
+  def __init__(self, reciprocal: Callable[[jax.Array], jax.Array]):
+    self.read_as: dict[Any, Any] = {}
+    self.products: dict[Any, tuple[jax.Array, Any]] = {}
+    self.scalars: dict[Any, Any] = {}
+    self.roots: dict[Any, tuple[jax.Array, Any]] = {}
+    self.magnitudes: set[Any] = set()
+    self._reciprocal = reciprocal
+
+  def evaluate(self, eqn: core.JaxprEqn) -> None:
+    """Computes what an equation gives."""
+    out, name, atoms = eqn.outvars[0], eqn.primitive.name, eqn.invars
+    if name == "broadcast_in_dim" and not atoms[0].aval.shape:
+      self.scalars[out] = self.read(atoms[0])
+    if name in ("mul", "add") and self.scalar(atoms[0]) is not None:
+      atoms = atoms[::-1]
+    rule = getattr(self, f"_{name}", None) if out.aval.shape else None
+    if rule is None or not rule(out, *atoms):
+      results = leafwise.bind(eqn, map(self.read, eqn.invars))
+      self.read_as.update(zip(eqn.outvars, results, strict=True))
+
+  def read(self, atom: Any) -> Any:
+    """The value of a variable, or a literal's."""
     if isinstance(atom, core.Literal):
       return atom.val
-    if atom not in values:
-      array, factor = products[atom]
-      values[atom] = array * factor
-    return values[atom]
+    if atom not in self.read_as:
+      array, factor = self.products[atom]
+      self.read_as[atom] = array * factor
+    return self.read_as[atom]
 
-  def parts(atom):
-    return products[atom] if atom in products else (read(atom), 1.0)
+  def parts(self, atom: Any) -> tuple[jax.Array, Any]:
+    """The same as a product."""
+    return self.products[atom] if atom in self.products else (self.read(atom), 1.0)
 
-  def scalar(atom):
+  def scalar(self, atom: Any) -> Any:
     """The scalar that all elements are equal to, or None."""
     if isinstance(atom, core.Literal):
       return atom.val
     if not atom.aval.shape:
-      return values[atom]
-    return scalars.get(atom)
+      return self.read_as[atom]
+    return self.scalars.get(atom)
 
-  jaxpr = closed.jaxpr
-  values.update(zip(jaxpr.constvars, closed.consts, strict=True))
-  for i, (variable, value) in enumerate(zip(jaxpr.invars, args, strict=True)):
-    if i not in known:
-      values[variable] = value
-      continue
-    array, factor, root, root_factor = known[i]
-    products[variable] = array, factor
+  def root(self, atom: Any) -> tuple[jax.Array, Any] | None:
+    """The square root, if it is known."""
+    return self.roots.get(atom) if isinstance(atom, core.Var) else None
+
+  # Primitives, for arrays. They say whether they have computed the result; of two
+  # operands that may be interchanged, a scalar is the second.
+
+  def _mul(self, out, x, y) -> bool:
+    by, root = self.scalar(y), self.root(x)
+    if by is None:
+      return False
+    array, factor = self.parts(x)
+    self.products[out] = array, factor * by
     if root is not None:
-      roots[variable] = root, root_factor * jnp.sqrt(factor)
-  for eqn in jaxpr.eqns:
-    out, name, atoms = eqn.outvars[0], eqn.primitive.name, eqn.invars
-    if name == "broadcast_in_dim" and not atoms[0].aval.shape:
-      scalars[out] = read(atoms[0])
-    if name in ("mul", "add") and scalar(atoms[0]) is not None:
-      atoms = atoms[::-1]
-    root = roots.get(atoms[0]) if isinstance(atoms[0], core.Var) else None
-    is_array = bool(out.aval.shape)
-    if name == "mul" and is_array and scalar(atoms[1]) is not None:
-      (array, factor), by = parts(atoms[0]), scalar(atoms[1])
-      products[out] = array, factor * by
-      if root is not None:
-        roots[out] = root[0], root[1] * jnp.sqrt(by)
-    elif name == "div" and is_array:
-      array, factor = parts(atoms[0])
-      products[out] = array * reciprocal(read(atoms[1])), factor
-    elif name == "sqrt" and is_array:
-      if root is None:
-        x = read(atoms[0])
-        values[out] = x * inverse_root(x)
-      else:
-        products[out] = root
-    elif name == "abs" and is_array:
-      array, factor = parts(atoms[0])
-      products[out] = jnp.abs(array), jnp.abs(factor)
-    elif name == "max" and is_array:
-      # Roots and magnitudes, whose factors are positive.
-      (array, factor), (other, by) = map(parts, atoms)
-      products[out] = jnp.maximum(array, other * (by / factor)), factor
-    elif name == "sign":
-      # A normal number is at least 1 when multiplied by it.
-      values[out] = jnp.clip(read(atoms[0]) * _LARGEST, -1.0, 1.0)
-    elif name == "add" and is_array and _is_zero(scalar(atoms[1])):
-      products[out] = parts(atoms[0])
-      if root is not None:
-        roots[out] = root
-    elif name == "add" and is_array and scalar(atoms[1]) is not None:
-      (array, factor), added = parts(atoms[0]), scalar(atoms[1])
-      products[out] = array + added / factor, factor
-    else:
-      results = leafwise.bind(eqn, map(read, atoms))
-      values.update(zip(eqn.outvars, results, strict=True))
-  return parts(jaxpr.outvars[0])
+      self.roots[out] = root[0], root[1] * jnp.sqrt(by)
+    return True
+
+  def _div(self, out, x, y) -> bool:
+    array, factor = self.parts(x)
+    self.products[out] = array * self._reciprocal(self.read(y)), factor
+    return True
+
+  def _sqrt(self, out, x) -> bool:
+    root = self.root(x)
+    if root is None:
+      value = self.read(x)
+      root = value * inverse_root(value), 1.0
+    self._set_magnitude(out, *root)
+    return True
+
+  def _abs(self, out, x) -> bool:
+    array, factor = self.parts(x)
+    self._set_magnitude(out, jnp.abs(array), jnp.abs(factor))
+    return True
+
+  def _max(self, out, x, y) -> bool:
+    if not all(isinstance(a, core.Var) and a in self.magnitudes for a in (x, y)):
+      return False
+    (array, factor), (other, by) = self.parts(x), self.parts(y)
+    self._set_magnitude(out, jnp.maximum(array, other * (by / factor)), factor)
+    return True
+
+  def _set_magnitude(self, out, array, factor) -> None:
+    self.products[out] = array, factor
+    self.magnitudes.add(out)
+
+  def _sign(self, out, x) -> bool:
+    # A normal number is at least 1 when multiplied by it.
+    self.read_as[out] = jnp.clip(self.read(x) * _LARGEST, -1.0, 1.0)
+    return True
+
+  def _add(self, out, x, y) -> bool:
+    added, root = self.scalar(y), self.root(x)
+    if added is None:
+      return False
+    array, factor = self.parts(x)
+    if not _is_zero(added):
+      self.products[out] = array + added / factor, factor
+      return True
+    self.products[out] = array, factor
+    if root is not None:
+      self.roots[out] = root
+    return True
 
 
 def _is_zero(number: Any) -> bool:

@@ -451,7 +451,7 @@ class _Unit:
     ]
     multiple = jnp.abs(self.units[moment.name][0])
     halves = [half * multiple for half in halves]
-    largest = codec.limited_largest(*halves, moment.kind)
+    largest = codec.limited_largest(halves, moment.kind)
     s = codec.scale_of_largest(largest, moment.kind)
     factor = codec.encode_factor(s, moment.kind, plan.storage, rounding.slack)
     factor *= self.units[moment.name][2]
