@@ -151,7 +151,7 @@ def rounding_of(count: jax.Array) -> Rounding:
   """
   count = jnp.asarray(count, jnp.int32).astype(jnp.uint32)
 
-  def sequence(name):
+  def sequence(name, count=count):
     place = count * jnp.uint32(_SEQUENCES[name]) + jnp.uint32(1 << 31)
     return (place >> 16).astype(jnp.int32)
 
@@ -165,8 +165,11 @@ def rounding_of(count: jax.Array) -> Rounding:
   def code_margin(kind):  # The error of the largest code, in units of 2⁻¹⁶.
     return round(LEVELS[kind] * _CODE_ERROR * 2**16)
 
-  margin = code_margin("first")
-  code = jnp.clip(sequence("first_code"), margin, 2**16 - 1 - margin)
+  # A first moment forgets within few updates. Every other threshold mirrors the one
+  # before, so that what they have in common is gone by then.
+  margin, code = code_margin("first"), sequence("first_code", count >> 1)
+  code = jnp.where(count & 1 == 0, code, 2**16 - 1 - code)
+  code = jnp.clip(code, margin, 2**16 - 1 - margin)
   first = MomentRounding(scale("first"), between_0_and_1(code), 1.0)
   # Second moments may change by less than such a margin in an update. In its place, at
   # either end, codes move away from the threshold by as much as float32 may err.
@@ -292,6 +295,9 @@ def encode_codes(
   if kind == "second":
     code = _clamped(level + rounding, 1.0, levels)
     return _where(factor > 0, code, 0.0).astype(jnp.uint8)
+  if storage.companding == "root":
+    # Right on average in the value, level², where it counts most: below the first code.
+    level = level * lax.min(level, lax.full_like(level, 1.0))
   level = _where(x < 0, -level, level)
   # Positive, for the conversion to cut off downwards.
   code = _clamped(level + (rounding + 128.0), 128.0 - levels, 128.0 + levels)

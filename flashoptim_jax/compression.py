@@ -136,7 +136,6 @@ def compress(
     treedef: Any = jax.tree.structure(params)
     request = new_params_request(extra_args, params)
     passed_on = {k: v for k, v in extra_args.items() if k not in _OWN_ARGUMENTS}
-
     call = deferred.call if extra_args.get(DEFERRED, False) else _call
 
     def update(grads, state, params):

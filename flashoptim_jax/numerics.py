@@ -22,8 +22,8 @@ class NonFiniteLeaf(NamedTuple):
   Attributes:
     path: ``params`` or ``opt_state`` and the array's path there, its keys joined by
       slashes.
-    non_finite: How many of its elements are not finite. A scale of 8-bit moments that is
-      NaN stands for its whole group.
+    non_finite: How many of its elements are not finite. A scale of 8-bit moments that
+      is NaN stands for its whole group.
     size: How many it has.
   """
 

@@ -190,7 +190,7 @@ class _Values:
     self.magnitudes: set[Any] = set()
     self._reciprocal = reciprocal
 
-  def evaluate(self, eqn: core.JaxprEqn) -> None:
+  def evaluate(self, eqn: Any) -> None:
     """Computes what an equation gives."""
     out, name, atoms = eqn.outvars[0], eqn.primitive.name, eqn.invars
     if name == "broadcast_in_dim" and not atoms[0].aval.shape:

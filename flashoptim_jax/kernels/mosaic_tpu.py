@@ -595,6 +595,8 @@ class _Unit:
           level = levels * (2.0 * level / (1.0 + jnp.abs(level)))
         else:
           level = levels * level
+      elif moment.kind == "first":
+        level = level * jnp.minimum(jnp.abs(level), 1.0)
       level = level + (codec.moment_rounding(self.h, moment.kind).code - 0.5)
       # Where there is a scale, second moments have codes of at least 1.
       is_second = moment.kind == "second"

@@ -199,6 +199,8 @@ def _encode(x, root, unit, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr):
   if ROOT:
     factor = (levels * slack * _inverse(tl.sqrt(scale)) * tl.sqrt(unit))[:, None]
     level = tl.sqrt(tl.abs(x) if SIGNED else root) * factor
+    if SIGNED:
+      level *= tl.minimum(level, 1.0)
   else:
     factor = (slack * _inverse(scale) * unit)[:, None]
     if SIGNED:
