@@ -369,7 +369,7 @@ def test_roundings_are_even_over_updates(first):
     assert found.max() < 1
     assert np.abs(found - expected).max() < 6e-3
   correlation = np.corrcoef(np.stack(parts)) - np.eye(len(parts))
-  assert np.abs(correlation).max() < 0.03
+  assert np.abs(correlation).max() < 0.1
 
 
 @kinds
@@ -392,6 +392,153 @@ def test_a_group_decays_as_its_float32_moment_does(kind, storage):
   rate = np.log(f64(last_scale) / f64(scale)) / steps
   true = np.log(decay) / (1 if kind == "first" else 2)
   np.testing.assert_allclose(rate, np.full_like(rate, true), rtol=2.5e-2)
+
+
+def decaying(kind, storage, decay, updates, scale=1.0, held=False):
+  """What every code means while it decays.
+
+  Groups hold the top code beside others. Two elements, one of each half, keep it
+  where ``held``; elsewhere all of a group decays.
+
+  Returns:
+    The codes at the start, and sums over updates, by element: of values, of the values
+    that float32's moments have, of codes, of the numbers that codes are rounded from,
+    of updates after which values are zero before float32's nearly are, and of those
+    after which they aren't but codes differ from the first ones; the largest
+    difference of codes from the numbers that they are rounded from; the last codes.
+    And which elements are not held.
+  """
+  top = LEVELS[kind]
+  free = ~np.isin(np.arange(32), [0, 4])
+  codes = np.full((10, 32), top, codec.CODE_DTYPE[kind])
+  every = np.arange(-top if kind == "first" else 1, top + 1)
+  codes[:, free] = np.resize(every, (10, 30))
+  scales = np.full((10, 1), scale, jnp.bfloat16)
+  start = decode(codes, scales, kind, storage)
+  kept = held & ~free
+  factor = np.where(kept, 1, np.float32(decay)).astype(np.float32)
+
+  @jax.jit
+  def run():
+    def update(count, carry):
+      moment, exact, sums, largest = carry
+      x = jnp.where(kept, start, factor * codec.decode(*moment, kind, storage))
+      moment = codec.encode(x, kind, storage, rounding_for(count, kind))
+      exact = factor * exact
+      value = codec.decode(*moment, kind, storage)
+      ratio = jnp.abs(exact) / scale if kind == "first" else jnp.sqrt(exact) / scale
+      if storage.companding == "root":
+        level = jnp.sqrt(ratio)
+      else:
+        level = 2 * ratio / (1 + ratio) if kind == "first" else ratio
+      level = jnp.sign(exact) * level * top
+      code = moment[0].astype(jnp.float32)
+      early = (value == 0) & (exact >= 1.5 * 2.0**-126)
+      differs = (value != 0) & (moment[0] != codes)
+      new = (value, exact, code, level, early, differs)
+      sums = [a + b for a, b in zip(sums, new, strict=True)]
+      return moment, exact, sums, jnp.maximum(largest, jnp.abs(code - level))
+
+    zero = jnp.zeros(codes.shape, jnp.float32)
+    moment = jnp.asarray(codes), jnp.asarray(scales)
+    carry = moment, jnp.asarray(start), [zero] * 6, zero
+    moment, _, sums, largest = jax.lax.fori_loop(0, updates, update, carry)
+    return (*sums, largest, moment[0])
+
+  return codes, *map(np.asarray, run()), np.broadcast_to(free, codes.shape)
+
+
+@companding
+@pytest.mark.parametrize("decay", [0.95, 0.99, 0.999, 0.9999])
+def test_a_second_moment_decays_as_float32s_does(decay, storage):
+  """On time average, from every code; and to zero not long before it does.
+
+  The smallest codes underflow here.
+  """
+  updates = min(round(4 / (1 - decay)), 8000)
+  start, found, expected, _, _, early, differs, _, _, _ = decaying(
+      "second", storage, decay, updates, scale=1.25 * 2.0**-47
+  )
+  assert not early.any()
+  assert not differs.any()
+  large = start > 1  # Code 1 is near the end from the start.
+  np.testing.assert_allclose(found[large] / expected[large], 1, rtol=0.03)
+
+
+@companding
+@pytest.mark.parametrize("decay", [0.95, 0.99, 0.999, 0.9999])
+def test_a_second_moment_decays_beside_a_constant_one(decay, storage):
+  """Its code steps down as it should on average, and to 1."""
+  updates = min(round(3 / (1 - decay)), 8000)
+  start, found, expected, _, _, early, _, _, last, free = decaying(
+      "second", storage, decay, updates, held=True
+  )
+  assert not early.any()
+  assert (last > 0).all()
+  assert (last <= start).all()
+  ratio = found / expected
+  np.testing.assert_allclose(ratio[free & (start >= 64)], 1, rtol=0.1)
+  np.testing.assert_allclose(ratio[free & (start >= 16)].mean(), 1, rtol=0.03)
+
+
+@companding
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+@pytest.mark.parametrize("held", [False, True])
+def test_a_first_moment_decays_as_float32s_does(held, decay, storage):
+  """Within a code on time average, from every code of either sign, to zero.
+
+  Where all of a group decays, codes stay as they are.
+  """
+  updates = round(12 / (1 - decay))
+  start, found, expected, code, level, _, differs, largest, last, free = decaying(
+      "first", storage, decay, updates, held=held
+  )
+  if not held:
+    assert not differs.any()
+    np.testing.assert_allclose(found, expected, rtol=0.02)
+    return
+  assert (np.abs(code - level) / updates)[free].max() < 1
+  assert largest[free].max() < 5
+  assert np.abs(last[free].astype(int)).max() <= 2
+
+
+@kinds
+@pytest.mark.parametrize("spike", [1e6, 1e10, 1e20, np.inf])
+def test_neighbours_of_an_outlier_keep_what_they_mean(spike, kind):
+  """Within a factor of two on average over updates, at rest or with gradients."""
+  if kind == "first":
+    spike = min(spike, 1e37)  # An infinite m is seen.
+  rng = np.random.default_rng(0)
+  storage, updates = Storage(), 200
+  x = rng.uniform(0.5, 2, (64, 32)) * rng.choice([-1, 1], (64, 32))
+  outlier = np.arange(32) == rng.integers(0, 32, (64, 1))
+  power = 1 if kind == "first" else 2
+  x = np.float32(x) ** power
+  with np.errstate(over="ignore"):
+    spiked = np.where(outlier, np.float32(spike) ** power, x)
+  decay = np.float32(0.9 if kind == "first" else 0.99)
+
+  @jax.jit
+  def run():
+    def step(moment, count):
+      rounding = rounding_for(count, kind)
+      at_rest = codec.decode(*codec.encode(spiked, kind, storage, rounding), kind, storage)
+      new = jnp.where(count == 0, spiked, x)
+      moment = decay * codec.decode(*moment, kind, storage) + (1 - decay) * new
+      moment = codec.encode(moment, kind, storage, rounding)
+      return moment, (at_rest, codec.decode(*moment, kind, storage))
+
+    start = codec.encode(x, kind, storage)
+    return jax.lax.scan(step, start, jnp.arange(updates))[1]
+
+  for found in map(f64, run()):
+    assert np.isfinite(found).all()
+    # Updates divide by the root.
+    found = (found if kind == "first" else np.sqrt(found)).mean(0)
+    ratio = found / (x if kind == "first" else np.sqrt(x))
+    assert ratio[~outlier].min() > 0.5
+    assert ratio[~outlier].max() < 2
+    assert (np.abs(ratio[outlier]) > 2).all()
 
 
 def test_encoding_keeps_the_top_code_for_every_largest_element():
@@ -852,3 +999,122 @@ def test_float16_pairs_are_fixed_points(seed):
   # The rest are ties, or below a power of two, where the unit halves.
   power = p.view(np.uint16) & 0x3FF == 0
   assert (same | (np.abs(c) == 127) | power).all()
+
+
+# Steps of master weights.
+
+
+@functools.cache
+def walker(dtype, updates):
+  """Takes steps, over and over, from counts 0 on."""
+
+  @jax.jit
+  def walk(master, steps):
+    def step(count, pair):
+      threshold = codec.rounding_of(count).master
+      moved = codec.advance(*pair, steps[count % len(steps)], threshold)
+      return codec.split(moved, jnp.dtype(dtype), 24)
+
+    start = codec.split(master, jnp.dtype(dtype), 24)
+    return start, jax.lax.fori_loop(0, updates, step, start)
+
+  return walk
+
+
+def exact_master(param, correction):
+  """In float64, which holds corrections of float16 as well."""
+  param, correction = np.asarray(param), np.asarray(correction)
+  if param.dtype == np.float16:
+    return f64(param) + f64(correction) * half_unit(param) / 127
+  return f64(merge(param, correction))
+
+
+def kept_place(master, dtype):
+  """The last place that 24 bits keep of a weight."""
+  binade = 2.0 ** np.floor(np.log2(np.abs(f64(master))))
+  return binade * (2.0**-15 if dtype == "bfloat16" else 2.0**-11 / 127)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("direction", [1, -1])
+def test_steps_of_a_small_part_of_a_place_add_up(direction, dtype):
+  rng = np.random.default_rng(0)
+  master = rng.uniform(1.1, 1.9, 510) * 2.0 ** rng.integers(-8, 3, 510)
+  master = np.float32([*master * rng.choice([-1, 1], 510), 1.0, -1.0])
+  place = kept_place(master, dtype)
+  step = np.float32(0.01 * direction * place)
+  start, end = walker(dtype, 10_000)(master, step[None])
+  moved = (exact_master(*end) - exact_master(*start)) / place
+  np.testing.assert_allclose(moved, np.full_like(moved, 100 * direction), atol=1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_noisy_steps_add_up_on_average(dtype):
+  rng = np.random.default_rng(0)
+  size, updates, drawn = 4096, 5000, 1000
+  master = np.float32(rng.uniform(1.1, 1.9, size) * rng.choice([-1, 1], size))
+  direction = rng.choice([-1, 1], size)
+  place = kept_place(master, dtype)
+  steps = rng.normal(0.01 * direction, 0.3, (drawn, size)) * place
+  steps = np.float32(steps)
+  start, end = walker(dtype, updates)(master, steps)
+  moved = exact_master(*end) - exact_master(*start)
+  error = (moved - f64(steps).sum(0) * (updates // drawn)) / place
+  for part in (direction > 0, direction < 0, master > 0, master < 0):
+    assert np.abs(error[part].mean()) < 3
+
+
+def test_no_step_keeps_every_bit():
+  """At any threshold. What is subnormal may be flushed, as by any sum in float32."""
+  c = np.int8([-128, -127, -100, -64, -33, -2, -1, 0, 1, 2, 3, 50, 64, 100, 126, 127])
+  p = np.repeat(np.arange(2**16, dtype=np.uint16), len(c))
+  c = np.tile(c, 2**16)
+  kept = reachable(p, c)
+  p, c = p[kept].view(jnp.bfloat16), c[kept]
+  before = np.asarray(merge(p, c))
+  normal = ~(np.abs(before) < 2.0**-126)
+  advance, add = jax.jit(codec.advance), jax.jit(jnp.add)
+  thresholds = np.asarray(codec.rounding_of(jnp.arange(2**16)).master)
+  for threshold in (thresholds.min(), thresholds.max(), *thresholds[:3]):
+    for step in np.float32([0.0, -0.0]):
+      step = np.full(p.shape, step)
+      after = np.asarray(advance(p, c, step, threshold))
+      np.testing.assert_array_equal(
+          after.view(np.uint32)[normal], before.view(np.uint32)[normal]
+      )
+      expected = np.asarray(add(before, step))
+      np.testing.assert_array_equal(
+          after.view(np.uint32)[~normal], expected.view(np.uint32)[~normal]
+      )
+
+
+def test_no_step_keeps_every_correction_of_float16():
+  p = np.arange(2**16, dtype=np.uint16).view(np.float16)
+  p = np.repeat(p[np.isfinite(p)], 5)
+  c = np.resize(np.int8([-127, -1, 0, 5, 127]), p.shape)
+  param, correction = split(np.asarray(merge(p, c)), 24, "float16")
+  before = np.asarray(merge(param, correction))
+  advance = jax.jit(codec.advance)
+  for count in range(3):
+    threshold = codec.rounding_of(count).master
+    after = advance(param, correction, np.zeros(param.shape, np.float32), threshold)
+    np.testing.assert_array_equal(after, before)
+
+
+# How leaves are stored.
+
+
+@pytest.mark.parametrize(("storage", "shape", "quantized"), [
+    (Storage(), (4096,), True),
+    (Storage(), (4095,), False),
+    (Storage(), (64, 64), True),
+    (Storage(), (), False),
+    (Storage(min_quantized_size=0), (), True),
+    (Storage(min_quantized_size=0), (0,), True),
+    (Storage(min_quantized_size=10), (3, 3), False),
+    (Storage(min_quantized_size=10), (2, 5), True),
+    (Storage(moment_bits=32), (64, 64), False),
+    (Storage(moment_bits=32, min_quantized_size=0), (64, 64), False),
+])
+def test_small_leaves_are_not_quantized(storage, shape, quantized):
+  assert storage.quantizes(shape) is quantized
