@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import paths, precision
+from flashoptim_jax import codec, paths, precision
 from flashoptim_jax import state as state_lib
 
 
@@ -21,7 +21,8 @@ class StalledLeaf(NamedTuple):
     path: The leaf's path, its keys joined by slashes.
     largest: Its largest finite magnitude.
     spacing: Distance of neighbouring master weights at that magnitude.
-    smallest_learning_rate: A step of this size moves it: half the spacing.
+    smallest_learning_rate: A step of this size moves it: half the spacing, or at 24
+      bits, where smaller steps add up, half of float32's.
   """
 
   path: str
@@ -56,8 +57,9 @@ def check_numerics(
   """Lists the leaves whose updates round to nothing.
 
   An update of Adam or Lion moves a weight by about the learning rate. Where that
-  is less than half the distance between neighbouring master weights, at the
-  leaf's largest weight, the weight stays where it is. More master bits
+  is less than half the distance between neighbouring master weights (at 24 bits,
+  between neighbouring float32 numbers), at the leaf's largest weight, the weight
+  stays where it is. More master bits
   (``Storage.master_bits``), a larger learning rate, or float32 for these leaves
   (``from_fp32(..., keep=...)``) help.
 
@@ -89,8 +91,10 @@ def check_numerics(
     magnitude = jnp.where(jnp.isfinite(master), jnp.abs(master), 0)
     largest = float(jnp.max(magnitude))
     spacing = _spacing(largest, dtype, bits.get(leaf))
-    if learning_rate < spacing / 2:
-      stalled.append(StalledLeaf(leaf, largest, spacing, spacing / 2))
+    adds_up = bits.get(leaf) == 24
+    smallest = spacing * (codec.HALF_OF_FLOAT32 if adds_up else 0.5)
+    if learning_rate < smallest:
+      stalled.append(StalledLeaf(leaf, largest, spacing, smallest))
   report = NumericsReport(stalled)
   if report and raise_error:
     raise NumericsError(

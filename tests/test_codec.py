@@ -490,7 +490,7 @@ def test_a_first_moment_decays_as_float32s_does(held, decay, storage):
   Where all of a group decays, codes stay as they are.
   """
   updates = round(12 / (1 - decay))
-  start, found, expected, code, level, _, differs, largest, last, free = decaying(
+  _, found, expected, code, level, _, differs, largest, last, free = decaying(
       "first", storage, decay, updates, held=held
   )
   if not held:
@@ -522,7 +522,8 @@ def test_neighbours_of_an_outlier_keep_what_they_mean(spike, kind):
   def run():
     def step(moment, count):
       rounding = rounding_for(count, kind)
-      at_rest = codec.decode(*codec.encode(spiked, kind, storage, rounding), kind, storage)
+      at_rest = codec.encode(spiked, kind, storage, rounding)
+      at_rest = codec.decode(*at_rest, kind, storage)
       new = jnp.where(count == 0, spiked, x)
       moment = decay * codec.decode(*moment, kind, storage) + (1 - decay) * new
       moment = codec.encode(moment, kind, storage, rounding)
@@ -534,8 +535,8 @@ def test_neighbours_of_an_outlier_keep_what_they_mean(spike, kind):
   for found in map(f64, run()):
     assert np.isfinite(found).all()
     # Updates divide by the root.
-    found = (found if kind == "first" else np.sqrt(found)).mean(0)
-    ratio = found / (x if kind == "first" else np.sqrt(x))
+    mean = (found if kind == "first" else np.sqrt(found)).mean(0)
+    ratio = mean / (x if kind == "first" else np.sqrt(x))
     assert ratio[~outlier].min() > 0.5
     assert ratio[~outlier].max() < 2
     assert (np.abs(ratio[outlier]) > 2).all()
@@ -1076,8 +1077,8 @@ def test_no_step_keeps_every_bit():
   advance, add = jax.jit(codec.advance), jax.jit(jnp.add)
   thresholds = np.asarray(codec.rounding_of(jnp.arange(2**16)).master)
   for threshold in (thresholds.min(), thresholds.max(), *thresholds[:3]):
-    for step in np.float32([0.0, -0.0]):
-      step = np.full(p.shape, step)
+    for zero in np.float32([0.0, -0.0]):
+      step = np.full(p.shape, zero)
       after = np.asarray(advance(p, c, step, threshold))
       np.testing.assert_array_equal(
           after.view(np.uint32)[normal], before.view(np.uint32)[normal]

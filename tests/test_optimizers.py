@@ -322,7 +322,7 @@ def distance(name, seed, steps=1000, storage=None):
   """Relative RMS distance from Optax, for every leaf, after many steps."""
   case = CASES[name]
   args = {**case.args, "learning_rate": 1e-3}
-  ours = case.ours(**args, storage=storage or fo.Storage())
+  ours = case.ours(**args, storage=storage or ALL_QUANTIZED)
   theirs = case.optax(**args)
   masters = draw(seed, scale=0.5)
   rng = np.random.default_rng(seed)
