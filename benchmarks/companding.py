@@ -54,7 +54,8 @@ def roundtrip(x, kind, variant, count):
   """What is left of a moment, its last axis one group, after a step's storage."""
   storage = Storage(companding=variant.partition("_")[0], group_size=GROUP)
   if variant != "root_nearest":
-    encoded = codec.encode(x, kind, storage, codec.rounding_of(count))
+    rounding = getattr(codec.rounding_of(count), kind)
+    encoded = codec.encode(x, kind, storage, rounding)
     return codec.decode(*encoded, kind, storage)
   exact = codec.exact_scale(x, kind, storage)
   scale = codec.round_scale(exact, codec.TO_NEAREST.scale)

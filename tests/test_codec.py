@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from typing import NamedTuple
 
 import hypothesis.strategies as st
 import jax
@@ -394,19 +395,39 @@ def test_a_group_decays_as_its_float32_moment_does(kind, storage):
   np.testing.assert_allclose(rate, np.full_like(rate, true), rtol=2.5e-2)
 
 
+class Decay(NamedTuple):
+  """What :func:`decaying` finds, of each element. Sums are over updates.
+
+  Attributes:
+    start: Codes at the start.
+    free: Whether the element decays.
+    value: Sum of what its codes mean.
+    exact: Sum of the values that float32's moment has.
+    code: Sum of codes.
+    level: Sum of the numbers that would be rounded to codes in float32's moment.
+    early: After how many updates it is zero when float32's is not, nor nearly.
+    differs: After how many it is not zero and has another code than at the start.
+    apart: The largest difference of a code from that number.
+    last: Codes at the end.
+  """
+
+  start: np.ndarray
+  free: np.ndarray
+  value: np.ndarray
+  exact: np.ndarray
+  code: np.ndarray
+  level: np.ndarray
+  early: np.ndarray
+  differs: np.ndarray
+  apart: np.ndarray
+  last: np.ndarray
+
+
 def decaying(kind, storage, decay, updates, scale=1.0, held=False):
   """What every code means while it decays.
 
   Groups hold the top code beside others. Two elements, one of each half, keep it
   where ``held``; elsewhere all of a group decays.
-
-  Returns:
-    The codes at the start, and sums over updates, by element: of values, of the values
-    that float32's moments have, of codes, of the numbers that codes are rounded from,
-    of updates after which values are zero before float32's nearly are, and of those
-    after which they aren't but codes differ from the first ones; the largest
-    difference of codes from the numbers that they are rounded from; the last codes.
-    And which elements are not held.
   """
   top = LEVELS[kind]
   free = ~np.isin(np.arange(32), [0, 4])
@@ -445,7 +466,8 @@ def decaying(kind, storage, decay, updates, scale=1.0, held=False):
     moment, _, sums, largest = jax.lax.fori_loop(0, updates, update, carry)
     return (*sums, largest, moment[0])
 
-  return codes, *map(np.asarray, run()), np.broadcast_to(free, codes.shape)
+  free = np.broadcast_to(free, codes.shape)
+  return Decay(codes, free, *map(np.asarray, run()))
 
 
 @companding
@@ -456,13 +478,12 @@ def test_a_second_moment_decays_as_float32s_does(decay, storage):
   The smallest codes underflow here.
   """
   updates = min(round(4 / (1 - decay)), 8000)
-  start, found, expected, _, _, early, differs, _, _, _ = decaying(
-      "second", storage, decay, updates, scale=1.25 * 2.0**-47
-  )
-  assert not early.any()
-  assert not differs.any()
-  large = start > 1  # Code 1 is near the end from the start.
-  np.testing.assert_allclose(found[large] / expected[large], 1, rtol=0.03)
+  of = decaying("second", storage, decay, updates, scale=1.25 * 2.0**-47)
+  assert not of.early.any()
+  assert not of.differs.any()
+  ratio = of.value / of.exact
+  # Code 1 is near the end from the start.
+  np.testing.assert_allclose(ratio[of.start > 1], 1, rtol=0.03)
 
 
 @companding
@@ -470,15 +491,13 @@ def test_a_second_moment_decays_as_float32s_does(decay, storage):
 def test_a_second_moment_decays_beside_a_constant_one(decay, storage):
   """Its code steps down as it should on average, and to 1."""
   updates = min(round(3 / (1 - decay)), 8000)
-  start, found, expected, _, _, early, _, _, last, free = decaying(
-      "second", storage, decay, updates, held=True
-  )
-  assert not early.any()
-  assert (last > 0).all()
-  assert (last <= start).all()
-  ratio = found / expected
-  np.testing.assert_allclose(ratio[free & (start >= 64)], 1, rtol=0.1)
-  np.testing.assert_allclose(ratio[free & (start >= 16)].mean(), 1, rtol=0.03)
+  of = decaying("second", storage, decay, updates, held=True)
+  assert not of.early.any()
+  assert (of.last > 0).all()
+  assert (of.last <= of.start).all()
+  ratio = of.value / of.exact
+  np.testing.assert_allclose(ratio[of.free & (of.start >= 64)], 1, rtol=0.1)
+  np.testing.assert_allclose(ratio[of.free & (of.start >= 16)].mean(), 1, rtol=0.03)
 
 
 @companding
@@ -490,16 +509,14 @@ def test_a_first_moment_decays_as_float32s_does(held, decay, storage):
   Where all of a group decays, codes stay as they are.
   """
   updates = round(12 / (1 - decay))
-  _, found, expected, code, level, _, differs, largest, last, free = decaying(
-      "first", storage, decay, updates, held=held
-  )
+  of = decaying("first", storage, decay, updates, held=held)
   if not held:
-    assert not differs.any()
-    np.testing.assert_allclose(found, expected, rtol=0.02)
+    assert not of.differs.any()
+    np.testing.assert_allclose(of.value, of.exact, rtol=0.02)
     return
-  assert (np.abs(code - level) / updates)[free].max() < 1
-  assert largest[free].max() < 5
-  assert np.abs(last[free].astype(int)).max() <= 2
+  assert (np.abs(of.code - of.level) / updates)[of.free].max() < 1
+  assert of.apart[of.free].max() < 5
+  assert np.abs(of.last[of.free].astype(int)).max() <= 2
 
 
 @kinds

@@ -374,7 +374,7 @@ def test_check_numerics_raises_when_asked():
   masters = {"a": jnp.ones(3), "b": 1e-3 * jnp.ones(3)}
   params, state = fo.from_fp32(fo.lion(1e-6, storage=cases.QUANTIZED), masters)
   with pytest.raises(fo.NumericsError, match="a: largest weight 1") as error:
-    fo.check_numerics(params, state, 1e-6, raise_error=True)
+    fo.check_numerics(params, state, 1e-8, raise_error=True)
   assert isinstance(error.value, ValueError)
   assert not fo.check_numerics(params, state, 1e-3, raise_error=True)
 
