@@ -58,10 +58,9 @@ def check_numerics(
 
   An update of Adam or Lion moves a weight by about the learning rate. Where that
   is less than half the distance between neighbouring master weights (at 24 bits,
-  between neighbouring float32 numbers), at the leaf's largest weight, the weight
-  stays where it is. More master bits
-  (``Storage.master_bits``), a larger learning rate, or float32 for these leaves
-  (``from_fp32(..., keep=...)``) help.
+  where smaller steps add up, between neighbouring float32 numbers), at the leaf's
+  largest weight, the weight stays where it is. Master bits (``Storage.master_bits``),
+  if there are none, or a larger learning rate help.
 
   Args:
     params: The parameters: concrete arrays.
