@@ -314,7 +314,9 @@ class _Placed:
         for tree in (moment.values, moment.scales)
     ]
     # By parameter, in the order of the updates.
-    parts = jax.tree.map(lambda *sizes: sum(sizes), *moments, state.correction)
+    parts = jax.tree.map(
+        lambda *sizes: sum(jax.tree.leaves(sizes)), *moments, state.correction
+    )
     leaves = [
         *jax.tree.leaves(parts["embed"]),
         *jax.tree.leaves(parts["layers"]) * self._num_layers,
