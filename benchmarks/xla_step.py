@@ -66,7 +66,9 @@ def seconds_per_step(step, tx, grads, kept):
 
 def profile(rule, storage, leaf, scalars):
   """Seconds of each of the CPU path's passes over one leaf, alone, in place."""
-  config = xla._Config(rule, storage, decay=True, new_params=True, gpu=False)
+  config = xla._Config(
+    rule, storage, quantized=True, decay=True, new_params=True, gpu=False
+  )
   operands = xla._Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
   passes = {}
   for moment, stored in zip(rule.moments, leaf.moments, strict=True):
@@ -162,13 +164,11 @@ def main():
     ),
     decay=True,
   )
-  hyperparameters = optimizers._adam_scalars(jnp.int32(1), 0.9, 0.999, 1e-8, 0.0)
-  hyperparameters |= {
-    "learning_rate": 1e-3,
-    "weight_decay": 1e-4,
-    "scale_rounding": codec.TO_NEAREST.scale,
-    "code_rounding": codec.TO_NEAREST.code,
-  }
+  hyperparameters = optimizers._adam_scalars(
+    jnp.int32(1), 0.9, 0.999, 1e-8, 0.0, nesterov=False
+  )
+  hyperparameters |= codec.rounding_scalars(jnp.int32(1))
+  hyperparameters |= {"learning_rate": 1e-3, "weight_decay": 1e-4}
   result["profile_of_wide_seconds"] = profile(
     rules.ADAM, fo.Storage(), leaf, hyperparameters
   )

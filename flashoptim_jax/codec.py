@@ -178,7 +178,8 @@ def rounding_of(count: jax.Array) -> Rounding:
   slack = jnp.where(code >= 2**16 - margin, 1 - _CODE_ERROR, slack)
   second = MomentRounding(scale("second"), between_0_and_1(code), slack)
   master = between_0_and_1(sequence("master"))
-  master = jnp.clip(master, HALF_OF_FLOAT32, 1 - HALF_OF_FLOAT32)
+  # Above the lower end: infinite weights times zero would be NaN.
+  master = jnp.clip(master, HALF_OF_FLOAT32 + 2.0**-16, 1 - HALF_OF_FLOAT32)
   return Rounding(first, second, master)
 
 

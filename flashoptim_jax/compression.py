@@ -90,13 +90,13 @@ def compress(
   Examples:
     >>> import flashoptim_jax as fo, jax, jax.numpy as jnp, optax
     >>> tx = fo.compress(optax.contrib.muon(0.02))
-    >>> params, state = fo.from_fp32(tx, {"w": jnp.eye(32, 64)})
+    >>> params, state = fo.from_fp32(tx, {"w": jnp.eye(64)})
     >>> grads = jax.tree.map(jnp.ones_like, params)
     >>> params, state = fo.step(tx, grads, state, params)
     >>> params["w"].dtype.name, fo.moments(state)["mu"]["w"].dtype.name
     ('bfloat16', 'float32')
     >>> fo.memory_report(tx, params).moments  # in bytes, one per parameter
-    2048
+    4096
   """
   if isinstance(tx, optax.MultiSteps):
     tx = tx.gradient_transformation()

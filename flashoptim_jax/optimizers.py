@@ -88,7 +88,7 @@ def adamw(
   Examples:
     >>> import flashoptim_jax as fo, jax, jax.numpy as jnp
     >>> tx = fo.adamw(1e-1)
-    >>> params, state = fo.from_fp32(tx, jnp.array([1.0, -2.0, 3.0]))
+    >>> params, state = fo.from_fp32(tx, jnp.linspace(-2.0, 3.0, 4096))
     >>> for _ in range(5):
     ...   grads = jax.grad(lambda w: jnp.sum(w**2))(params)
     ...   params, state = fo.step(tx, grads, state, params)

@@ -42,7 +42,7 @@ def test_a_restored_run_goes_on_bit_for_bit(
 
 def test_across_meshes(tmp_path):
   """4×2 → 8 → 2×4 → 1: the same arrays, and the same updates after them."""
-  tx = optax.chain(optax.clip(1.0), fo.adamw(resume.SCHEDULE))
+  tx = optax.chain(optax.clip(1.0), fo.adamw(resume.SCHEDULE, storage=cases.QUANTIZED))
   meshes = [resume.make_mesh(shape) for shape in ((4, 2), (8, 1), (2, 4), (1, 1))]
   update = jax.jit(functools.partial(fo.step, tx))
 
@@ -88,7 +88,7 @@ def restore(path, target):
     return checkpointer.restore(path, args=checkpoint.Restore(target))
 
 
-TX = optax.chain(optax.clip(1.0), fo.adamw(1e-3))
+TX = optax.chain(optax.clip(1.0), fo.adamw(1e-3, storage=cases.QUANTIZED))
 
 
 def in_chain(tx):
@@ -108,7 +108,8 @@ def test_another_tree_is_refused(described, tmp_path):
     return jax.eval_shape(lambda: {"params": params, "opt_state": state})
 
   def with_storage(**options):
-    return target(in_chain(fo.adamw(1e-3, storage=fo.Storage(**options))))
+    storage = fo.Storage(**options, min_quantized_size=0)
+    return target(in_chain(fo.adamw(1e-3, storage=storage)))
 
   taller = {**params, "matrix": jnp.zeros((3, 40), jnp.bfloat16)}
   wide = fo.cast_params(params, jnp.float32)
@@ -116,7 +117,7 @@ def test_another_tree_is_refused(described, tmp_path):
       (with_storage(master_bits=32), r"opt_state/1.*flashoptim_jax\.convert"),
       (with_storage(moment_bits=32), r"opt_state/1.*flashoptim_jax\.convert"),
       (target(in_chain(optax.adamw(1e-3))), r"opt_state/1"),
-      (target(in_chain(fo.lion(1e-3))), r"opt_state/1"),
+      (target(in_chain(fo.lion(1e-3, storage=cases.QUANTIZED))), r"opt_state/1"),
       (target(params=taller), r"matrix.*\(2, 40\).*\(3, 40\)"),
       (
           {**target(), "params": jax.eval_shape(lambda: wide)},
@@ -129,7 +130,7 @@ def test_another_tree_is_refused(described, tmp_path):
     refused += [
         (with_storage(companding="paper"), r"opt_state/1.*flashoptim_jax\.convert"),
         (target(in_chain(optax.adamw(1e-3))), r"flashoptim_jax\.to_optax"),
-        (target(in_chain(fo.lion(1e-3))), r"no conversion"),
+        (target(in_chain(fo.lion(1e-3, storage=cases.QUANTIZED))), r"no conversion"),
     ]
   for abstract, message in refused:
     with pytest.raises(ValueError, match=message):

@@ -61,7 +61,7 @@ def test_lossless_storage_is_the_optimizer_itself(name):
 def test_lossless_state_starts_from_the_masters():
   masters = cases.tree(cases.TINY_SHAPES, dtype=jnp.float32)
   for tx, field in ((contrib.prodigy(), "params0"), (contrib.dog(), "init_params")):
-    _, state = fo.from_fp32(fo.compress(tx), masters)
+    _, state = fo.from_fp32(fo.compress(tx, cases.QUANTIZED), masters)
     cases.assert_same(optax.tree.get(state, field), masters)
 
 
@@ -73,11 +73,16 @@ def test_lossless_state_starts_from_the_masters():
     [
         (
             optax.adamw(1e-2, weight_decay=0.1),
-            fo.adamw(1e-2, weight_decay=0.1, implementation="xla"),
+            fo.adamw(
+                1e-2,
+                weight_decay=0.1,
+                implementation="xla",
+                storage=cases.QUANTIZED,
+            ),
         ),
         (
             optax.lion(1e-3),
-            fo.lion(1e-3, implementation="xla"),
+            fo.lion(1e-3, implementation="xla", storage=cases.QUANTIZED),
         ),
     ],
     ids=["adamw", "lion"],
@@ -85,7 +90,7 @@ def test_lossless_state_starts_from_the_masters():
 @pytest.mark.parametrize("function", [cases.jitted_step, cases.jitted_update])
 def test_agrees_with_the_flash_optimizer(plain, flash, function):
   params = cases.tree(cases.SMALL_SHAPES)
-  compressed = cases.train(fo.compress(plain), params, 3, function)
+  compressed = cases.train(fo.compress(plain, cases.QUANTIZED), params, 3, function)
   desired = cases.train(flash, params, 3, function)
   masters, others = fo.to_fp32(*compressed), fo.to_fp32(*desired)
   cases.assert_masters_close(masters, others, params, 24, 3)
@@ -95,11 +100,11 @@ def test_agrees_with_the_flash_optimizer(plain, flash, function):
 
 def test_memory_report():
   params = cases.tree({"w": ((64, 64), jnp.bfloat16)})
-  report = fo.memory_report(fo.compress(optax.adamw(1e-3)), params)
-  desired = fo.memory_report(fo.adamw(1e-3), params)
+  report = fo.memory_report(fo.compress(optax.adamw(1e-3), cases.QUANTIZED), params)
+  desired = fo.memory_report(fo.adamw(1e-3, storage=cases.QUANTIZED), params)
   # Its count beside Adam's own.
   assert report == dataclasses.replace(desired, other=desired.other + 4)
-  report = fo.memory_report(fo.compress(contrib.prodigy()), params)
+  report = fo.memory_report(fo.compress(contrib.prodigy(), cases.QUANTIZED), params)
   kept = 2 * 4 * 64 * 64  # grad_sum and params0
   assert (report.moments, report.other - kept) == (2 * 64 * 64, 16)
 
@@ -123,7 +128,7 @@ WRAPPED = {
 @pytest.mark.parametrize("name", WRAPPED)
 def test_inside_of_compress(name):
   """Every moment under a wrapper is found, and the types of a state are stable."""
-  tx = fo.compress(WRAPPED[name]())
+  tx = fo.compress(WRAPPED[name](), cases.QUANTIZED)
   params = cases.tree(cases.SMALL_SHAPES)
   state = tx.init(params)
   cases.assert_same(state, jax.jit(tx.init)(params))
@@ -152,7 +157,7 @@ def test_inside_of_compress(name):
     [
         lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
         lambda tx: optax.partition(
-            {True: tx, False: fo.adamw(1e-2)},
+            {True: tx, False: fo.adamw(1e-2, storage=cases.QUANTIZED)},
             lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
         ),
         lambda tx: optax.masked(tx, {"matrix": True, "bias": False}),
@@ -162,7 +167,7 @@ def test_inside_of_compress(name):
 )
 def test_inside_of_wrappers(wrap):
   """``step`` and ``update`` land on the same parameters."""
-  tx = wrap(fo.compress(optax.adamw(1e-2)))
+  tx = wrap(fo.compress(optax.adamw(1e-2), cases.QUANTIZED))
   params, state = fo.from_fp32(tx, cases.tree(cases.SMALL_SHAPES, dtype=jnp.float32))
   grads = cases.grads_like(params)
   stepped = cases.step(tx, grads, state, params)
@@ -261,15 +266,23 @@ def test_arrays_that_nothing_is_known_of_are_named_once():
 
 def test_codecs():
   params = cases.tree(cases.SMALL_SHAPES)
-  tx = fo.compress(optax.adam(1e-2), codecs={"ScaleByAdamState.nu": "float32"})
+  tx = fo.compress(
+      optax.adam(1e-2), cases.QUANTIZED, codecs={"ScaleByAdamState.nu": "float32"}
+  )
   state = tx.init(params)
   assert state.format.moments == (("0.mu", "first"),)
   assert optax.tree.get(state, "nu")["bias"].dtype == jnp.float32
   tx = fo.compress(
-      optax.MultiSteps(optax.sgd(1e-2), 2), codecs={"acc_grads": "first_moment"}
+      optax.MultiSteps(optax.sgd(1e-2), 2),
+      cases.QUANTIZED,
+      codecs={"acc_grads": "first_moment"},
   )
   assert optax.tree.get(tx.init(params), "acc_grads")["bias"].dtype == jnp.int8
-  tx = fo.compress(optax.adagrad(1e-2), codecs={"sum_of_squares": "second_moment"})
+  tx = fo.compress(
+      optax.adagrad(1e-2),
+      cases.QUANTIZED,
+      codecs={"sum_of_squares": "second_moment"},
+  )
   sums = fo.moments(tx.init(params))["sum_of_squares"]
   np.testing.assert_allclose(sums["matrix"], 0.1, rtol=2**-7)  # its initial value
 
@@ -281,13 +294,13 @@ def test_errors():
   with pytest.raises(ValueError, match="'typo', which is not in the state"):
     fo.compress(optax.adam(1e-2), codecs={"typo": "float32"}).init(params)
   with pytest.raises(ValueError, match="without flash optimizers"):
-    fo.compress(fo.adam(1e-2)).init(params)
+    fo.compress(fo.adam(1e-2, storage=cases.QUANTIZED), cases.QUANTIZED).init(params)
   named = optax.named_chain(
       ("a", optax.chain(optax.scale_by_adam())), ("a.0", optax.scale_by_adam())
   )
   with pytest.raises(ValueError, match=r"path 'a\.0\.mu'.*\['a\.0'\]\.mu"):
     fo.compress(named).init(params)
-  tx = fo.compress(optax.adam(1e-2))
+  tx = fo.compress(optax.adam(1e-2), cases.QUANTIZED)
   state, grads = tx.init(params), cases.grads_like(params)
   with pytest.raises(ValueError, match="is a tuple; expected a CompressedState"):
     tx.update(grads, optax.adam(1e-2).init(params), params)
@@ -307,7 +320,7 @@ def test_errors():
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,)])
 def test_odd_leaves(shape):
-  tx = fo.compress(optax.adamw(1e-2))
+  tx = fo.compress(optax.adamw(1e-2), cases.QUANTIZED)
   params = {"x": jnp.ones(shape, jnp.bfloat16), "none": {}}
   params, state = fo.step(tx, params, tx.init(params), params)
   assert params["x"].shape == fo.moments(state)["mu"]["x"].shape == shape
@@ -353,7 +366,7 @@ def test_leaf_by_leaf_is_all_at_once(tx, monkeypatch):
 )
 def test_leaf_by_leaf_takes_few_temporaries(tx, most, monkeypatch):
   """Taken apart, a computation is the same, with few temporaries."""
-  tx = fo.compress(tx)
+  tx = fo.compress(tx, cases.QUANTIZED)
   params = cases.tree({name: ((64, 256), jnp.bfloat16) for name in "abc"})
   grads = cases.grads_like(params)
   state = tx.init(params)
@@ -403,7 +416,7 @@ def sharded_step(tx, mesh, params, grads, state):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded(kind):
-  tx = fo.compress(optax.adamw(1e-2))
+  tx = fo.compress(optax.adamw(1e-2), cases.QUANTIZED)
   params = cases.tree(SHAPES)
   grads, state = cases.grads_like(params), tx.init(params)
   mesh = make_mesh("4x2", KINDS[kind])
@@ -431,7 +444,7 @@ def test_sharded(kind):
     ids=["lion, manual", "momentum, manual", "momentum, explicit"],
 )
 def test_sharded_one_moment(tx, kind):
-  tx = fo.compress(tx)
+  tx = fo.compress(tx, cases.QUANTIZED)
   names = ["tensor", "mixed"]
   mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
   shardings = shardings_on(mesh, {name: SPECS[name] for name in names})
@@ -454,7 +467,7 @@ def test_sharded_one_moment(tx, kind):
 
 
 def test_explicit_axes_that_cut_groups():
-  tx = fo.compress(optax.sgd(1e-2, momentum=0.9))
+  tx = fo.compress(optax.sgd(1e-2, momentum=0.9), cases.QUANTIZED)
   mesh = make_mesh("4x2", AxisType.Explicit)
   names = ["sixteen", "eight"]
   shardings = shardings_on(mesh, {name: CUT_SPECS[name] for name in names})
@@ -481,7 +494,7 @@ def test_no_more_collectives_than_optax():
   mesh = make_mesh("4x2")
   found = []
   for tx, own in (
-      (fo.compress(optax.lamb(1e-2)), params),
+      (fo.compress(optax.lamb(1e-2), cases.QUANTIZED), params),
       (optax.lamb(1e-2), fo.cast_params(params, jnp.float32)),
   ):
     grads = cases.grads_like(own)
@@ -494,7 +507,7 @@ def test_no_more_collectives_than_optax():
 
 
 def test_checkpoint(tmp_path):
-  tx = fo.compress(contrib.muon(1e-2))
+  tx = fo.compress(contrib.muon(1e-2), cases.QUANTIZED)
   params = cases.tree(cases.SMALL_SHAPES)
   params, state = cases.train(tx, params, 2)
   with ocp.CheckpointManager(tmp_path) as manager:
@@ -510,7 +523,7 @@ def test_checkpoint(tmp_path):
 
 
 def test_moves():
-  tx, plain = fo.compress(optax.adamw(1e-2)), optax.adamw(1e-2)
+  tx, plain = fo.compress(optax.adamw(1e-2), cases.QUANTIZED), optax.adamw(1e-2)
   masters = cases.tree(cases.SMALL_SHAPES, dtype=jnp.float32)
   params, state = cases.train(tx, *fo.from_fp32(tx, masters)[:1], 2)
   left = fo.to_optax(tx, params, state)
@@ -525,7 +538,7 @@ def test_moves():
 
 
 def test_gradient_release():
-  tx = fo.compress(optax.adamw(1e-2))
+  tx = fo.compress(optax.adamw(1e-2), cases.QUANTIZED)
   params = cases.tree(cases.SMALL_SHAPES)
   state = tx.init(params)
 
@@ -567,7 +580,7 @@ def test_muon_converges_like_plain_muon():
 
   masters = {"w": jnp.zeros((64, 32))}
   plain = contrib.muon(optax.cosine_decay_schedule(0.2, 300))
-  compressed = fo.compress(plain)
+  compressed = fo.compress(plain, cases.QUANTIZED)
   desired = run(plain, masters, plain.init(masters))
   actual = run(compressed, *fo.from_fp32(compressed, masters))
   assert desired[-1] < 1e-2 * desired[0]

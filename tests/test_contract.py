@@ -66,14 +66,18 @@ def test_result_is_a_pair_with_extra_args(name, storage):
 
 
 @every_case
-def test_updates_have_the_gradients_dtype(name, storage):
+def test_updates_hold_what_gradients_and_parameters_hold(name, storage):
   tx = cases.make(name, storage)
   params = cases.tree()
   state = tx.init(params)
   for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, None):
     grads = cases.grads_like(params, dtype=dtype)
     updates, new_state = jax.eval_shape(tx.update, grads, state, params)
-    cases.assert_same_types(updates, grads)
+    cases.assert_same_types(updates, jax.tree.map(
+        lambda g, p: jax.ShapeDtypeStruct(p.shape, jnp.promote_types(g.dtype, p.dtype)),
+        grads,
+        params,
+    ))
     cases.assert_same_types(new_state, state)
     new_params, new_state = jax.eval_shape(
         functools.partial(fo.step, tx), grads, state, params

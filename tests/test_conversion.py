@@ -137,7 +137,7 @@ def test_the_state_is_the_one_that_optax_has(nesting):
 
 def test_sgd_with_weight_decay_becomes_a_chain():
   params = cases.tree(cases.TINY_SHAPES)
-  tx = fo.sgd(SCHEDULE, 0.9, weight_decay=0.1, mask=no_vectors)
+  tx = fo.sgd(SCHEDULE, 0.9, weight_decay=0.1, mask=no_vectors, storage=cases.QUANTIZED)
   state = cases.random_state(tx, params)
   optax_state, back = to_and_from(tx, params, state)
   chain = optax.chain(
@@ -172,7 +172,7 @@ def test_injected_weight_decay_of_sgd_has_no_counterpart():
 
 def test_counts_and_moments_are_separate_arrays():
   """A state can be donated only if no array is in it twice."""
-  tx = fo.adamw(SCHEDULE)
+  tx = fo.adamw(SCHEDULE, storage=cases.QUANTIZED)
   params = cases.tree(cases.TINY_SHAPES)
   state = fo.to_optax(tx, params, tx.init(params))
   pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
@@ -182,7 +182,7 @@ def test_counts_and_moments_are_separate_arrays():
 def test_from_optax_without_masters():
   """Corrections are zero, and float32 parameters have none."""
   masters = fo.cast_params(cases.tree(), jnp.float32)
-  tx = fo.adamw(1e-3)
+  tx = fo.adamw(1e-3, storage=cases.QUANTIZED)
   plain_state = optax.adamw(1e-3).init(masters)
   params = fo.cast_params(masters, jnp.bfloat16, keep="norm")
   state = fo.from_optax(tx, params, plain_state)
@@ -217,7 +217,7 @@ def test_leaves_of_one_name(make, twin):
 def test_from_optax_errors():
   params = cases.tree(cases.TINY_SHAPES)
   masters = fo.cast_params(params, jnp.float32)
-  tx = fo.adamw(SCHEDULE)
+  tx = fo.adamw(SCHEDULE, storage=cases.QUANTIZED)
   good = optax.adamw(SCHEDULE).init(masters)
   bad_shape = good[0]._replace(mu={**good[0].mu, "norm": jnp.zeros(4)})
   for bad, message in [
@@ -244,9 +244,9 @@ def test_from_optax_errors():
 
 def test_to_optax_errors():
   params = cases.tree(cases.TINY_SHAPES)
-  tx = fo.adamw(1e-3)
+  tx = fo.adamw(1e-3, storage=cases.QUANTIZED)
   with pytest.raises(ValueError, match=r"lion.*; tx is flashoptim_jax.adam "):
-    fo.to_optax(tx, params, fo.lion(1e-3).init(params))
+    fo.to_optax(tx, params, fo.lion(1e-3, storage=cases.QUANTIZED).init(params))
   with pytest.raises(ValueError, match="No flash optimizer state"):
     fo.to_optax(tx, params, optax.adamw(1e-3).init(params))
   other = {**params, "more": params["norm"]}
@@ -316,7 +316,7 @@ def test_training_goes_on_in_either(name):
   assert straight[2][-1] < 0.7 * straight[0][0]
 
 
-STORAGES = {**cases.STORAGES, "32/8": fo.Storage(master_bits=32),
+STORAGES = {**cases.STORAGES, "32/8": fo.Storage(master_bits=32, min_quantized_size=0),
             "24/32": fo.Storage(moment_bits=32)}
 
 
@@ -362,7 +362,10 @@ def test_convert(source, target):
 @pytest.mark.parametrize("target", ["32/32", "32/8", "24/32"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_convert_to_more_bits_and_back_is_exact(target, dtype):
-  tx, wide = fo.adamw(1e-3), fo.adamw(1e-3, storage=STORAGES[target])
+  tx, wide = (
+      fo.adamw(1e-3, storage=storage)
+      for storage in (cases.QUANTIZED, STORAGES[target])
+  )
   params = cases.tree(cases.TINY_SHAPES, dtype=dtype)
   before = params, cases.random_state(tx, params)
   if dtype == jnp.float16:  # Its corrections stop at -127.
@@ -385,7 +388,7 @@ def test_convert_finds_every_state():
 
 def test_convert_errors():
   params = cases.tree(cases.TINY_SHAPES)
-  tx = fo.adamw(1e-3)
+  tx = fo.adamw(1e-3, storage=cases.QUANTIZED)
   state = tx.init(params)
   for tx_to, message in [
       (fo.lion(1e-3), "'<root>' is the state of flashoptim_jax.adam of tx_from"),
@@ -395,4 +398,4 @@ def test_convert_errors():
     with pytest.raises(ValueError, match=message):
       fo.convert(tx, tx_to, params, state)
   with pytest.raises(ValueError, match=r"tx_from is flashoptim_jax.lion"):
-    fo.convert(fo.lion(1e-3), tx, params, state)
+    fo.convert(fo.lion(1e-3, storage=cases.QUANTIZED), tx, params, state)

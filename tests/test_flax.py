@@ -135,7 +135,7 @@ def test_linen_train_states(name):
 
 def test_linen_train_state_uses_step(recorded_steps):
   state = fo.flax.TrainState.create(
-      apply_fn=None, params=linen_params(), tx=fo.adamw(0.1)
+      apply_fn=None, params=linen_params(), tx=fo.adamw(0.1, storage=cases.QUANTIZED)
   )
   state = state.apply_gradients(grads=state.params)
   assert recorded_steps == [{}]
@@ -209,7 +209,11 @@ def test_linen_leaves_that_are_overwritten():
   grads = {"params": {"w": jnp.ones(32, jnp.bfloat16)}, key: jnp.arange(3.0)}
   results = [
       jax.jit(cls.apply_gradients)(
-          cls.create(apply_fn=None, params=params, tx=fo.adamw(0.5)),
+          cls.create(
+              apply_fn=None,
+              params=params,
+              tx=fo.adamw(0.5, storage=cases.QUANTIZED),
+          ),
           grads=grads,
       )
       for cls in (fo.flax.TrainState, train_state.TrainState)
@@ -311,7 +315,8 @@ def test_nnx_optimizers(name):
 
 def test_nnx_optimizer_uses_step(recorded_steps):
   model = Nnx(nnx.Rngs(0))
-  state = fo.flax.Optimizer(model, fo.adamw(0.1), wrt=nnx.Param)
+  tx = fo.adamw(0.1, storage=cases.QUANTIZED)
+  state = fo.flax.Optimizer(model, tx, wrt=nnx.Param)
   state.update(model, nnx.state(model, nnx.Param), value=1.0)
   assert recorded_steps == [{"value": 1.0}]
   assert int(state.step[...]) == 1
@@ -370,7 +375,8 @@ def test_nnx_sharding_metadata_reaches_the_state():
 
   def create():
     model = Nnx(nnx.Rngs(0), sharding=("rows", "columns"))
-    return fo.flax.Optimizer(model, fo.adamw(0.1), wrt=nnx.Param)
+    tx = fo.adamw(0.1, storage=cases.QUANTIZED)
+    return fo.flax.Optimizer(model, tx, wrt=nnx.Param)
 
   with jax.set_mesh(mesh):
     specs = nnx.get_partition_spec(nnx.state(nnx.eval_shape(create)))

@@ -14,7 +14,7 @@ import flashoptim_jax as fo
 from flashoptim_jax import __main__ as command
 from flashoptim_jax import inspection
 
-TX = optax.chain(optax.clip(1.0), fo.adamw(1e-3))
+TX = optax.chain(optax.clip(1.0), fo.adamw(1e-3, storage=cases.QUANTIZED))
 
 
 def make():
@@ -112,7 +112,7 @@ def test_texts_beside_arrays(tmp_path):
 
 
 def test_a_state_alone(tmp_path):
-  state = fo.adamw(1e-3).init(cases.tree(cases.TINY_SHAPES))
+  state = fo.adamw(1e-3, storage=cases.QUANTIZED).init(cases.tree(cases.TINY_SHAPES))
   with ocp.Checkpointer(fo.checkpoint.Handler()) as checkpointer:
     checkpointer.save(tmp_path / "0", args=fo.checkpoint.Save(state))
   found = inspection.inspect(tmp_path / "0")

@@ -12,6 +12,7 @@ import pytest
 import flashoptim_jax as fo
 
 EXACT = fo.Storage(master_bits=32, moment_bits=32)
+ALL_QUANTIZED = fo.Storage(min_quantized_size=0)
 SHAPES = {
     "dense": {"kernel": (64, 96), "bias": (33,), "conv": (3, 3, 16, 40)},
     "norm": {"scalar": (), "one": (1,), "table": (7, 50)},
@@ -321,7 +322,7 @@ def distance(name, seed, steps=1000, storage=None):
   """Relative RMS distance from Optax, for every leaf, after many steps."""
   case = CASES[name]
   args = {**case.args, "learning_rate": 1e-3}
-  ours = case.ours(**args, storage=storage or fo.Storage())
+  ours = case.ours(**args, storage=storage or ALL_QUANTIZED)
   theirs = case.optax(**args)
   masters = draw(seed, scale=0.5)
   rng = np.random.default_rng(seed)
@@ -516,7 +517,7 @@ def test_float64_parameters(via):
         for _ in range(20)
     ]
     assert grads[0]["w"].dtype == jnp.float64
-    for storage, tolerance in ((EXACT, 1e-6), (fo.Storage(), 0.1)):
+    for storage, tolerance in ((EXACT, 1e-6), (ALL_QUANTIZED, 0.1)):
       tx = fo.adamw(LR, weight_decay=0.1, storage=storage)
       params, state = run_ours(tx, start, grads, via, dtype=jnp.float64)
       plain = optax.adamw(LR, weight_decay=0.1)

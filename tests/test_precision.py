@@ -74,7 +74,7 @@ def nestings(storage):
 
 # Leaves that have no flash optimizer in these.
 WITHOUT = {"masked": "head", "partition": "head"}
-every_nesting = pytest.mark.parametrize("nesting", nestings(fo.Storage()))
+every_nesting = pytest.mark.parametrize("nesting", nestings(cases.QUANTIZED))
 
 
 def by_path(tree):
@@ -87,7 +87,7 @@ def by_path(tree):
 @every_nesting
 @pytest.mark.parametrize("bits", [24, 32, None])
 def test_master_weights_survive_the_cast(nesting, bits):
-  tx = nestings(fo.Storage(master_bits=bits))[nesting]
+  tx = nestings(fo.Storage(master_bits=bits, min_quantized_size=0))[nesting]
   masters = draw()
   params, state = fo.from_fp32(tx, masters)
   assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
@@ -106,7 +106,7 @@ def test_the_cast_keeps_ties(bits):
   """A tie goes where the correction can reach, not where a cast rounds it."""
   b = np.arange(0x3F800000, 0x3F840000, 0x80, dtype=np.uint32)
   x = np.concatenate([b, b - 1, b + 1]).view(np.float32)
-  tx = fo.adamw(1e-2, storage=fo.Storage(master_bits=bits))
+  tx = fo.adamw(1e-2, storage=fo.Storage(master_bits=bits, min_quantized_size=0))
   back = np.asarray(fo.to_fp32(*fo.from_fp32(tx, {"w": x}))["w"])
   unit = 2.0**-16 if bits == 24 else 0.0
   assert (np.abs(np.float64(back) - x) <= unit * x).all()
@@ -131,7 +131,7 @@ def test_leaves_of_one_name_are_told_apart(twin):
 @every_nesting
 def test_steps_go_on_from_the_master_weights(nesting):
   """The state that from_fp32 makes is one to train with."""
-  tx = nestings(fo.Storage())[nesting]
+  tx = nestings(cases.QUANTIZED)[nesting]
   masters = draw()
   params, state = fo.from_fp32(tx, masters)
   grads = jax.tree.map(jnp.ones_like, params)
@@ -146,7 +146,7 @@ def test_steps_go_on_from_the_master_weights(nesting):
 
 
 def test_keep_leaves_in_float32():
-  tx = fo.adamw(1e-2)
+  tx = fo.adamw(1e-2, storage=cases.QUANTIZED)
   masters = draw()
   params, state = fo.from_fp32(tx, masters, keep=("*norm*", "head/*"))
   kept = {path for path, p in by_path(params).items() if p.dtype == jnp.float32}
@@ -219,7 +219,7 @@ def test_nothing_that_is_returned_dies_with_what_was_given(name):
 
 
 def test_float16_round_trip():
-  tx = fo.adamw(1e-2)
+  tx = fo.adamw(1e-2, storage=cases.QUANTIZED)
   masters = draw()
   params, state = fo.from_fp32(tx, masters, jnp.float16)
   for path, back in by_path(fo.to_fp32(params, state)).items():
@@ -238,7 +238,7 @@ def moment_paths(nesting):
 @every_nesting
 def test_moments_are_found_in_any_nesting(nesting):
   params = draw()
-  found = fo.moments(nestings(fo.Storage())[nesting].init(params))
+  found = fo.moments(nestings(cases.QUANTIZED)[nesting].init(params))
   assert set(found) == {"mu", "nu"}
   for name, paths in zip(("mu", "nu"), moment_paths(nesting), strict=True):
     assert set(by_path(found[name])) == paths
@@ -254,7 +254,7 @@ def test_moments_are_decoded(nesting):
   grads = draw(1)
   found = {}
   for bits in (8, 32):
-    tx = nestings(fo.Storage(moment_bits=bits))[nesting]
+    tx = nestings(fo.Storage(moment_bits=bits, min_quantized_size=0))[nesting]
     params, state = fo.from_fp32(tx, draw())
     for _ in range(2):  # optax.MultiSteps updates at the second.
       params, state = jax.jit(lambda g, s, p, tx=tx: fo.step(tx, g, s, p))(
@@ -288,7 +288,7 @@ def test_no_flash_state_is_an_error(function):
 
 def test_a_state_of_other_parameters_is_an_error():
   params = fo.cast_params(draw(), jnp.bfloat16)
-  state = fo.adamw(1e-3).init(params)
+  state = fo.adamw(1e-3, storage=cases.QUANTIZED).init(params)
   other = {**params, "embed": {"table": params["embed"]["table"][:3]}}
   with pytest.raises(ValueError, match="embed/table"):
     fo.to_fp32(other, state)
@@ -321,10 +321,10 @@ def test_llama_3_8b_takes_5_13_bytes_per_parameter():
 
 
 @pytest.mark.parametrize("storage", [
-    fo.Storage(),
+    cases.QUANTIZED,
     fo.Storage(master_bits=32, moment_bits=32),
-    fo.Storage(master_bits=None, companding="paper"),
-    fo.Storage(group_size=8),
+    fo.Storage(master_bits=None, companding="paper", min_quantized_size=0),
+    fo.Storage(group_size=8, min_quantized_size=0),
 ], ids=["24-8", "32-32", "none-8", "groups-of-8"])
 @every_nesting
 def test_report_is_what_a_real_state_takes(nesting, storage):

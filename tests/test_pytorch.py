@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import cases
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,7 +16,11 @@ from flashoptim_jax import pytorch
 SHAPES = {"0.weight": (5, 13), "0.bias": (5,), "2.weight": (2, 5)}
 KEYS = {"adamw": {"mu": "exp_avg", "nu": "exp_avg_sq"}, "lion": {"mu": "exp_avg"},
         "sgd": {"mu": "momentum_buffer"}}
-TX = {"adamw": fo.adamw(1e-3), "lion": fo.lion(1e-3), "sgd": fo.sgd(1e-3, 0.9)}
+TX = {
+    "adamw": fo.adamw(1e-3, storage=cases.QUANTIZED),
+    "lion": fo.lion(1e-3, storage=cases.QUANTIZED),
+    "sgd": fo.sgd(1e-3, 0.9, storage=cases.QUANTIZED),
+}
 
 
 def ulp(x, mantissa, smallest):
@@ -97,7 +102,7 @@ def test_decoding(name, bits, quantize):
     assert decoded.count == (7 if name == "adamw" else None)
 
 
-@pytest.mark.parametrize("storage", [fo.Storage(), fo.Storage(32, 32)])
+@pytest.mark.parametrize("storage", [cases.QUANTIZED, fo.Storage(32, 32)])
 def test_training_goes_on_from_it(storage):
   """In our storage, in a tree of our own, with kernels transposed."""
   model, optimizer, masters, moments = make("adamw", 32)

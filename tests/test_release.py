@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -336,7 +337,7 @@ CHAINS = {
     "mask tree": fo.sgd(0.5, weight_decay=0.5, mask=dict.fromkeys(SMALL, False)),
     "injected": optax.inject_hyperparams(fo.sgd, hyperparam_dtype=jnp.float32)(0.5),
     "partition": optax.partition(
-        {"a": sgd(optax.clip(1e-3)), "b": fo.lion(1e-2)},
+        {"a": sgd(optax.clip(1e-3)), "b": fo.lion(1e-2, storage=cases.QUANTIZED)},
         {"stack": "a", "norm": "b", "top": "b"},
     ),
     "frozen": optax.partition(
@@ -410,7 +411,7 @@ def test_what_takes_a_stack_as_a_whole_is_held(name):
 
 def trace(model, tx=None, params=None, **kwargs):
   """Traces a step, which raises what it raises."""
-  tx = fo.adamw(1e-2) if tx is None else tx
+  tx = fo.adamw(1e-2, storage=cases.QUANTIZED) if tx is None else tx
   params = small_params() if params is None else params
   state = jax.eval_shape(tx.init, params)
   return jax.eval_shape(released(model, tx, **kwargs), params, state, batch(0))
@@ -559,7 +560,7 @@ def test_reverse_mode_is_refused(wrap, scalar):
 
 def test_leaf_that_is_never_used():
   params = small_params() | {"spare": jnp.ones(DIM)}
-  tx = fo.adamw(1e-2)
+  tx = fo.adamw(1e-2, storage=cases.QUANTIZED)
   params, state = fo.from_fp32(tx, params)
   with pytest.warns(UserWarning, match="'spare' is not used"):
     _, new, new_state = jax.jit(released(small, tx))(params, state, batch(0))
@@ -665,7 +666,7 @@ def test_float16_loss_scaling():
   def scaled(call, live, tokens):
     return scale * small(call, live, tokens)
 
-  tx = fo.sgd(0.5, 0.9)
+  tx = fo.sgd(0.5, 0.9, storage=cases.QUANTIZED)
   unscaled = optax.chain(optax.stateless(unscale), tx)
   params, state = fo.from_fp32(tx, small_params(), jnp.float16)
   value, ours, _ = jax.jit(released(scaled, unscaled))(

@@ -28,7 +28,7 @@ def make(bits=24, dtype=jnp.bfloat16):
       "scale": draw(2, ()),
       "empty": jnp.zeros((0, 4)),
   }
-  tx = fo.adamw(1e-3, storage=fo.Storage(master_bits=bits))
+  tx = fo.adamw(1e-3, storage=fo.Storage(master_bits=bits, min_quantized_size=0))
   return masters, tx, fo.from_fp32(tx, masters, dtype, keep="*bias")
 
 
@@ -51,7 +51,7 @@ def test_round_trip(bits, max_shard_bytes, tmp_path):
 
 
 def test_other_dtypes(tmp_path):
-  tx = fo.adamw(1e-3)
+  tx = fo.adamw(1e-3, storage=cases.QUANTIZED)
   path = tmp_path / "model.safetensors"
   _, _, (params, state) = make(dtype=jnp.float16)
   fo.export_safetensors(path, params, state)
@@ -470,7 +470,7 @@ def test_damaged_files(tmp_path):
 
 
 def test_errors(tmp_path):
-  tx = fo.adamw(1e-3)
+  tx = fo.adamw(1e-3, storage=cases.QUANTIZED)
   params = {"w": jnp.ones(3, jnp.bfloat16)}
   state = tx.init(params)
   path = tmp_path / "model.safetensors"

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import flashoptim_jax as fo
 from flashoptim_jax import kernels, rules
 from flashoptim_jax.kernels import xla
 
@@ -108,7 +107,7 @@ def test_batches_are_limited(limits, expected, monkeypatch):
   sizes = [96, 32, 96, 512, 96, 64, 96]
   params = cases.tree({str(i): ((n,), BF16) for i, n in enumerate(sizes)})
   leaves = [kernels.Leaf("", p, p, None, (), True) for p in params.values()]
-  config = xla._Config(rules.LION, fo.Storage(), True, True, gpu=True)
+  config = xla._Config(rules.LION, cases.QUANTIZED, True, True, True, gpu=True)
   batches = list(xla._batches([config] * len(leaves), leaves))
   assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
   found = [sorted(sizes[i] for i in batch) for batch in batches]

@@ -6,8 +6,8 @@ Both update the same state with the same gradients at every step, so that one
 step's difference is not carried into the next. Equal means: scales bit for bit;
 codes bit for bit but for one step of the code, where a float32 rounding differs,
 in less than one of 10,000; master weights within one unit of their format at the
-leaf's largest weight, or through ``update``, whose result is rounded to the
-gradient's dtype, within one unit of that; float32 moments bit for bit.
+leaf's largest weight, or through ``update``, whose result is rounded to the wider
+dtype of gradient and parameter, within one unit of that; float32 moments bit for bit.
 """
 
 import functools
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import OPTIMIZERS, STORAGES
+from cases import OPTIMIZERS, QUANTIZED, STORAGES
 
 import flashoptim_jax as fo
 from flashoptim_jax import kernels
@@ -140,7 +140,8 @@ def test_equals_xla(name, storage, dtype, grad_dtype, via):
   def both(grads, state, params):
     ours = VIA[via](fused, grads, state, params)
     reference = VIA[via](plain, grads, state, params)
-    rounding = (params, grad_dtype) if via == "update" else None
+    update_dtype = jnp.promote_types(grad_dtype, dtype)
+    rounding = (params, update_dtype) if via == "update" else None
     return ours, differences(ours, reference, dtype, storage, rounding)
 
   params, state = fo.from_fp32(fused, random_tree(0, F32, 1.0), dtype)
@@ -165,7 +166,7 @@ def test_equals_xla(name, storage, dtype, grad_dtype, via):
 @pytest.mark.parametrize("via", ["step", "update"])
 def test_odd_shapes(via):
   """One step: small enough for compute-sanitizer, see README."""
-  tx = fo.adamw(1e-2)
+  tx = fo.adamw(1e-2, storage=QUANTIZED)
   params, state = fo.from_fp32(tx, random_tree(0, F32, 1.0))
   grads = random_tree(1, BF16, 1.0)
   params, state = jax.jit(functools.partial(VIA[via], tx))(
@@ -179,19 +180,19 @@ def test_many_leaves_share_launches(count):
   shapes = [(i % 5 + 1, 32 * (i % 3 + 1)) for i in range(count)]
   keys = jax.random.split(jax.random.key(0), count)
   params = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
-  fused = fo.adamw(1e-2, implementation="triton")
-  plain = fo.adamw(1e-2, implementation="xla")
+  fused = fo.adamw(1e-2, storage=QUANTIZED, implementation="triton")
+  plain = fo.adamw(1e-2, storage=QUANTIZED, implementation="xla")
   params, state = fo.from_fp32(fused, params)
   grads = jax.tree.map(lambda p: p * 2, params)
   ours = jax.jit(functools.partial(fo.step, fused))(grads, state, params)
   reference = jax.jit(functools.partial(fo.step, plain))(grads, state, params)
-  found = differences(ours, reference, BF16, fo.Storage())
+  found = differences(ours, reference, BF16, QUANTIZED)
   assert {kind: float(value) for kind, value in found.items() if value > 1} == {}
 
 
 def compiled_for_small_leaves(implementation, via):
   """A step of many small leaves of two shapes, compiled with donation."""
-  tx = fo.adamw(1e-3, implementation=implementation)
+  tx = fo.adamw(1e-3, storage=QUANTIZED, implementation=implementation)
   params = [jnp.ones(shape, BF16) for shape in ((64,), (32, 64)) for _ in range(16)]
   step = jax.jit(functools.partial(VIA[via], tx), donate_argnums=(1, 2))
   return len(params), step.lower(params, tx.init(params), params).compile().as_text()
@@ -215,11 +216,11 @@ def test_vmap():
   grads = {"w": jax.random.normal(jax.random.key(0), (3, 4, 64)).astype(BF16)}
   results = []
   for implementation in ("triton", "xla"):
-    tx = fo.adamw(1e-2, implementation=implementation)
+    tx = fo.adamw(1e-2, storage=QUANTIZED, implementation=implementation)
     state = jax.vmap(tx.init)(params)
     step = jax.jit(jax.vmap(functools.partial(fo.step, tx)))
     results.append(step(grads, state, params))
-  found = differences(*results, BF16, fo.Storage())
+  found = differences(*results, BF16, QUANTIZED)
   assert {kind: float(value) for kind, value in found.items() if value > 1} == {}
 
 
@@ -245,7 +246,7 @@ def test_bad_gradients_as_in_xla(bad, storage):
 
 
 def test_updates_in_place():
-  tx = fo.adamw(1e-3)
+  tx = fo.adamw(1e-3, storage=QUANTIZED)
   params, state = fo.from_fp32(
       tx, [jnp.ones((512, 1024)), jnp.ones((1024, 100)), jnp.ones((1024,))]
   )
@@ -274,7 +275,7 @@ def test_new_learning_rate_does_not_recompile():
     [((64, 5), BF16, "another axis"), ((0, 64), BF16, "empty")],
 )
 def test_forced_on_a_leaf_that_it_cannot_update(shape, dtype, reason):
-  tx = fo.adamw(1e-3, implementation="triton")
+  tx = fo.adamw(1e-3, storage=QUANTIZED, implementation="triton")
   params = {"w": jnp.zeros(shape, dtype)}
   with pytest.raises(ValueError, match=f"'w'.*{reason}"):
     fo.step(tx, params, tx.init(params), params)
