@@ -172,11 +172,10 @@ def compress(
           )
           for master, param, dtype in zip(masters, params, dtypes, strict=True)
       ]
-      absent = optax.MaskedNode()
-      correction = absent
+      correction: Any = optax.MaskedNode()
       if storage.master_bits is not None:
         correction = treedef.unflatten([
-            absent if correction is None else correction
+            optax.MaskedNode() if correction is None else correction
             for _, correction in stored
         ])
       new_state = encode_inner(
