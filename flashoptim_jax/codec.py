@@ -32,9 +32,11 @@ An element of v that is not zero has a code of at least 1: v must not decode to 
 before m does, for an update divides m by the root of v.
 
 A spike must not take the codes from its neighbours. The elements of a group are in two
-halves, four and four in turn. Where the largest |m| or sqrt(v) of one half is more than
-4096 times that of the other, which is not zero, 4096 times the other's is stored. A v that overflows is stored
-as that, or else as :data:`LARGEST_SECOND`, the largest there is.
+halves, four and four in turn. At most 4096 times the larger of two is stored: the
+largest |m| or sqrt(v) of the other half, and the group's old scale; unless both are zero.
+The old scale is there for neighbours whose gradients are zero: they have the smallest
+codes, and must not pull down what others need. A v that overflows is stored as that
+limit, or else as :data:`LARGEST_SECOND`, the largest there is.
 
 A group whose largest magnitude is below 2⁻¹²⁶, the smallest normal float32, stores
 scale 0 and decodes to zero. A group that holds a NaN, or whose m is infinite, stores a
@@ -73,7 +75,8 @@ LEVELS = {"first": 127.0, "second": 255.0}  # the largest codes
 LARGEST_SECOND = (255 / 128 * 2.0**63) ** 2  # the square of a bfloat16
 # A group's halves are runs of four elements, every other one.
 HALF_RUN = 4
-# How far the largest of one half may stand out from that of the other.
+# How far the largest of one half may stand out from that of the other, or from the
+# group's old scale.
 LARGEST_RATIO = {"first": 2.0**12, "second": 2.0**24}
 _LARGEST_SCALE = 0x7F7FFFFF  # the bits of the largest finite float32
 _HIGH_HALF = -0x10000
@@ -218,6 +221,7 @@ def encode(
     kind: Kind,
     storage: Storage,
     rounding: MomentRounding = TO_NEAREST,
+    old_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Compands a moment to 8 bits.
 
@@ -226,20 +230,24 @@ def encode(
     kind: ``"first"`` (signed) or ``"second"`` (a mean of squares).
     storage: Gives the group size and the companding.
     rounding: How scales and codes are rounded.
+    old_scale: The scales before an update, of :func:`scale_shape`; None for none.
 
   Returns:
     Codes of x's shape, int8 for first and uint8 for second moments, and scales,
     bfloat16, of :func:`scale_shape`.
   """
-  scale = exact_scale(x, kind, storage)
+  scale = exact_scale(x, kind, storage, old_scale)
   stored = round_scale(scale, rounding.scale).astype(SCALE_DTYPE)
   factor = encode_factor(scale, kind, storage, rounding.slack)
   return encode_codes(x, factor, kind, storage, rounding.code), stored
 
 
-def exact_scale(x: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
+def exact_scale(
+    x: jax.Array, kind: Kind, storage: Storage, old_scale: jax.Array | None = None
+) -> jax.Array:
   """The scales of :func:`encode`, in float32."""
-  return scale_of_largest(group_largest(x, kind, storage.group_size), kind)
+  largest = group_largest(x, kind, storage.group_size, old_scale)
+  return scale_of_largest(largest, kind)
 
 
 def scale_of_largest(largest: jax.Array, kind: Kind) -> jax.Array:
@@ -354,10 +362,13 @@ def _where(condition: jax.Array, x, y) -> jax.Array:
   return lax.select(condition, x, y)
 
 
-def group_largest(x: jax.Array, kind: Kind, group_size: int) -> jax.Array:
+def group_largest(
+    x: jax.Array, kind: Kind, group_size: int, old_scale: jax.Array | None = None
+) -> jax.Array:
   """Largest magnitude of each group; NaN where the group holds one.
 
-  What stands out from the rest of its group is limited, see :data:`LARGEST_RATIO`.
+  What stands out from the rest of its group and from its old scale is limited, see
+  :data:`LARGEST_RATIO`.
   """
   # As integers, the bits of magnitudes are in order, NaN above all others. XLA's
   # float maximum, which has to look for NaN, is many times slower on a CPU.
@@ -384,14 +395,21 @@ def group_largest(x: jax.Array, kind: Kind, group_size: int) -> jax.Array:
     halves.append(lax.bitcast_convert_type(largest, jnp.float32))
   both = lax.concatenate(halves, axis)
   of_half = [lax.index_in_dim(both, i, axis + 1, keepdims=False) for i in range(inner[1])]
-  return limited_largest(*of_half, kind) if limits else of_half[0]
+  if not limits:
+    return of_half[0]
+  if old_scale is None:
+    old_scale = jnp.zeros_like(of_half[0])
+  return limited_largest(*of_half, old_scale.astype(jnp.float32), kind)
 
 
-def limited_largest(a: jax.Array, b: jax.Array, kind: Kind) -> jax.Array:
-  """The largest magnitude of a group, given those of its halves."""
+def limited_largest(
+    a: jax.Array, b: jax.Array, old_scale: jax.Array, kind: Kind
+) -> jax.Array:
+  """The largest magnitude of a group, given those of its halves and its old scale."""
   largest, other = jnp.maximum(a, b), jnp.minimum(a, b)
-  limit = other * LARGEST_RATIO[kind]
-  stands_out = (other > 0) & (largest > limit)
+  old = old_scale if kind == "first" else lax.square(old_scale)
+  limit = jnp.maximum(other, old) * LARGEST_RATIO[kind]
+  stands_out = (limit > 0) & (largest > limit)
   if kind == "first":  # An infinity is to be seen.
     stands_out &= lax.is_finite(largest)
   return _where(stands_out, limit, largest)
@@ -411,6 +429,12 @@ def group_expand(
   padded = grouped[axis] * storage.group_size
   s = s.reshape((*shape[:axis], padded, *shape[axis + 1 :]))
   return lax.slice_in_dim(s, 0, shape[axis], axis=axis)
+
+
+def promote_types(a: Any, b: Any) -> Any:
+  """``jnp.promote_types``, also where users made JAX refuse to promote arrays."""
+  with jax.numpy_dtype_promotion("standard"):
+    return jnp.promote_types(a, b)
 
 
 def round_to(x: jax.Array, dtype) -> jax.Array:
@@ -643,8 +667,8 @@ def residual_of_update(
     update: What will be added to it.
     master_bits: 24, 32 or None.
   """
-  dtype = jnp.promote_types(param.dtype, update.dtype)
-  wide = jnp.promote_types(dtype, jnp.float32)
+  dtype = promote_types(param.dtype, update.dtype)
+  wide = promote_types(dtype, jnp.float32)
   total = round_to(param.astype(wide) + update.astype(wide), dtype)
   produced = round_to(total.astype(wide), param.dtype)
   return residual(master, produced, master_bits)

@@ -244,7 +244,7 @@ def _groups(
 def _initial_master(param: Any) -> Any:
   """The master weight of a parameter, as an array or a shape."""
   if isinstance(param, jax.ShapeDtypeStruct):
-    dtype = jnp.promote_types(param.dtype, jnp.float32)
+    dtype = codec.promote_types(param.dtype, jnp.float32)
     return param.update(dtype=dtype)
   return codec.merge(jnp.asarray(param), None)
 
@@ -331,20 +331,21 @@ def encode_inner(
     leaves, treedef = jax.tree.flatten(moment)
     kind, key = kinds[name], state_lib.scale_name(name)
     how = codec.TO_NEAREST if rounding is None else getattr(rounding, kind)
+    old_scales = [None] * len(leaves)
     if scales is None or key not in scales:
       quantized = [form.storage.quantizes(jnp.shape(leaf)) for leaf in leaves]
     else:
+      old_scales = treedef.flatten_up_to(scales[key])
       quantized = [
-          not isinstance(scale, optax.MaskedNode)
-          for scale in treedef.flatten_up_to(scales[key])
+          not isinstance(scale, optax.MaskedNode) for scale in old_scales
       ]
     pairs = [
         explicit_axes.encode(
-            jnp.asarray(leaf).astype(jnp.float32), kind, form.storage, how
+            jnp.asarray(leaf).astype(jnp.float32), kind, form.storage, how, old_scale
         )
         if codes
         else (leaf, optax.MaskedNode())
-        for leaf, codes in zip(leaves, quantized, strict=True)
+        for leaf, codes, old_scale in zip(leaves, quantized, old_scales, strict=True)
     ]
     new_scales[key] = treedef.unflatten([scale for _, scale in pairs])
     return treedef.unflatten([codes for codes, _ in pairs])

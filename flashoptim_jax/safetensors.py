@@ -158,7 +158,7 @@ class _Tensor:
       )
     dtype = param.dtype
     if jnp.issubdtype(dtype, jnp.floating):
-      dtype = jnp.promote_types(dtype, jnp.float32)
+      dtype = codec.promote_types(dtype, jnp.float32)
     if dtype.name not in _DTYPES:
       raise ValueError(
           f"Parameter {leaf!r} has dtype {dtype.name}; expected one of"

@@ -242,8 +242,9 @@ def _first_pass(
       # A reduction of partial groups of their own would be fused into what puts both
       # together, where it is slow. On a CPU padding is slower.
       new = _with_whole_groups(new, config.storage.group_size)
+    _, scale = stored
     largest.append(
-        codec.group_largest(new, moment.kind, config.storage.group_size)
+        codec.group_largest(new, moment.kind, config.storage.group_size, scale)
     )
   return largest
 
@@ -351,7 +352,8 @@ def _update_by_output(
 
 def _scale_pass(config, moment, grad, stored, scalars):
   new = _moment(config, moment, grad, stored, scalars)
-  return codec.exact_scale(new, moment.kind, config.storage)
+  _, scale = stored
+  return codec.exact_scale(new, moment.kind, config.storage, scale)
 
 
 def _encode_factor(config, moment, scale, scalars):
