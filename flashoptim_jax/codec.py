@@ -32,10 +32,11 @@ An element of v that is not zero has a code of at least 1: v must not decode to 
 before m does, for an update divides m by the root of v.
 
 A spike must not take the codes from its neighbours. The elements of a group are in two
-halves, four and four in turn. Where the largest |m| or sqrt(v) of one half is more than
-4096 times that of the other, which is not zero, 4096 times the other's is stored. A v
-that overflows is stored as that, or else as :data:`LARGEST_SECOND`, the largest there
-is.
+halves, four and four in turn. At most 4096 times the larger of two is stored, unless
+both are zero: the largest |m| or sqrt(v) of the other half, and the group's old scale.
+The old scale is there for neighbours whose gradients are zero: they have the smallest
+codes, and must not pull down what others need. A v that overflows is stored as that
+limit, or else as :data:`LARGEST_SECOND`, the largest there is.
 
 A group whose largest magnitude is below 2⁻¹²⁶, the smallest normal float32, stores
 scale 0 and decodes to zero. A group that holds a NaN, or whose m is infinite, stores a
@@ -79,7 +80,8 @@ LEVELS = {"first": 127.0, "second": 255.0}  # the largest codes
 LARGEST_SECOND = (255 / 128 * 2.0**63) ** 2  # the square of a bfloat16
 # A group's halves are runs of four elements, every other one.
 HALF_RUN = 4
-# How far the largest of one half may stand out from that of the other.
+# How far the largest of one half may stand out from that of the other, or from the
+# group's old scale.
 LARGEST_RATIO = {"first": 2.0**12, "second": 2.0**24}
 _LARGEST_SCALE = 0x7F7FFFFF  # the bits of the largest finite float32
 _HIGH_HALF = -0x10000
@@ -228,6 +230,7 @@ def encode(
     kind: Kind,
     storage: Storage,
     rounding: MomentRounding = TO_NEAREST,
+    old_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Compands a moment to 8 bits.
 
@@ -236,20 +239,24 @@ def encode(
     kind: ``"first"`` (signed) or ``"second"`` (a mean of squares).
     storage: Gives the group size and the companding.
     rounding: How scales and codes are rounded.
+    old_scale: The scales before an update, of :func:`scale_shape`; None for none.
 
   Returns:
     Codes of x's shape, int8 for first and uint8 for second moments, and scales,
     bfloat16, of :func:`scale_shape`.
   """
-  scale = exact_scale(x, kind, storage)
+  scale = exact_scale(x, kind, storage, old_scale)
   stored = round_scale(scale, rounding.scale).astype(SCALE_DTYPE)
   factor = encode_factor(scale, kind, storage, rounding.slack)
   return encode_codes(x, factor, kind, storage, rounding.code), stored
 
 
-def exact_scale(x: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
+def exact_scale(
+    x: jax.Array, kind: Kind, storage: Storage, old_scale: jax.Array | None = None
+) -> jax.Array:
   """The scales of :func:`encode`, in float32."""
-  return scale_of_largest(group_largest(x, kind, storage.group_size), kind)
+  largest = group_largest(x, kind, storage.group_size, old_scale)
+  return scale_of_largest(largest, kind)
 
 
 def scale_of_largest(largest: jax.Array, kind: Kind) -> jax.Array:
@@ -383,16 +390,23 @@ def _where(condition: jax.Array, x, y) -> jax.Array:
 
 
 def group_largest(
-    x: jax.Array, kind: Kind, group_size: int, *, in_one_pass: bool = False
+    x: jax.Array,
+    kind: Kind,
+    group_size: int,
+    old_scale: jax.Array | None = None,
+    *,
+    in_one_pass: bool = False,
 ) -> jax.Array:
   """Largest magnitude of each group; NaN where the group holds one.
 
-  What stands out from the rest of its group is limited, see :data:`LARGEST_RATIO`.
+  What stands out from the rest of its group and from its old scale is limited, see
+  :data:`LARGEST_RATIO`.
 
   Args:
     x: The moment, float32.
     kind: Its kind.
     group_size: Elements of a group. Only multiples of 8 have halves to compare.
+    old_scale: The scales before the update, of :func:`scale_shape`; None for none.
     in_one_pass: How to compute it: by one reduction to two arrays, which is faster on a
       GPU, or by two, which is many times faster on a CPU.
   """
@@ -409,29 +423,26 @@ def group_largest(
     padding[axis] = (0, whole + group_size - x.shape[axis], 0)
     rest = lax.slice_in_dim(bits, whole, None, axis=axis)
     parts.append(lax.pad(rest, np.int32(0), padding))
+  grouped = [_grouped(part, axis, group_size) for part in parts]
   if group_size % (2 * HALF_RUN):
-    largest = [
-        jnp.max(_grouped(part, axis, group_size), axis=axis + 1) for part in parts
-    ]
-    return lax.bitcast_convert_type(lax.concatenate(largest, axis), jnp.float32)
+    return _joined([jnp.max(part, axis=axis + 1) for part in grouped], axis)
   halves_of = _halves_in_one_pass if in_one_pass else _halves
-  largest = [
-      limited_largest(
-          [
-              lax.bitcast_convert_type(half, jnp.float32)
-              for half in halves_of(_grouped(part, axis, group_size), axis + 1)
-          ],
-          kind,
-      )
-      for part in parts
-  ]
-  return lax.concatenate(largest, axis)
+  of_parts = [halves_of(part, axis + 1) for part in grouped]
+  halves = [_joined(half, axis) for half in zip(*of_parts, strict=True)]
+  if old_scale is None:
+    old_scale = lax.full_like(halves[0], 0.0)
+  return limited_largest(halves, old_scale.astype(jnp.float32), kind)
 
 
 def _grouped(x: jax.Array, axis: int, size: int) -> jax.Array:
   """An array with its groups' elements along the axis after ``axis``."""
   groups = x.shape[axis] // size
   return x.reshape(*x.shape[:axis], groups, size, *x.shape[axis + 1 :])
+
+
+def _joined(bits: Sequence[jax.Array], axis: int) -> jax.Array:
+  """Magnitudes, given the bits of parts of them."""
+  return lax.bitcast_convert_type(lax.concatenate(bits, axis), jnp.float32)
 
 
 def _halves(bits: jax.Array, axis: int) -> list[jax.Array]:
@@ -456,11 +467,14 @@ def _halves_in_one_pass(bits: jax.Array, axis: int) -> list[jax.Array]:
   )
 
 
-def limited_largest(halves: Sequence[jax.Array], kind: Kind) -> jax.Array:
-  """The largest magnitude of a group, given those of its halves."""
+def limited_largest(
+    halves: Sequence[jax.Array], old_scale: jax.Array, kind: Kind
+) -> jax.Array:
+  """The largest magnitude of a group, given those of its halves and its old scale."""
   largest, other = lax.max(*halves), lax.min(*halves)
-  limit = other * LARGEST_RATIO[kind]
-  stands_out = (other > 0) & (largest > limit)
+  old = old_scale if kind == "first" else lax.square(old_scale)
+  limit = lax.max(other, old) * LARGEST_RATIO[kind]
+  stands_out = (limit > 0) & (largest > limit)
   if kind == "first":  # An infinity is to be seen.
     stands_out &= lax.is_finite(largest)
   return _where(stands_out, limit, largest)
@@ -480,6 +494,12 @@ def group_expand(
   padded = grouped[axis] * storage.group_size
   s = s.reshape((*shape[:axis], padded, *shape[axis + 1 :]))
   return lax.slice_in_dim(s, 0, shape[axis], axis=axis)
+
+
+def promote_types(a: Any, b: Any) -> Any:
+  """``jnp.promote_types``, also where users made JAX refuse to promote arrays."""
+  with jax.numpy_dtype_promotion("standard"):
+    return jnp.promote_types(a, b)
 
 
 def round_to(x: jax.Array, dtype) -> jax.Array:
@@ -733,8 +753,8 @@ def residual_of_update(
     update: What will be added to it.
     master_bits: 24, 32 or None.
   """
-  dtype = jnp.promote_types(param.dtype, update.dtype)
-  wide = jnp.promote_types(dtype, jnp.float32)
+  dtype = promote_types(param.dtype, update.dtype)
+  wide = promote_types(dtype, jnp.float32)
   total = round_to(param.astype(wide) + update.astype(wide), dtype)
   produced = round_to(total.astype(wide), param.dtype)
   return residual(master, produced, master_bits)

@@ -301,7 +301,7 @@ def _groups(
 def _initial_master(param: Any) -> Any:
   """The master weight of a parameter, as an array or a shape."""
   if isinstance(param, jax.ShapeDtypeStruct):
-    dtype = jnp.promote_types(param.dtype, jnp.float32)
+    dtype = codec.promote_types(param.dtype, jnp.float32)
     return param.update(dtype=dtype)
   return codec.merge(jnp.asarray(param), None)
 
@@ -391,26 +391,30 @@ def encode_inner(
     leaves, treedef = jax.tree.flatten(moment)
     kind, key = kinds[name], state_lib.scale_name(name)
     how = codec.TO_NEAREST if rounding is None else getattr(rounding, kind)
+    old_scales = [None] * len(leaves)
     if scales is None or key not in scales:
       quantized = [form.storage.quantizes(jnp.shape(leaf)) for leaf in leaves]
     else:
+      old_scales = treedef.flatten_up_to(scales[key])
       quantized = [
-          not isinstance(scale, optax.MaskedNode)
-          for scale in treedef.flatten_up_to(scales[key])
+          not isinstance(scale, optax.MaskedNode) for scale in old_scales
       ]
     encode_leaf = functools.partial(
         explicit_axes.encode, kind=kind, storage=form.storage
     )
     pairs = [
         call(
-            lambda x, rounding: encode_leaf(x, rounding=rounding),
+            lambda x, rounding, old_scale: encode_leaf(
+                x, rounding=rounding, old_scale=old_scale
+            ),
             jnp.asarray(leaf).astype(jnp.float32),
             how,
+            old_scale,
             group_size=form.storage.group_size,
         )
         if codes
         else (leaf, optax.MaskedNode())
-        for leaf, codes in zip(leaves, quantized, strict=True)
+        for leaf, codes, old_scale in zip(leaves, quantized, old_scales, strict=True)
     ]
     of_moment = treedef.unflatten([scale for _, scale in pairs])
     new_scales[key] = nnx_metadata.fitted(of_moment)

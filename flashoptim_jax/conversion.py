@@ -248,7 +248,7 @@ def _wide(params: optax.Params) -> optax.Params:
   def widen(param):
     dtype = jnp.result_type(param)
     if jnp.issubdtype(dtype, jnp.floating):
-      dtype = jnp.promote_types(dtype, jnp.float32)
+      dtype = codec.promote_types(dtype, jnp.float32)
     return jax.ShapeDtypeStruct(jnp.shape(param), dtype)
 
   return jax.tree.map(widen, params)

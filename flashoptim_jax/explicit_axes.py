@@ -11,14 +11,22 @@ from flashoptim_jax.storage import Storage
 
 
 def encode(
-    x: jax.Array, kind: codec.Kind, storage: Storage, rounding: codec.MomentRounding
+    x: jax.Array,
+    kind: codec.Kind,
+    storage: Storage,
+    rounding: codec.MomentRounding,
+    old_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """:func:`flashoptim_jax.codec.encode`; codes are sharded as x is."""
   own = jax.typeof(x).sharding
   if not specs.is_explicit(own):
-    return codec.encode(x, kind, storage, rounding)
+    return codec.encode(x, kind, storage, rounding, old_scale)
   whole = specs.uncut(own, x.shape, storage.group_size)
-  encoded = codec.encode(jax.sharding.reshard(x, whole), kind, storage, rounding)
+  if old_scale is not None:
+    _, old_scale = _placed(whole, x, old_scale)
+  encoded = codec.encode(
+      jax.sharding.reshard(x, whole), kind, storage, rounding, old_scale
+  )
   return _placed(own, *encoded)
 
 

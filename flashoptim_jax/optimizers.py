@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from flashoptim_jax import rules
 from flashoptim_jax.state import Format
@@ -412,7 +413,10 @@ def _adam_scalars_of_count(count, b1, b2, nesterov: bool) -> rules.Scalars:
   done = optax.safe_increment(count)
 
   def correction(decay, count):
-    return (1 - decay**count).astype(jnp.float32)
+    if not jnp.issubdtype(decay.dtype, jnp.floating):
+      decay = decay.astype(jnp.float32)
+    # As `decay**count`, which strict dtype promotion refuses.
+    return (1 - lax.pow(decay, count)).astype(jnp.float32)
 
   mu_correction = correction(b1, done)
   mu_correction_next = correction(b1, optax.safe_increment(done))

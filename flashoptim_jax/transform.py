@@ -273,7 +273,7 @@ def _with_update_dtype(leaf: kernels.Leaf) -> kernels.Leaf:
 
 def update_dtype(grad_dtype: Any, param_dtype: Any) -> Any:
   """The dtype of the update of a parameter: the gradient's, if it is wide enough."""
-  return jnp.promote_types(grad_dtype, param_dtype)
+  return codec.promote_types(grad_dtype, param_dtype)
 
 
 def checked_gradient(

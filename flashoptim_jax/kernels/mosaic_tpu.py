@@ -412,14 +412,18 @@ class _Unit:
     ]
 
   def old_scales(self, moment, step, unit) -> None:
-    """Computes the factors by which a unit's codes are decoded."""
+    """Computes the factors by which a unit's codes are decoded.
+
+    Leaves the scales for ``new_scales`` where factors to encode by will be.
+    """
     plan = self.plan
+    kept_for_limits = self.scratch[f"{moment.name}_encoder"]
     if plan.cut.along_rows:
       ref = self.inputs[f"{moment.name}_scale"]
       decoder = self.scratch[f"{moment.name}_decoder"]
       for place, rows in self._scales_of_rows(ref, unit):
-        decoder[rows, :] = ref[place].astype(jnp.float32)
-      factor = codec.decode_factor(decoder[...], moment.kind, plan.storage)
+        kept_for_limits[rows, :] = ref[place].astype(jnp.float32)
+      factor = codec.decode_factor(kept_for_limits[...], moment.kind, plan.storage)
       decoder[...] = factor * self.units[moment.name][1]
       return
     kept = self.scratch[f"{moment.name}_scale"]
@@ -433,6 +437,7 @@ class _Unit:
         s = _as_float(_take_high(word, odd, 2))
         factor = codec.decode_factor(s, moment.kind, plan.storage)
         rows = pl.ds((2 * half + odd) * _GROUPS, _GROUPS)
+        kept_for_limits[rows, :] = s
         self.scratch[f"{moment.name}_decoder"][rows, :] = (
             factor * self.units[moment.name][1]
         )
@@ -451,11 +456,12 @@ class _Unit:
     ]
     multiple = jnp.abs(self.units[moment.name][0])
     halves = [half * multiple for half in halves]
-    largest = codec.limited_largest(halves, moment.kind)
+    encoder = self.scratch[f"{moment.name}_encoder"]
+    largest = codec.limited_largest(halves, encoder[...], moment.kind)
     s = codec.scale_of_largest(largest, moment.kind)
     factor = codec.encode_factor(s, moment.kind, plan.storage, rounding.slack)
     factor *= self.units[moment.name][2]
-    self.scratch[f"{moment.name}_encoder"][...] = factor
+    encoder[...] = factor
     rounded = codec.round_scale(s, rounding.scale.astype(jnp.int32))
     if plan.cut.along_rows:
       ref = self.results[f"{moment.name}_scale"]

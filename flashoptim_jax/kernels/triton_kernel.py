@@ -123,18 +123,23 @@ def _bits(x):
 
 
 @triton.jit
-def _group_largest(x, SIGNED: tl.constexpr):
-  """Largest magnitude of each row, NaN where the row holds one.
+def _group_largest(x, unit, old_scale, SIGNED: tl.constexpr):
+  """Largest magnitude of each row times ``unit``, NaN where the row holds one.
 
-  Limited where that of one half of the row stands out from the other half's.
+  Limited where that of one half of the row stands out from the other half's and from
+  the row's old scale.
   """
   bits = (_bits(x) & 0x7FFFFFFF).to(tl.int32)
   runs = tl.reshape(bits, (x.shape[0], _GROUP // (2 * _HALF_RUN), 2, _HALF_RUN))
   halves = tl.max(tl.max(runs, axis=3), axis=1)
-  largest = tl.max(halves, axis=1).to(tl.float32, bitcast=True)
-  other = tl.min(halves, axis=1).to(tl.float32, bitcast=True)
-  limit = other * (_LARGEST_RATIO if SIGNED else _LARGEST_RATIO * _LARGEST_RATIO)
-  stands_out = (other > 0) & (largest > limit)
+  largest = tl.max(halves, axis=1).to(tl.float32, bitcast=True) * unit
+  other = tl.min(halves, axis=1).to(tl.float32, bitcast=True) * unit
+  old = old_scale.to(tl.float32)
+  if SIGNED:
+    limit = tl.maximum(other, old) * _LARGEST_RATIO
+  else:
+    limit = tl.maximum(other, old * old) * (_LARGEST_RATIO * _LARGEST_RATIO)
+  stands_out = (limit > 0) & (largest > limit)
   if SIGNED:
     stands_out = stands_out & (largest * 0 == 0)
   return tl.where(stands_out, limit, largest)
@@ -173,19 +178,22 @@ def _decode(codes, scale, carry, SIGNED: tl.constexpr, ROOT: tl.constexpr):
 
 
 @triton.jit
-def _encode(x, root, unit, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr):
+def _encode(
+    x, root, unit, old_scale, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr
+):
   """Codes, as int32, 128 more than signed ones are, and scales, as bfloat16.
 
   Args:
     x: The moment, in multiples of ``unit``.
     root: The root of a second moment ``x``.
     unit: A positive number.
+    old_scale: The scales before the update.
     scalars: The hyperparameters.
     SIGNED: Whether it is a first moment.
     ROOT: The companding.
   """
   roundings = scalars if SIGNED else scalars + _ROUNDINGS
-  largest = _group_largest(x, SIGNED) * unit
+  largest = _group_largest(x, unit, old_scale, SIGNED)
   largest = tl.where(largest < _TINY, 0.0, largest)
   # The same approximate root and the same order of operations as in XLA's code for
   # GPUs, so that both round alike.
@@ -463,14 +471,14 @@ def _update_groups(
   # Parameters come last: before the moments, `update` takes far more registers.
   if RULE != "sgd":
     if COMPRESSED:
-      codes, scale = _encode(mu, 0.0, mu_unit, scalars, True, ROOT)
+      codes, scale = _encode(mu, 0.0, mu_unit, mu_scale, scalars, True, ROOT)
       tl.store(mu_ptr + at, saturate_biased(codes), mask=inside)
       tl.store(mu_scale_ptr + local, scale, mask=in_leaf)
     else:
       tl.store(mu_ptr + at, mu, mask=inside)
   if RULE == "adam":
     if COMPRESSED:
-      codes, scale = _encode(nu, nu_root, nu_unit, scalars, False, ROOT)
+      codes, scale = _encode(nu, nu_root, nu_unit, nu_scale, scalars, False, ROOT)
       tl.store(nu_ptr + at, saturate(codes, tl.uint8), mask=inside)
       tl.store(nu_scale_ptr + local, scale, mask=in_leaf)
     else:

@@ -238,9 +238,14 @@ def _first_pass(
       # A reduction of partial groups of their own would be fused into what puts both
       # together, where it is slow. On a CPU padding is slower.
       new = _with_whole_groups(new, config.storage.group_size)
+    _, scale = stored
     largest.append(
         codec.group_largest(
-            new, moment.kind, config.storage.group_size, in_one_pass=config.gpu
+            new,
+            moment.kind,
+            config.storage.group_size,
+            scale,
+            in_one_pass=config.gpu,
         )
     )
   return largest
@@ -349,7 +354,8 @@ def _update_by_output(
 
 def _scale_pass(config, moment, grad, stored, scalars):
   new = _moment(config, moment, grad, stored, scalars)
-  return codec.exact_scale(new, moment.kind, config.storage)
+  _, scale = stored
+  return codec.exact_scale(new, moment.kind, config.storage, scale)
 
 
 def _encode_factor(config, moment, scale, scalars):
