@@ -161,7 +161,10 @@ def test_optimizer_signatures(name, positional, keyword):
         ),
         (
             "Storage",
-            "(master_bits=24, moment_bits=8, group_size=32, companding='root')",
+            (
+                "(master_bits=24, moment_bits=8, group_size=32, companding='root',"
+                " min_quantized_size=4096)"
+            ),
         ),
     ],
 )
