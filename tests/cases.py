@@ -56,10 +56,17 @@ STORAGES = {
     "none/8": fo.Storage(master_bits=None, min_quantized_size=0),
 }
 QUANTIZED = STORAGES["root"]
+# Codes for some leaves of a state, float32 for others.
+STORAGES["mixed"] = fo.Storage(min_quantized_size=64)
 
 LEARNING_RATE = 2.0**-7  # Exact in bfloat16, for optax.inject_hyperparams.
 
-_ALL = [(name, storage) for storage in STORAGES for name in OPTIMIZERS]
+_ALL = [
+    (name, storage)
+    for storage in STORAGES
+    if storage != "mixed"
+    for name in OPTIMIZERS
+]
 SOME = [
     ("adamw", "root"),
     ("adamw_nesterov", "none/8"),
@@ -69,6 +76,7 @@ SOME = [
     ("momentum", "root"),
     ("nesterov", "paper"),
     ("lion", "root"),
+    ("adamw", "mixed"),
 ]
 
 

@@ -178,6 +178,19 @@ def test_state_mirrors_the_parameters(name, storage):
   assert state.correction["scale"].shape == ()
 
 
+def test_only_large_leaves_have_scales():
+  params = cases.tree()
+  state = cases.make("adamw", "mixed").init(params)
+  for values, scales, codes in (
+      (state.mu, state.mu_scale, jnp.int8), (state.nu, state.nu_scale, jnp.uint8)
+  ):
+    assert scales.keys() == params.keys()
+    for name, param in params.items():
+      large = param.size >= 64
+      assert values[name].dtype == (codes if large else jnp.float32)
+      assert (scales[name] != optax.MaskedNode()) == large
+
+
 @every_case
 def test_map_params_visits_every_mirror(name, storage):
   tx = cases.make(name, storage)
