@@ -423,7 +423,7 @@ def test_strict_dtype_promotion(name, dtype):
     for grad_dtype in (dtype, "float32"):
       grads = fo.cast_params(masters, grad_dtype)
       params, state = cases.jitted_step(ours, grads, state, params)
-      updates, state = ours.update(grads, state, params)
+      _, state = ours.update(grads, state, params)
     optax_state = fo.to_optax(ours, params, state)
     fo.from_optax(ours, params, optax_state, params_fp32=fo.to_fp32(params, state))
     fo.check_numerics(params, state, LR)

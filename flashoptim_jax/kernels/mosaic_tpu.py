@@ -454,9 +454,9 @@ class _Unit:
         for sublanes in self._halves
     ]
     multiple = jnp.abs(self.units[moment.name][0])
-    halves = [half * multiple for half in halves]
+    half, other = (part * multiple for part in halves)
     encoder = self.scratch[f"{moment.name}_encoder"]
-    largest = codec.limited_largest(*halves, encoder[...], moment.kind)
+    largest = codec.limited_largest(half, other, encoder[...], moment.kind)
     s = codec.scale_of_largest(largest, moment.kind)
     factor = codec.encode_factor(s, moment.kind, plan.storage, rounding.slack)
     factor *= self.units[moment.name][2]
