@@ -225,6 +225,14 @@ def scale_shape(shape: tuple[int, ...], group_size: int) -> tuple[int, ...]:
   return (*shape[:axis], groups, *shape[axis + 1 :])
 
 
+def no_scale(shape: tuple[int, ...], group_size: int) -> jax.Array:
+  """What a leaf has whose moments are not quantised: zeros in the place of scales.
+
+  So every leaf has the same arrays, of the same ranks, whichever its size.
+  """
+  return jnp.zeros(scale_shape(shape, group_size), SCALE_DTYPE)
+
+
 def encode(
     x: jax.Array,
     kind: Kind,
@@ -394,8 +402,6 @@ def group_largest(
     kind: Kind,
     group_size: int,
     old_scale: jax.Array | None = None,
-    *,
-    in_one_pass: bool = False,
 ) -> jax.Array:
   """Largest magnitude of each group; NaN where the group holds one.
 
@@ -407,8 +413,6 @@ def group_largest(
     kind: Its kind.
     group_size: Elements of a group. Only multiples of 8 have halves to compare.
     old_scale: The scales before the update, of :func:`scale_shape`; None for none.
-    in_one_pass: How to compute it: by one reduction to two arrays, which is faster on a
-      GPU, or by two, which is many times faster on a CPU.
   """
   # As integers, the bits of magnitudes are in order, NaN above all others. XLA's
   # float maximum, which has to look for NaN, is many times slower on a CPU.
@@ -426,8 +430,7 @@ def group_largest(
   grouped = [_grouped(part, axis, group_size) for part in parts]
   if group_size % (2 * HALF_RUN):
     return _joined([jnp.max(part, axis=axis + 1) for part in grouped], axis)
-  halves_of = _halves_in_one_pass if in_one_pass else _halves
-  of_parts = [halves_of(part, axis + 1) for part in grouped]
+  of_parts = [_halves(part, axis + 1) for part in grouped]
   halves = [_joined(half, axis) for half in zip(*of_parts, strict=True)]
   if old_scale is None:
     old_scale = lax.full_like(halves[0], 0.0)
@@ -454,17 +457,6 @@ def _halves(bits: jax.Array, axis: int) -> list[jax.Array]:
       jnp.max(lax.slice_in_dim(turn, start, start + HALF_RUN, axis=axis), axis=axis)
       for start in (0, HALF_RUN)
   ]
-
-
-def _halves_in_one_pass(bits: jax.Array, axis: int) -> list[jax.Array]:
-  run = lax.broadcasted_iota(jnp.int32, bits.shape, axis) // HALF_RUN
-  is_first = run % 2 == 0
-  return lax.reduce(
-      (_where(is_first, bits, 0), _where(is_first, 0, bits)),
-      (np.int32(0), np.int32(0)),
-      lambda a, b: tuple(map(lax.max, a, b)),
-      (axis,),
-  )
 
 
 def limited_largest(

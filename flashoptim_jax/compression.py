@@ -184,7 +184,7 @@ def compress(
           correction,
           form,
           rounding,
-          scales=state.scales,
+          old=state,
           call=call,
       )
       return [result for result, _ in stored], new_state
@@ -335,7 +335,7 @@ def _check_state(state: Any, params: Any, layout: Any, form: Format) -> None:
           jnp.zeros([], jnp.int32),
           state_lib.zero_correction(params, form.storage),
           form,
-          scales=state.scales,
+          old=state,
       ),
       params,
       layout,
@@ -369,7 +369,7 @@ def encode_inner(
     form: Format,
     rounding: codec.Rounding | None = None,
     *,
-    scales: Mapping[str, Any] | None = None,
+    old: CompressedState | None = None,
     call: Callable[..., Any] = _call,
 ) -> CompressedState:
   """Puts the moments in a transformation's state into their storage.
@@ -380,25 +380,22 @@ def encode_inner(
     correction: The corrections of the parameters.
     form: What to store, and how.
     rounding: How scales and codes are rounded, by default to the nearest.
-    scales: Those of the state before, whose leaves without any stay in floats. By
-      default, shapes decide.
+    old: The state before, whose moments in floats stay so. By default, shapes decide.
     call: Calls the functions that do it for an array.
   """
-  kinds, new_scales = dict(form.moments), {}
+  kinds, new_scales, size = dict(form.moments), {}, form.storage.group_size
 
   def encode(name, moment):
     treedef: Any
     leaves, treedef = jax.tree.flatten(moment)
     kind, key = kinds[name], state_lib.scale_name(name)
     how = codec.TO_NEAREST if rounding is None else getattr(rounding, kind)
-    old_scales = [None] * len(leaves)
-    if scales is None or key not in scales:
-      quantized = [form.storage.quantizes(jnp.shape(leaf)) for leaf in leaves]
-    else:
-      old_scales = treedef.flatten_up_to(scales[key])
-      quantized = [
-          not isinstance(scale, optax.MaskedNode) for scale in old_scales
-      ]
+    old_scales: list[Any] = [None] * len(leaves)
+    quantized = [form.storage.quantizes(jnp.shape(leaf)) for leaf in leaves]
+    if old is not None and key in old.scales:
+      old_scales = treedef.flatten_up_to(old.scales[key])
+      old_values = treedef.flatten_up_to(state_lib.subtree(old.inner, name))
+      quantized = list(map(state_lib.is_quantized, old_values))
     encode_leaf = functools.partial(
         explicit_axes.encode, kind=kind, storage=form.storage
     )
@@ -410,10 +407,10 @@ def encode_inner(
             jnp.asarray(leaf).astype(jnp.float32),
             how,
             old_scale,
-            group_size=form.storage.group_size,
+            group_size=size,
         )
         if codes
-        else (leaf, optax.MaskedNode())
+        else (leaf, codec.no_scale(jnp.shape(leaf), size))
         for leaf, codes, old_scale in zip(leaves, quantized, old_scales, strict=True)
     ]
     of_moment = treedef.unflatten([scale for _, scale in pairs])
@@ -443,11 +440,11 @@ def decode_inner(
     )
     return jax.tree.map(
         lambda codes, scale, like: (
-            codes
-            if isinstance(scale, optax.MaskedNode)
-            else call(
-                decode_leaf, codes, scale, group_size=storage.group_size
-            ).astype(like.dtype)
+            call(decode_leaf, codes, scale, group_size=storage.group_size).astype(
+                like.dtype
+            )
+            if state_lib.is_quantized(codes)
+            else codes
         ),
         moment,
         state.scales[state_lib.scale_name(name)],

@@ -39,9 +39,7 @@ def fitted(scales: Any) -> Any:
 
 def _fit(scale: Any) -> Any:
   metadata = scale.get_metadata()
-  shape = getattr(scale.get_value(), "shape", None)
-  if shape is None:  # A small leaf has no scales.
-    return scale
+  shape = scale.get_value().shape
   changed = {}
   for name in _NAMES:
     given = metadata.get(name)

@@ -313,7 +313,7 @@ class _Placed:
         for moment in state_lib.stored_moments(state)
         for tree in (moment.values, moment.scales)
     ]
-    # By parameter, in the order of the updates. Small leaves have no scales.
+    # By parameter, in the order of the updates.
     parts = jax.tree.map(
         lambda *sizes: sum(jax.tree.leaves(sizes)), *moments, state.correction
     )

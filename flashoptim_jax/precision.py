@@ -190,9 +190,9 @@ def moments(opt_state: optax.OptState) -> dict[str, Any]:
       if scales is not None:
         values = jax.tree.map(
             lambda codes, scale, kind=kind, storage=state.format.storage: (
-                codes
-                if isinstance(scale, optax.MaskedNode)
-                else explicit_axes.decode(codes, scale, kind, storage)
+                explicit_axes.decode(codes, scale, kind, storage)
+                if state_lib.is_quantized(codes)
+                else codes
             ),
             values,
             host_memory.to_device(scales),

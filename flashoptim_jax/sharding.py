@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from flashoptim_jax import paths, specs
+from flashoptim_jax import codec, paths, specs
 from flashoptim_jax import state as state_lib
 from flashoptim_jax.transform import PARAM_SHARDINGS
 
+# Arrays whose shards may cut groups.
+_CODES = tuple(codec.CODE_DTYPE.values())
 _NAMED_AT_MOST = 8  # parameters in a warning
 
 
@@ -81,7 +83,7 @@ def state_shardings(
     param = known.get(param_path)
     if param is None or len(param.shape) != leaf.ndim:
       return replicated
-    if group_size is not None:
+    if group_size is not None and leaf.dtype in _CODES:
       local = param.sharding.shard_shape(param.shape)
       if why := specs.cut_groups(param.shape, local, group_size):
         cut[param_path] = why

@@ -98,7 +98,8 @@ class FlashState(NamedTuple):
     count: Updates done so far, int32 of shape ().
     mu: First moment: int8 codes of the leaf's shape, or float32.
     mu_scale: Its scales, bfloat16, the leaf's shape with the group axis divided
-      by the group size (rounded up).
+      by the group size (rounded up). Zeros for small leaves, whose moments are
+      float32.
     nu: Second moment: uint8 codes, or float32.
     nu_scale: Its scales, as for ``mu_scale``.
     correction: int8 or int16 of the leaf's shape, for 16-bit leaves.
@@ -167,6 +168,11 @@ def stored_moments(state: AnyState) -> list[StoredMoment]:
       scales = getattr(state, f"{name}_scale") if compressed else None
     found.append(StoredMoment(field, kind, values, scales))
   return found
+
+
+def is_quantized(values: Any) -> bool:
+  """Whether a moment of one leaf is codes."""
+  return not jnp.issubdtype(jnp.result_type(values), jnp.floating)
 
 
 def scale_name(name: str) -> str:
@@ -247,17 +253,15 @@ def init(params: Any, form: Format) -> FlashState:
     dtype = codec.CODE_DTYPE[kind] if quantized else jnp.float32
     return jnp.zeros_like(param, dtype=dtype)
 
-  def scale(param):
-    if not storage.quantizes(jnp.shape(param)):
-      return absent
-    return zero_scale(param, storage.group_size)
+  def scales():
+    return jax.tree.map(lambda p: zero_scale(p, storage.group_size), params)
 
   absent = optax.MaskedNode()
   fields = dict.fromkeys(("mu", "mu_scale", "nu", "nu_scale"), absent)
   for name, kind in form.moments:
     fields[name] = jax.tree.map(functools.partial(values, kind=kind), params)
     if storage.moment_bits == 8:
-      fields[f"{name}_scale"] = nnx_metadata.fitted(jax.tree.map(scale, params))
+      fields[f"{name}_scale"] = nnx_metadata.fitted(scales())
   return FlashState(
       count=jnp.zeros([], jnp.int32),
       correction=zero_correction(params, storage),

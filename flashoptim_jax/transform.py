@@ -249,19 +249,23 @@ def _leaves(
     correction = _expect(what, path, corrections[i], param.shape, dtype)
     pairs = []
     for kind, name, values, scales in moments:
-      dtype, scale_dtype = jnp.float32, None
       # As the state was made: inside shard_map, and for a slice of a stack, the shape
       # is not the one that decided.
-      if storage.moment_bits == 8 and not isinstance(scales[i], optax.MaskedNode):
-        dtype, scale_dtype = codec.CODE_DTYPE[kind], codec.SCALE_DTYPE
+      quantized = storage.moment_bits == 8 and not _is_float32(values[i])
+      dtype = codec.CODE_DTYPE[kind] if quantized else jnp.float32
       codes = _expect(f"state's {name}", path, values[i], param.shape, dtype)
-      what = f"state's {name}_scale"
       shape = codec.scale_shape(param.shape, storage.group_size)
-      pairs.append((codes, _expect(what, path, scales[i], shape, scale_dtype)))
+      scale_dtype = codec.SCALE_DTYPE if storage.moment_bits == 8 else None
+      scale = _expect(f"state's {name}_scale", path, scales[i], shape, scale_dtype)
+      pairs.append((codes, scale if quantized else None))
     leaves.append(
         kernels.Leaf(path, grad, param, correction, tuple(pairs), False)
     )
   return leaves
+
+
+def _is_float32(values: Any) -> bool:
+  return getattr(values, "dtype", None) == jnp.float32
 
 
 def _with_update_dtype(leaf: kernels.Leaf) -> kernels.Leaf:
@@ -355,9 +359,11 @@ def _new_state(
   for i, (name, _) in enumerate(form.moments):
     fields[name] = treedef.unflatten([leaf.moments[i][0] for leaf in updated])
     if form.storage.moment_bits == 8:
-      scales = [leaf.moments[i][1] for leaf in updated]
+      # Leaves that are not quantised keep their zeros.
+      old = treedef.flatten_up_to(getattr(state, f"{name}_scale"))
       fields[f"{name}_scale"] = treedef.unflatten([
-          absent if scale is None else scale for scale in scales
+          zeros if leaf.moments[i][1] is None else leaf.moments[i][1]
+          for leaf, zeros in zip(updated, old, strict=True)
       ])
   if form.storage.master_bits is not None:
     fields["correction"] = treedef.unflatten([

@@ -226,6 +226,32 @@ def update_as_on(platform: str, monkeypatch, devices: int | None = None):
   monkeypatch.setattr(kernels.Place, "is_here", lambda place: True)
 
 
+def largest_steps(b1, b2, nesterov, steps):
+  """How far exact Adam can go with a learning rate of 1, after 1, 2, ... updates.
+
+  Gradients count (1-b1)·b1^k in the first moment, (1-b2)·b2^k in the second; the rest
+  is Cauchy's and Schwarz's.
+  """
+  t = np.arange(1, steps + 1, dtype=np.float64)
+  w = w_0 = (1 - b1) / (1 - b1**t)
+  if nesterov:
+    w = b1 * (1 - b1) / (1 - b1 ** (t + 1))
+    w_0 = w + (1 - b1) / (1 - b1**t)
+  ratio = b1**2 / b2
+  older = (1 - ratio**t) / (1 - ratio) - 1
+  return np.sqrt((1 - b2**t) / (1 - b2) * (w_0**2 + w**2 * older))
+
+
+def spiky(shape, steps, seed=0):
+  """Gradients with which errors of 8 bits make the longest steps."""
+  rng = np.random.default_rng(seed)
+  grads = rng.standard_normal((steps, *shape)) * 10.0 ** rng.uniform(-6, 0, shape)
+  grads *= np.arange(steps)[:, None, None] < rng.integers(1, 2 * steps, shape)
+  grads[rng.random(grads.shape) < 0.01] = 1e20
+  grads[rng.random(grads.shape) < 0.01] = 1e-20
+  return grads.astype(np.float32)
+
+
 def types(values):
   """Shapes, dtypes and weak types (and explicit shardings) of a tree."""
   return jax.tree.map(jax.typeof, values)

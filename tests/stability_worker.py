@@ -56,9 +56,9 @@ def memory():
   grads = cases.grads_like(params)
   state = tx.init(params)
   step = functools.partial(fo.step, tx)
-  calls = 300
-  for i in range(calls + 100):
-    if i == 100:
+  calls = 200
+  for i in range(calls + 50):
+    if i == 50:
       gc.collect()
       before = resident()
     params, state = step(grads, state, params)

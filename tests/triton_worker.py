@@ -128,6 +128,22 @@ def assert_moments_equal(ours, reference):
       assert off.sum() <= 1
 
 
+def check_bound():
+  """No step is longer than exact Adam's, with gradients of all sizes."""
+  steps, shape = 8, (2, 40)
+  tx = fo.adam(
+      1.0, b2=0.95, storage=cases.STORAGES["root"], implementation="triton"
+  )
+  path = [jnp.zeros(shape)]
+  state = tx.init(path[0])
+  step = jax.jit(functools.partial(fo.step, tx))
+  for grad in cases.spiky(shape, steps):
+    params, state = step(grad, state, path[-1])
+    path.append(params)
+  found = np.abs(np.diff(np.float64(path), axis=0)).max((1, 2))
+  assert (found <= 1.1 * cases.largest_steps(0.9, 0.95, False, steps)).all(), found
+
+
 @triton.jit
 def store_residual(
     master, param, result, MASTER_BITS: tl.constexpr, SIZE: tl.constexpr
@@ -169,6 +185,7 @@ if __name__ == "__main__":
   run_in_interpreter()
   for master_bits in (24, 32):
     check_residual(master_bits)
+  check_bound()
   for case in CASES:
     check(*case)
   print(len(CASES))

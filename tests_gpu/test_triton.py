@@ -155,7 +155,8 @@ def test_equals_xla(name, storage, dtype, grad_dtype, via):
       total[kind] = combine((total.get(kind, 0.0), float(value)))
   elements = STEPS * sum(int(np.prod(shape)) for shape in SHAPES.values())
   for kind, value in total.items():
-    if kind in ("mu differing", "nu differing") and storage.moment_bits == 8:
+    if kind.endswith(" differing") and storage.moment_bits == 8:
+      # Of the scales, too: the kernel computes Adam's moments in another order.
       assert value <= SHARE_OF_CODES * elements, total
     elif kind.endswith("differing"):
       assert value == 0, total

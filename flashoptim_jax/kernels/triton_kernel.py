@@ -139,10 +139,11 @@ def _group_largest(x, unit, old_scale, SIGNED: tl.constexpr):
     limit = tl.maximum(other, old) * _LARGEST_RATIO
   else:
     limit = tl.maximum(other, old * old) * (_LARGEST_RATIO * _LARGEST_RATIO)
-  stands_out = (limit > 0) & (largest > limit)
-  if SIGNED:
-    stands_out = stands_out & (largest * 0 == 0)
-  return tl.where(stands_out, limit, largest)
+  limit = tl.where(limit > 0, limit, float("inf"))
+  limited = tl.minimum(largest, limit, propagate_nan=tl.PropagateNan.ALL)
+  if SIGNED:  # NaN where the row holds an infinity, too.
+    limited = tl.where(largest * 0 == 0, limited, float("nan"))
+  return limited
 
 
 @triton.jit
@@ -198,9 +199,11 @@ def _encode(
   # The same approximate root and the same order of operations as in XLA's code for
   # GPUs, so that both round alike.
   if SIGNED:
-    scale = tl.where(largest * 0 == 0, largest, float("nan"))
+    scale = largest
   else:
-    scale = tl.sqrt(tl.where(largest > _LARGEST_SECOND, _LARGEST_SECOND, largest))
+    scale = tl.sqrt(
+        tl.minimum(largest, _LARGEST_SECOND, propagate_nan=tl.PropagateNan.ALL)
+    )
   levels: tl.constexpr = 127.0 if SIGNED else 255.0
   slack = tl.load(roundings + _SLACK_ROUNDING)
   unit = unit if SIGNED else tl.sqrt(unit)

@@ -11,7 +11,7 @@ _PACK_INT8 = tl.constexpr(_PACK.format("cvt.pack.sat.s8.s32.b32"))
 _PACK_UINT8 = tl.constexpr(_PACK.format("cvt.pack.sat.u8.s32.b32"))
 # The highest bit is what 128 more or less changes.
 _PACK_BIASED = tl.constexpr(
-    _PACK_UINT8.value.replace(" }}", " xor.b32 $0, $0, 0x80808080; }}")
+    _PACK_UINT8.value.removesuffix("}") + "xor.b32 $0, $0, 0x80808080; }"
 )
 
 

@@ -240,13 +240,7 @@ def _first_pass(
       new = _with_whole_groups(new, config.storage.group_size)
     _, scale = stored
     largest.append(
-        codec.group_largest(
-            new,
-            moment.kind,
-            config.storage.group_size,
-            scale,
-            in_one_pass=config.gpu,
-        )
+        codec.group_largest(new, moment.kind, config.storage.group_size, scale)
     )
   return largest
 
