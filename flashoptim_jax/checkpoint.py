@@ -38,6 +38,10 @@ _64_BITS = ("int64", "uint64", "float64")
 _ARRAY = tuple[tuple[int, ...], str]
 
 
+# Options of a storage that older descriptions lack, as they had them.
+_LATER_OPTIONS = {"min_quantized_size": 0}
+
+
 @dataclasses.dataclass(frozen=True)
 class Description:
   """What a checkpoint holds.
@@ -371,16 +375,17 @@ def _read_description(handler: Any, directory: Any) -> Description:
 
 def _from_json(content: Mapping[str, Any]) -> Description:
   """A description; raises some exception if it is none."""
-  for form in content["states"].values():
+  states = {}
+  for path, form in content["states"].items():
     _require_texts(form["optimizer"], *itertools.chain(*form["moments"]))
-    dict(form["storage"])
+    states[path] = form | {"storage": _LATER_OPTIONS | dict(form["storage"])}
   arrays = {}
   for path, (shape, dtype) in content["arrays"].items():
     _require_texts(dtype)
     arrays[path] = tuple(map(operator.index, shape)), dtype
     if min(shape, default=0) < 0 or not (is_key(dtype) or jnp.dtype(dtype)):
       raise ValueError(f"{path!r} has shape {shape} and dtype {dtype}")
-  return Description(content["states"], arrays)
+  return Description(states, arrays)
 
 
 def _require_texts(*values: Any) -> None:

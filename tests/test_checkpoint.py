@@ -305,6 +305,31 @@ def edit_description(path, edit):
   (path / "_METADATA").write_text(json.dumps(metadata))
 
 
+def reseal(description):
+  """Gives a changed description the checksum that it would have been saved with."""
+  rest = ("format_version", "sha256")
+  content = {k: v for k, v in description.items() if k not in rest}
+  description["sha256"] = checkpoint._digest(content)
+
+
+def test_descriptions_from_before_small_leaves_were_told_apart(tmp_path):
+  """Without the option, every leaf has codes."""
+  tx = fo.adamw(1e-3, storage=fo.Storage(min_quantized_size=0))
+  tree = make_tree(tx)
+  save(tmp_path / "0", tree)
+
+  def edit(description):
+    for form in description["states"].values():
+      del form["storage"]["min_quantized_size"]
+    reseal(description)
+
+  edit_description(tmp_path / "0", edit)
+  cases.assert_same(restore(tmp_path / "0", tree), tree)
+  assert "min_quantized_size=0" in str(inspection.inspect(tmp_path / "0"))
+  with pytest.raises(ValueError, match=r"min_quantized_size=0.*asked for.*=4096"):
+    restore(tmp_path / "0", make_tree(fo.adamw(1e-3)))
+
+
 @pytest.mark.parametrize(
     ("version", "message"),
     [
@@ -352,9 +377,7 @@ def test_malformed_descriptions(change, tmp_path):
 
   def edit(description):
     description.update(change)
-    rest = ("format_version", "sha256")
-    content = {k: v for k, v in description.items() if k not in rest}
-    description["sha256"] = checkpoint._digest(content)
+    reseal(description)
 
   edit_description(tmp_path / "0", edit)
   for read in (lambda path: restore(path, tree), inspection.inspect):
