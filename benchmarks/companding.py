@@ -97,8 +97,12 @@ def roundtrip(x, kind, variant, count):
     return codec.decode(*encoded, kind, storage)
   exact = codec.exact_scale(x, kind, storage)
   scale = codec.round_scale(exact, codec.TO_NEAREST.scale)
-  factor = codec.encode_factor(scale, kind, storage)
-  codes = codec.encode_codes(x, factor, kind, storage)
+  factor = codec.group_expand(
+      codec.encode_factor(scale, kind, storage), x.shape, storage
+  )
+  root = jnp.sqrt(jnp.abs(x) if kind == "first" else jnp.sqrt(x))
+  level = jnp.clip(jnp.round(root * factor), max=codec.LEVELS[kind])
+  codes = (jnp.sign(x) * level).astype(codec.CODE_DTYPE[kind])
   return codec.decode(codes, scale, kind, storage)
 
 
