@@ -225,14 +225,6 @@ def scale_shape(shape: tuple[int, ...], group_size: int) -> tuple[int, ...]:
   return (*shape[:axis], groups, *shape[axis + 1 :])
 
 
-def no_scale(shape: tuple[int, ...], group_size: int) -> jax.Array:
-  """What a leaf has whose moments are not quantised: zeros in the place of scales.
-
-  So every leaf has the same arrays, of the same ranks, whichever its size.
-  """
-  return jnp.zeros(scale_shape(shape, group_size), SCALE_DTYPE)
-
-
 def encode(
     x: jax.Array,
     kind: Kind,
@@ -247,7 +239,8 @@ def encode(
     kind: ``"first"`` (signed) or ``"second"`` (a mean of squares).
     storage: Gives the group size and the companding.
     rounding: How scales and codes are rounded.
-    old_scale: The scales before an update, of :func:`scale_shape`; None for none.
+    old_scale: The scales before an update, of :func:`scale_shape`. None to encode what
+      no update made, without a limit.
 
   Returns:
     Codes of x's shape, int8 for first and uint8 for second moments, and scales,
@@ -405,14 +398,15 @@ def group_largest(
 ) -> jax.Array:
   """Largest magnitude of each group; NaN where the group holds one.
 
-  What stands out from the rest of its group and from its old scale is limited, see
-  :data:`LARGEST_RATIO`.
+  In an update, what stands out from the rest of its group and from its old scale is
+  limited, see :data:`LARGEST_RATIO`.
 
   Args:
     x: The moment, float32.
     kind: Its kind.
     group_size: Elements of a group. Only multiples of 8 have halves to compare.
-    old_scale: The scales before the update, of :func:`scale_shape`; None for none.
+    old_scale: The scales before an update, of :func:`scale_shape`. None to encode what
+      no update made, without a limit.
   """
   # As integers, the bits of magnitudes are in order, NaN above all others. XLA's
   # float maximum, which has to look for NaN, is many times slower on a CPU.
@@ -433,7 +427,7 @@ def group_largest(
   of_parts = [_halves(part, axis + 1) for part in grouped]
   halves = [_joined(half, axis) for half in zip(*of_parts, strict=True)]
   if old_scale is None:
-    old_scale = lax.full_like(halves[0], 0.0)
+    return lax.max(*halves)
   return limited_largest(halves, old_scale.astype(jnp.float32), kind)
 
 

@@ -410,7 +410,7 @@ def encode_inner(
             group_size=size,
         )
         if codes
-        else (leaf, codec.no_scale(jnp.shape(leaf), size))
+        else (leaf, state_lib.zero_scale(leaf, size))
         for leaf, codes, old_scale in zip(leaves, quantized, old_scales, strict=True)
     ]
     of_moment = treedef.unflatten([scale for _, scale in pairs])

@@ -447,7 +447,7 @@ def encode(moments: dict[str, Any], form: Format) -> dict[str, Any]:
       encoded = [
           _encode_leaf(leaf, kind, form.storage)
           if form.storage.quantizes(leaf.shape)
-          else (leaf, codec.no_scale(leaf.shape, form.storage.group_size))
+          else (leaf, state_lib.zero_scale(leaf, form.storage.group_size))
           for leaf in leaves
       ]
       leaves = [codes for codes, _ in encoded]

@@ -249,9 +249,9 @@ def _leaves(
     correction = _expect(what, path, corrections[i], param.shape, dtype)
     pairs = []
     for kind, name, values, scales in moments:
-      # As the state was made: inside shard_map, and for a slice of a stack, the shape
-      # is not the one that decided.
-      quantized = storage.moment_bits == 8 and not _is_float32(values[i])
+      # Inside shard_map, and for slices of a stack, the leaf with the codes was larger.
+      has_codes = storage.moment_bits == 8 and not _is_float32(values[i])
+      quantized = has_codes or storage.quantizes(param.shape)
       dtype = codec.CODE_DTYPE[kind] if quantized else jnp.float32
       codes = _expect(f"state's {name}", path, values[i], param.shape, dtype)
       shape = codec.scale_shape(param.shape, storage.group_size)

@@ -46,7 +46,13 @@ counts = st.integers(0, 2**31 - 1)
 
 @functools.cache
 def encoder(kind, storage):
-  return jax.jit(lambda x, rounding: codec.encode(x, kind, storage, rounding))
+  """As after the first update, whose outliers are limited."""
+
+  def encode(x, rounding):
+    no_scale = jnp.zeros(codec.scale_shape(x.shape, storage.group_size))
+    return codec.encode(x, kind, storage, rounding, no_scale)
+
+  return jax.jit(encode)
 
 
 @functools.cache
@@ -125,7 +131,11 @@ def levels_of(x, kind, storage):
   else:
     level = 2 * ratio / (1 + ratio) if kind == "first" else ratio
   level = np.minimum(level, 1) * LEVELS[kind]
-  return np.sign(x) * level if kind == "first" else level
+  if kind == "second":
+    return level
+  if storage.companding == "root":
+    level = level * np.minimum(level, 1)
+  return np.sign(x) * level
 
 
 def rounding_for(count, kind):
@@ -504,7 +514,7 @@ def test_a_second_moment_decays_beside_a_constant_one(decay, storage):
 @pytest.mark.parametrize("decay", [0.9, 0.99])
 @pytest.mark.parametrize("held", [False, True])
 def test_a_first_moment_decays_as_float32s_does(held, decay, storage):
-  """Within a code on time average, from every code of either sign, to zero.
+  """Within a code or so on time average, from every code of either sign, to zero.
 
   Where all of a group decays, codes stay as they are.
   """
@@ -514,7 +524,9 @@ def test_a_first_moment_decays_as_float32s_does(held, decay, storage):
     assert not of.differs.any()
     np.testing.assert_allclose(of.value, of.exact, rtol=0.02)
     return
-  assert (np.abs(of.code - of.level) / updates)[of.free].max() < 1
+  off = (np.abs(of.code - of.level) / updates)[of.free]
+  assert off.mean() < 0.5
+  assert off.max() < 1.25
   assert of.apart[of.free].max() < 5
   assert np.abs(of.last[of.free].astype(int)).max() <= 2
 
@@ -539,13 +551,14 @@ def test_neighbours_of_an_outlier_keep_what_they_mean(spike, kind):
   def run():
     def step(moment, count):
       rounding = rounding_for(count, kind)
-      at_rest = codec.encode(spiked, kind, storage, rounding)
+      at_rest = codec.encode(spiked, kind, storage, rounding, no_scale)
       at_rest = codec.decode(*at_rest, kind, storage)
       new = jnp.where(count == 0, spiked, x)
-      moment = decay * codec.decode(*moment, kind, storage) + (1 - decay) * new
-      moment = codec.encode(moment, kind, storage, rounding)
+      value = decay * codec.decode(*moment, kind, storage) + (1 - decay) * new
+      moment = codec.encode(value, kind, storage, rounding, moment[1])
       return moment, (at_rest, codec.decode(*moment, kind, storage))
 
+    no_scale = jnp.zeros((len(x), 1))
     start = codec.encode(x, kind, storage)
     return jax.lax.scan(step, start, jnp.arange(updates))[1]
 

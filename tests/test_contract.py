@@ -18,6 +18,7 @@ from optax import contrib
 from optax._src import base
 
 import flashoptim_jax as fo
+from flashoptim_jax import codec
 from flashoptim_jax.kernels import xla
 from flashoptim_jax.state import FlashState, flash_states
 from flashoptim_jax.transform import NewParams
@@ -178,7 +179,8 @@ def test_state_mirrors_the_parameters(name, storage):
   assert state.correction["scale"].shape == ()
 
 
-def test_only_large_leaves_have_scales():
+def test_small_leaves_have_float32_moments():
+  """And zeros for scales, so that every leaf has the same arrays."""
   params = cases.tree()
   state = cases.make("adamw", "mixed").init(params)
   for values, scales, codes in (
@@ -188,7 +190,8 @@ def test_only_large_leaves_have_scales():
     for name, param in params.items():
       large = param.size >= 64
       assert values[name].dtype == (codes if large else jnp.float32)
-      assert (scales[name] != optax.MaskedNode()) == large
+      assert scales[name].shape == codec.scale_shape(param.shape, 32)
+      assert not scales[name].any()
 
 
 @every_case

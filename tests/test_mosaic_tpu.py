@@ -1,5 +1,6 @@
 """The TPU kernel against XLA, in interpret mode, and compiled for real TPUs."""
 
+import functools
 import json
 import os
 import pathlib
@@ -61,8 +62,10 @@ def test_equals_xla(name, storage, leaf, function, dtype):
       )
       for implementation in ("mosaic_tpu", "xla")
   )
-  # The kernel folds decays and gains into the groups' factors.
-  cases.assert_equal(kernel, xla, STEPS, cases.assert_codes_close)
+  # The kernel folds decays and gains into the groups' factors, which changes about one
+  # code in 10⁴ in each update.
+  close = functools.partial(cases.assert_codes_close, share=2e-4 * STEPS)
+  cases.assert_equal(kernel, xla, STEPS, close)
 
 
 @pytest.mark.parametrize("leaf", ["ragged", "tall"])

@@ -8,20 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import flashoptim_jax as fo
 from flashoptim_jax import codec, kernels
 from flashoptim_jax.kernels import triton
 from flashoptim_jax.rules import ADAM, Moment, Rule
 from flashoptim_jax.state import Format
 from flashoptim_jax.transform import flash_transformation
-
-
-def _average(grad, moment, h):
-  return moment + h["rate"] * (grad - moment)
-
-
-def _average_of_squares(grad, moment, h):
-  return _average(jnp.square(grad), moment, h)
 
 
 def _clipped(grad, old, new, h):
@@ -31,14 +22,16 @@ def _clipped(grad, old, new, h):
   return jax.nn.relu6(jnp.clip(step, -2.0, 2.0)) - jax.nn.relu(-step) + sum(old[2:])
 
 
-MU, NU = Moment("mu", "first", _average), Moment("nu", "second", _average_of_squares)
-TREND = Moment("trend", "first", _average)
+MU, NU, TREND = (
+    Moment(name, kind, "rate", "one_minus_rate")
+    for name, kind in (("mu", "first"), ("nu", "second"), ("trend", "first"))
+)
 TWO = Rule("clipped", (MU, NU), _clipped)
 THREE = Rule("trending", (MU, NU, TREND), _clipped)
 # With the name of a rule that kernels know, and another arithmetic.
 DISGUISED = ADAM._replace(direction=_clipped)
 SCALARS = {
-    "rate": 0.25, "damping": 0.5, "eps": 1e-3,
+    "rate": 0.25, "one_minus_rate": 0.75, "damping": 0.5, "eps": 1e-3,
     "b1": 0.75, "one_minus_b1": 0.25, "b2": 0.75, "one_minus_b2": 0.25,
     "learning_rate": 2.0**-7, "weight_decay": 0.5,
 }
@@ -48,7 +41,7 @@ def make(rule, implementation=None):
   moments = tuple((moment.name, moment.kind) for moment in rule.moments)
   return flash_transformation(
       rule,
-      Format(rule.name, moments, fo.Storage()),
+      Format(rule.name, moments, cases.QUANTIZED),
       lambda count: SCALARS,
       plain=lambda: None,
       decay=True,
@@ -73,15 +66,14 @@ def test_tpu_kernel_takes_any_moments():
   """The state of optimizers has no place for them, but kernels do not mind."""
   param = params()["w"]
   grad = cases.grads_like(param, dtype=jnp.float32)
-  storage = fo.Storage()
+  storage = cases.QUANTIZED
   pairs = []
   for moment in THREE.moments:
     value = grad if moment.kind == "first" else grad**2
     codes, scale = codec.encode(value, moment.kind, storage)
     pairs.append((codes, scale.astype(codec.SCALE_DTYPE)))
   arrays = grad, param, jnp.zeros(param.shape, jnp.int8), tuple(pairs)
-  rounding = codec.rounding_of(jnp.int32(0))
-  scalars = SCALARS | {"scale_rounding": rounding.scale, "code_rounding": rounding.code}
+  scalars = SCALARS | codec.rounding_scalars(jnp.int32(0))
 
   def update(implementation):
     def updated(*arrays):

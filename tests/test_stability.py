@@ -247,8 +247,8 @@ def test_rare_rows_move_as_far_as_in_float32(name, companding, compressed):
   touched = rms[1] > 0
   ratio = rms[0][touched] / rms[1][touched]
   # The rarest rows are hit once or twice, in the noise of one scale's codes.
-  furthest = 1.15 if companding == "root" else 1.4
-  assert ((ratio > 0.9) & (ratio < furthest)).all(), np.sort(ratio)
+  least, most = (0.9, 1.15) if companding == "root" else (0.8, 1.25)
+  assert ((ratio > least) & (ratio < most)).all(), np.sort(ratio)
   np.testing.assert_allclose(ratio.mean(), 1, rtol=0.03)
 
 
