@@ -28,8 +28,9 @@ be lost, and so would every one after it. A number is cut off after a threshold 
 either kind of moment and master weights have thresholds of their own, for their errors
 not to go together. ``benchmarks/companding.py`` measures it.
 
-An element of v that is not zero has a code of at least 1: v must not decode to zero
-before m does, for an update divides m by the root of v.
+Codes of v are at least 1 where their group has a scale: v must not decode to zero before
+m does, for an update divides m by the root of v. In "root", m's level below 1 is squared
+before it is rounded, so that the value, not the code, is right on average there.
 
 A spike must not take the codes from its neighbours. The elements of a group are in two
 halves, four and four in turn. At most 4096 times the larger of two is stored, unless
@@ -305,7 +306,7 @@ def encode_codes(
     code = _clamped(level + rounding, 1.0, levels)
     return _where(factor > 0, code, 0.0).astype(jnp.uint8)
   if storage.companding == "root":
-    # Right on average in the value, level², where it counts most: below the first code.
+    # Below the first code, the value that is right on average is the level squared.
     level = level * lax.min(level, lax.full_like(level, 1.0))
   level = _where(x < 0, -level, level)
   # Positive, for the conversion to cut off downwards.
