@@ -28,9 +28,9 @@ be lost, and so would every one after it. A number is cut off after a threshold 
 either kind of moment and master weights have thresholds of their own, for their errors
 not to go together. ``benchmarks/companding.py`` measures it.
 
-Codes of v are at least 1 where their group has a scale: v must not decode to zero before
-m does, for an update divides m by the root of v. In "root", m's level below 1 is squared
-before it is rounded, so that the value, not the code, is right on average there.
+Codes of v are at least 1 where their group has a scale: v must not decode to zero
+before m does, for an update divides m by the root of v. In "root", m's level below 1 is
+squared before it is rounded, so that the value, not the code, is right on average there.
 
 A spike must not take the codes from its neighbours. The elements of a group are in two
 halves, four and four in turn. At most 4096 times the larger of two is stored, unless
