@@ -30,7 +30,7 @@ not to go together. ``benchmarks/companding.py`` measures it.
 
 Codes of v are at least 1 where their group has a scale: v must not decode to zero
 before m does, for an update divides m by the root of v. In "root", m's level below 1 is
-squared before it is rounded, so that the value, not the code, is right on average there.
+squared before it is rounded: there the value is right on average, not the code.
 
 A spike must not take the codes from its neighbours. The elements of a group are in two
 halves, four and four in turn. At most 4096 times the larger of two is stored, unless
