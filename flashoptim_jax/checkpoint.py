@@ -378,7 +378,8 @@ def _from_json(content: Mapping[str, Any]) -> Description:
   states = {}
   for path, form in content["states"].items():
     _require_texts(form["optimizer"], *itertools.chain(*form["moments"]))
-    states[path] = form | {"storage": _LATER_OPTIONS | dict(form["storage"])}
+    storage = dict(form["storage"])
+    states[path] = form | {"storage": storage | (_LATER_OPTIONS | storage)}
   arrays = {}
   for path, (shape, dtype) in content["arrays"].items():
     _require_texts(dtype)
