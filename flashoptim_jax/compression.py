@@ -23,7 +23,7 @@ from flashoptim_jax import (
   sequential,
 )
 from flashoptim_jax import state as state_lib
-from flashoptim_jax.kernels import deferred
+from flashoptim_jax.kernels import primitive
 from flashoptim_jax.state import CompressedState, Format
 from flashoptim_jax.storage import Storage
 from flashoptim_jax.transform import (
@@ -136,7 +136,7 @@ def compress(
     treedef: Any = jax.tree.structure(params)
     request = new_params_request(extra_args, params)
     passed_on = {k: v for k, v in extra_args.items() if k not in _OWN_ARGUMENTS}
-    call = deferred.call if extra_args.get(DEFERRED, False) else _call
+    call = primitive.call if extra_args.get(DEFERRED, False) else _call
 
     def update(grads, state, params):
       rounding = codec.rounding_of(state.count)
@@ -194,7 +194,7 @@ def compress(
         host_memory.to_device(state),
         list(map(jnp.asarray, jax.tree.leaves(params))),
     )
-    if call is deferred.call:  # The caller takes it apart.
+    if call is primitive.call:  # The caller takes it apart.
       results, new_state = update(*args)
     else:
       groups, of_state = _groups(state, params)
@@ -213,7 +213,7 @@ def compress(
 
 
 def _call(function: Callable[..., Any], *args: Any, group_size: int | None = None):
-  """What :func:`flashoptim_jax.kernels.deferred.call` stands for."""
+  """What :func:`flashoptim_jax.kernels.primitive.call` stands for."""
   del group_size
   return function(*args)
 

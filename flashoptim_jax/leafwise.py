@@ -16,7 +16,7 @@ import optax
 from jax.extend import core
 
 from flashoptim_jax import apply, paths
-from flashoptim_jax.kernels import deferred
+from flashoptim_jax.kernels import primitive
 from flashoptim_jax.transform import DEFERRED
 
 # Primitives that compute each element from the elements at the same place.
@@ -30,7 +30,7 @@ ELEMENTWISE = frozenset([
     "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical",
     "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "xor",
 ])
-_DEFERRED = (deferred.update_p, deferred.call_p)
+_DEFERRED = (primitive.update_p, primitive.call_p)
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 _CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 _INSTEAD = (
@@ -94,7 +94,7 @@ def bind(eqn: core.JaxprEqn, values: Iterable[Any]) -> Sequence[Any]:
 
 def _carry_out(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
   """The same, where the equation may be a deferred call."""
-  if eqn.primitive is deferred.call_p:
+  if eqn.primitive is primitive.call_p:
     return eqn.params["function"](*values)
   return bind(eqn, values)
 
@@ -241,7 +241,7 @@ class Leafwise:
   def groups_within_slices(self, leaf: int, axes: int) -> bool:
     """Whether no group of the state's format reaches across a stack's slices."""
     return all(
-        deferred.sliceable(eqn, axes)
+        primitive.sliceable(eqn, axes)
         for eqn, leaves in self._equations
         if leaves == 1 << leaf and eqn.primitive in _DEFERRED
     )
@@ -274,8 +274,8 @@ class Leafwise:
       if leaves != 1 << leaf:
         continue
       if eqn.primitive in _DEFERRED:
-        arrays, scalars = deferred.operands(eqn)
-        apart = not self._union(scalars) and deferred.sliceable(eqn, axes)
+        arrays, scalars = primitive.operands(eqn)
+        apart = not self._union(scalars) and primitive.sliceable(eqn, axes)
       else:
         arrays, apart = eqn.invars, eqn.primitive.name in ELEMENTWISE
       if apart and all(map(fits, arrays)):
@@ -372,13 +372,13 @@ class Leafwise:
       for eqn in waiting:
         if any(var not in env for var in variables(eqn)):
           later.append(eqn)
-        elif eqn.primitive is deferred.update_p:
+        elif eqn.primitive is primitive.update_p:
           updates.append(eqn)
         else:
           values = [self._read(env, var, axes) for var in eqn.invars]
           env.update(zip(eqn.outvars, _carry_out(eqn, values), strict=True))
       values = [[self._read(env, v, axes) for v in eqn.invars] for eqn in updates]
-      for eqn, results in zip(updates, deferred.run(updates, values), strict=True):
+      for eqn, results in zip(updates, primitive.run(updates, values), strict=True):
         env.update(zip(eqn.outvars, results, strict=True))
       waiting = later
 

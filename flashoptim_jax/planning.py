@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from flashoptim_jax import models, optimizers, paths, sharding, specs
 from flashoptim_jax import state as state_lib
-from flashoptim_jax.kernels import hosted
+from flashoptim_jax.kernels import offload
 
 # GiB that a program can have: of TPUs what XLA's compiler says, of GPUs what the
 # driver does. XLA takes 75 % of a GPU's unless XLA_PYTHON_CLIENT_MEM_FRACTION
@@ -321,10 +321,10 @@ class _Placed:
         jax.tree.leaves(parts[part]) for part in ("embed", "layers", "top")
     )
     # More layers have no more kinds of neighbours.
-    leaves = [*first, *layer * min(self._num_layers, hosted.IN_FLIGHT + 1), *last]
-    windows = range(max(1, len(leaves) - hosted.IN_FLIGHT + 1))
+    leaves = [*first, *layer * min(self._num_layers, offload.IN_FLIGHT + 1), *last]
+    windows = range(max(1, len(leaves) - offload.IN_FLIGHT + 1))
     return (
-        max(sum(leaves[i : i + hosted.IN_FLIGHT]) for i in windows),
+        max(sum(leaves[i : i + offload.IN_FLIGHT]) for i in windows),
         sum(first) + self._num_layers * sum(layer) + sum(last),
     )
 

@@ -11,7 +11,7 @@ from optax._src import base
 
 from flashoptim_jax import codec, counterpart, kernels, paths
 from flashoptim_jax import state as state_lib
-from flashoptim_jax.kernels import deferred
+from flashoptim_jax.kernels import primitive
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.state import FlashState, Format
 
@@ -19,7 +19,7 @@ from flashoptim_jax.state import FlashState, Format
 # of updates: a `NewParams`.
 NEW_PARAMS = "flashoptim_new_params"
 # The extra argument by which gradient release asks for updates that are carried
-# out later, see `flashoptim_jax.kernels.deferred`.
+# out later, see `flashoptim_jax.kernels.primitive`.
 DEFERRED = "flashoptim_deferred"
 
 # The extra argument by which `flashoptim_jax.with_shardings` says how parameters
@@ -164,7 +164,7 @@ def flash_transformation(
         for leaf, flag in zip(leaves, flags, strict=True)
     ]
     deferred_update = extra_args.get(DEFERRED, False)
-    update = deferred.update_leaves if deferred_update else kernels.update_leaves
+    update = primitive.update_leaves if deferred_update else kernels.update_leaves
     given = extra_args.get(PARAM_SHARDINGS, {})
     known = [given.get(path) for path, _ in jax.tree.leaves_with_path(params)]
     updated = update(

@@ -117,14 +117,14 @@ def update_leaves(
   Raises:
     ValueError: If the implementation asked for cannot update a leaf.
   """
-  from flashoptim_jax.kernels import hosted
+  from flashoptim_jax.kernels import offload
 
   options = _Options(rule, storage, implementation, new_params)
   update = functools.partial(_update_resident, options, shardings, scalars=scalars)
-  on_host = [hosted.is_hosted(leaf) for leaf in leaves]
+  on_host = [offload.is_hosted(leaf) for leaf in leaves]
   resident = iter(update(list(itertools.compress(leaves, map(not_, on_host)))))
   streamed = iter(
-      hosted.update(update, list(itertools.compress(leaves, on_host)))
+      offload.update(update, list(itertools.compress(leaves, on_host)))
   )
   return [next(streamed if host else resident) for host in on_host]
 
@@ -245,7 +245,7 @@ def _update_at(
     scalars: Scalars,
 ) -> list[UpdatedLeaf]:
   """Updates leaves in a place that is known."""
-  from flashoptim_jax.kernels import shards, xla
+  from flashoptim_jax.kernels import partitioning, xla
 
   rule, storage, _, new_params = options
 
@@ -266,9 +266,9 @@ def _update_at(
   members: dict[str, list[int]] = {name: [] for name in on_shards}
   updated: dict[int, UpdatedLeaf] = {}
   for i, leaf in enumerate(leaves):
-    partitioned = shards.is_partitioned(leaf, shardings, place.devices)
+    partitioned = partitioning.is_partitioned(leaf, shardings, place.devices)
     name = _choose(leaf, options, place, partitioned)
-    if name == "xla" and shards.xla_can_partition(
+    if name == "xla" and partitioning.xla_can_partition(
         leaf, shardings, storage.group_size, place.devices
     ):
       (updated[i],) = with_xla([leaf], scalars)
@@ -276,7 +276,7 @@ def _update_at(
       members[name].append(i)
   for name, indices in members.items():
     if indices:
-      results = shards.update(
+      results = partitioning.update(
           on_shards[name],
           [leaves[i] for i in indices],
           scalars,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashoptim_jax import codec, rules
-from flashoptim_jax.kernels import Leaf, Unavailable, UpdatedLeaf, merging
+from flashoptim_jax.kernels import Leaf, Unavailable, UpdatedLeaf, xla_fusion
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import LEAST_ROOT, Rule, Scalars
 from flashoptim_jax.storage import Storage
@@ -110,7 +110,7 @@ def update(
     # Leaves of one shape are neighbours, for their updates to come from few launches.
     # The largest are first: XLA, which adds the smallest updates first, then finds
     # them in the cache.
-    members.sort(key=lambda i: merging.by_size(leaves[i]), reverse=True)
+    members.sort(key=lambda i: xla_fusion.by_size(leaves[i]), reverse=True)
     for start in range(0, len(members), _MOST_LEAVES):
       chunk = members[start : start + _MOST_LEAVES]
       results = launch([leaves[i] for i in chunk], packed)
@@ -119,7 +119,7 @@ def update(
   if new_params:
     return results
   small = [i for i, leaf in enumerate(leaves) if leaf.param.size < _MERGED_BELOW]
-  updates = merging.mergeable([results[i].result for i in small])
+  updates = xla_fusion.mergeable([results[i].result for i in small])
   for i, update in zip(small, updates, strict=True):
     results[i] = results[i]._replace(result=update)
   return results

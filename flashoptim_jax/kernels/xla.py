@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from flashoptim_jax import codec
-from flashoptim_jax.kernels import Leaf, UpdatedLeaf, merging
+from flashoptim_jax.kernels import Leaf, UpdatedLeaf, xla_fusion
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import LEAST_ROOT, Moment, Rule, Scalars
 from flashoptim_jax.storage import Storage
@@ -96,7 +96,7 @@ def _update_in_batches(
 ) -> list[UpdatedLeaf]:
   """For GPUs, on which small kernels take long to launch."""
   scalars = {
-      name: merging.shared(value) if name.endswith("_scale_rounding") else value
+      name: xla_fusion.shared(value) if name.endswith("_scale_rounding") else value
       for name, value in scalars.items()
   }
   updated: dict[int, UpdatedLeaf] = {}
@@ -128,7 +128,7 @@ def _batches(
   for (kind, *_), members in alike.items():
     if kind == "joined":
       # Neighbours have one shape, for XLA to make one kernel that parts them.
-      members.sort(key=lambda i: merging.by_size(leaves[i]))
+      members.sort(key=lambda i: xla_fusion.by_size(leaves[i]))
       most = _MOST_JOINED
     else:
       size = leaves[members[0]].param.size
@@ -153,7 +153,7 @@ def _update_batch(
   (joined,) = _update(config, [_join(leaves)], scalars)
   # Without the barrier, the second pass would be repeated in the kernels that part it.
   parts = _part(lax.optimization_barrier(joined), leaves)
-  return merging.mergeable(parts)
+  return xla_fusion.mergeable(parts)
 
 
 def _update(
@@ -195,7 +195,7 @@ def _sharing_kernels(leaves: Sequence[_Arrays]) -> Sequence[_Arrays]:
   """
   if len(leaves) == 1:
     return leaves
-  grads = merging.mergeable([leaf.grad for leaf in leaves])
+  grads = xla_fusion.mergeable([leaf.grad for leaf in leaves])
   return [
       leaf._replace(grad=grad) for leaf, grad in zip(leaves, grads, strict=True)
   ]
