@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import optax
 
 import flashoptim_jax as fo
-from flashoptim_jax import codec, kernels, optimizers, rules
+from flashoptim_jax import codec, optimizers, rules
 from flashoptim_jax.kernels import xla
+from flashoptim_jax.kernels.base import Leaf, UpdateSpec
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 # 20 M parameters in one large, one tall and one small leaf.
@@ -66,23 +67,20 @@ def seconds_per_step(step, tx, grads, kept):
 
 def profile(rule, storage, leaf, scalars):
   """Seconds of each of the CPU path's passes over one leaf, alone, in place."""
-  config = xla._Config(
-    rule, storage, quantized=True, decay=True, new_params=True, gpu=False
-  )
-  operands = xla._Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
+  spec = UpdateSpec(rule, storage, "xla", new_params=True)
   passes = {}
   for moment, stored in zip(rule.moments, leaf.moments, strict=True):
-    kept = (config, moment), (leaf.grad, stored, scalars)
+    kept = (spec, moment), (leaf.grad, stored, scalars)
     scale = stored[1].astype(jnp.float32)
     passes[f"{moment.name}_scale"] = xla._scale_pass, *kept, scale
     zero = jnp.uint32(0)
-    kept = (config, moment), (leaf.grad, stored, scalars, scale, zero)
+    kept = (spec, moment), (leaf.grad, stored, scalars, scale, zero)
     passes[moment.name] = xla._codes_pass, *kept, stored[0]
   passes["correction"] = (
-    xla._correction_pass, (config,), (operands, scalars), leaf.correction
+    xla._correction_pass, (spec,), (leaf, scalars), leaf.correction
   )
   passes["param"] = (
-    xla._param_pass, (config,), (operands, scalars, leaf.correction), leaf.param
+    xla._param_pass, (spec,), (leaf, scalars, leaf.correction), leaf.param
   )
   seconds = {}
   for name, (function, static, inputs, target) in passes.items():
@@ -153,8 +151,7 @@ def main():
     "temporary_bytes": temporaries,
   }
   state, params = runs["fo.adamw"][2]
-  leaf = kernels.Leaf(
-    "wide",
+  leaf = Leaf(
     grads["wide"],
     params["wide"],
     state.correction["wide"],
@@ -162,6 +159,7 @@ def main():
       (state.mu["wide"], state.mu_scale["wide"]),
       (state.nu["wide"], state.nu_scale["wide"]),
     ),
+    path="",
     decay=True,
   )
   hyperparameters = optimizers._adam_scalars(

@@ -9,9 +9,10 @@ import numpy as np
 import optax
 from optax._src import base
 
-from flashoptim_jax import codec, counterpart, kernels, paths
+from flashoptim_jax import codec, counterpart, paths
 from flashoptim_jax import state as state_lib
-from flashoptim_jax.kernels import primitive
+from flashoptim_jax.kernels import dispatch, primitive
+from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf, UpdateSpec
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.state import FlashState, Format
 
@@ -136,9 +137,9 @@ def flash_transformation(
     mask: Where weight decay applies: a prefix of the params with bool leaves, a
       function of the params that returns one, or None for everywhere.
     decay: Whether there is weight decay at all.
-    implementation: See :func:`flashoptim_jax.kernels.update_leaves`.
+    implementation: See :func:`flashoptim_jax.kernels.base.UpdateSpec`.
   """
-  kernels.check_implementation(implementation)
+  dispatch.check_implementation(implementation)
   for moment in rule.moments:
     if moment.name not in ("mu", "nu"):
       raise ValueError(
@@ -160,21 +161,18 @@ def flash_transformation(
       leaves = list(map(_with_update_dtype, leaves))
     flags = _decay_flags(mask, params) if decay else [False] * len(leaves)
     leaves = [
-        leaf._replace(decay=flag)
+        leaf.replace(decay=bool(flag))
         for leaf, flag in zip(leaves, flags, strict=True)
     ]
     deferred_update = extra_args.get(DEFERRED, False)
-    update = primitive.update_leaves if deferred_update else kernels.update_leaves
+    update = primitive.update_leaves if deferred_update else dispatch.update_leaves
     given = extra_args.get(PARAM_SHARDINGS, {})
     known = [given.get(path) for path, _ in jax.tree.leaves_with_path(params)]
     updated = update(
-        rule,
-        form.storage,
+        UpdateSpec(rule, form.storage, implementation, request is not None),
         leaves,
         {**scalars(state.count), **codec.rounding_scalars(state.count)},
-        implementation=implementation,
-        new_params=request is not None,
-        shardings={
+        {
             leaf.path: sharding
             for leaf, sharding in zip(leaves, known, strict=True)
             if sharding is not None
@@ -206,7 +204,7 @@ def new_params_request(
 
 def _leaves(
     grads: Any, state: FlashState, params: Any, form: Format
-) -> list[kernels.Leaf]:
+) -> list[Leaf]:
   """Lines up gradients, parameters and state; raises a ValueError if it can't."""
   if not isinstance(state, FlashState):
     raise ValueError(
@@ -259,7 +257,7 @@ def _leaves(
       scale = _expect(f"state's {name}_scale", path, scales[i], shape, scale_dtype)
       pairs.append((codes, scale if quantized else None))
     leaves.append(
-        kernels.Leaf(path, grad, param, correction, tuple(pairs), False)
+        Leaf(grad, param, correction, tuple(pairs), path, decay=False)
     )
   return leaves
 
@@ -268,9 +266,9 @@ def _is_float32(values: Any) -> bool:
   return getattr(values, "dtype", None) == jnp.float32
 
 
-def _with_update_dtype(leaf: kernels.Leaf) -> kernels.Leaf:
+def _with_update_dtype(leaf: Leaf) -> Leaf:
   """A leaf whose gradient has the dtype in which its update loses nothing."""
-  return leaf._replace(
+  return leaf.replace(
       grad=leaf.grad.astype(update_dtype(leaf.grad.dtype, leaf.param.dtype))
   )
 
@@ -351,7 +349,7 @@ def _decay_flags(mask: Any, params: Any) -> list[bool]:
 def _new_state(
     state: FlashState,
     treedef: Any,
-    updated: list[kernels.UpdatedLeaf],
+    updated: list[UpdatedLeaf],
     form: Format,
 ) -> FlashState:
   absent = optax.MaskedNode()

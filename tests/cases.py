@@ -13,7 +13,8 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
-from flashoptim_jax import kernels
+from flashoptim_jax.kernels import dispatch
+from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.state import by_path, flash_states, map_flash_states
 
 
@@ -220,14 +221,14 @@ def random_state(tx, params, seed: int = 2, count: int = 3):
 
 def update_as_on(platform: str, monkeypatch, devices: int | None = None):
   """Has leaves updated as on another platform, and number of devices."""
-  update_at = kernels._update_at
+  update_at = dispatch._update_at
 
   def elsewhere(place, *args):
     count = place.devices if devices is None else devices
-    return update_at(kernels.Place(platform, count, None), *args)
+    return update_at(Place(platform, count, None), *args)
 
-  monkeypatch.setattr(kernels, "_update_at", elsewhere)
-  monkeypatch.setattr(kernels.Place, "is_here", lambda place: True)
+  monkeypatch.setattr(dispatch, "_update_at", elsewhere)
+  monkeypatch.setattr(Place, "is_here", lambda place: True)
 
 
 def largest_steps(b1, b2, nesterov, steps):

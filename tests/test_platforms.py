@@ -12,8 +12,8 @@ import pytest
 from cases import update_as_on
 
 import flashoptim_jax as fo
-from flashoptim_jax import kernels
-from flashoptim_jax.kernels import mosaic_tpu, triton
+from flashoptim_jax.kernels import dispatch, mosaic_tpu, triton
+from flashoptim_jax.kernels.by_platform import Place
 
 SHAPES = {
     "matrix": ((4, 64), jnp.bfloat16),
@@ -32,13 +32,13 @@ def arguments(tx, shapes=None):
 @pytest.fixture
 def places(monkeypatch):
   """The platforms that updates were traced for."""
-  found, update_at = [], kernels._update_at
+  found, update_at = [], dispatch._update_at
 
   def recorded(place, *args):
     found.append(place.platform)
     return update_at(place, *args)
 
-  monkeypatch.setattr(kernels, "_update_at", recorded)
+  monkeypatch.setattr(dispatch, "_update_at", recorded)
   return found
 
 
@@ -52,7 +52,7 @@ def gpu_machine(monkeypatch):
   """A process whose default backend is a GPU, and which has the Triton kernel."""
   gpu = types.SimpleNamespace(compute_capability="9.0")
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(kernels.Place, "is_here", lambda place: place.platform != "tpu")
+  monkeypatch.setattr(Place, "is_here", lambda place: place.platform != "tpu")
   monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: name)
   monkeypatch.setattr(triton, "_gpu", lambda: gpu)
   monkeypatch.setattr(triton, "launcher", lambda *args: None)
@@ -161,7 +161,7 @@ def test_is_differentiable(implementation, wrap):
 def test_a_missing_package_is_said_once(monkeypatch, caplog):
   update_as_on("gpu", monkeypatch, devices=1)
   monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
-  kernels._log_once.cache_clear()
+  dispatch._log_once.cache_clear()
   caplog.set_level(logging.INFO, "flashoptim_jax")
   for name in ("sgd", "lion"):
     tx = cases.make(name)
@@ -170,7 +170,7 @@ def test_a_missing_package_is_said_once(monkeypatch, caplog):
   assert record.levelno == logging.WARNING
   for part in ("'triton' is not used", "not installed", "'cuda12'", "'cuda13'"):
     assert part in record.message
-  kernels._log_once.cache_clear()
+  dispatch._log_once.cache_clear()
   tx = cases.make("lion", implementation="xla")
   cases.train(tx, {"w": jnp.ones(3)})
   assert len(caplog.records) == 1

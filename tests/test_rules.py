@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flashoptim_jax import codec, kernels
-from flashoptim_jax.kernels import triton
+from flashoptim_jax import codec
+from flashoptim_jax.kernels import dispatch, triton
+from flashoptim_jax.kernels.base import Leaf, UpdateSpec
 from flashoptim_jax.rules import ADAM, Moment, Rule
 from flashoptim_jax.state import Format
 from flashoptim_jax.transform import flash_transformation
@@ -77,13 +78,10 @@ def test_tpu_kernel_takes_any_moments():
 
   def update(implementation):
     def updated(*arrays):
-      (result,) = kernels.update_leaves(
-          THREE,
-          storage,
-          [kernels.Leaf("w", *arrays, decay=True)],
+      (result,) = dispatch.update_leaves(
+          UpdateSpec(THREE, storage, implementation, new_params=True),
+          [Leaf(*arrays, path="w", decay=True)],
           scalars,
-          implementation=implementation,
-          new_params=True,
           shardings={},
       )
       return result

@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
-from flashoptim_jax import kernels
 from flashoptim_jax.kernels import triton, xla
+from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.state import flash_states
 
 STEPS = 20
@@ -227,14 +227,13 @@ class Kernel:
   def __init__(self):
     self.shapes = []
 
-  def update(self, rule, storage, leaves, scalars, new_params):
+  def update(self, spec, leaves, scalars, place):
     self.shapes.append({leaf.path: leaf.param.shape for leaf in leaves})
     # Kernels have tables of their own, which are constants of the program.
     table = jnp.asarray(np.zeros((2, len(leaves)), np.float32))
     rate = scalars["learning_rate"] + table[0, -1]
     scalars = dict(scalars) | {"learning_rate": rate}
-    place = kernels.Place("gpu", 1, None)
-    return xla.update(rule, storage, leaves, scalars, new_params, place)
+    return xla.update(spec, leaves, scalars, Place("gpu", 1, None))
 
 
 @pytest.fixture

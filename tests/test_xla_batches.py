@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flashoptim_jax import kernels, rules
+from flashoptim_jax import rules
 from flashoptim_jax.kernels import xla
+from flashoptim_jax.kernels.base import Leaf, UpdateSpec
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 WHOLE = {  # Without partial groups, and small.
@@ -64,9 +65,9 @@ def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
 
   batches = []
 
-  def update_batch(config, leaves, scalars):
+  def update_batch(spec, leaves, scalars):
     batches.append(sorted(leaf.param.shape for leaf in leaves))
-    return update(config, leaves, scalars)
+    return update(spec, leaves, scalars)
 
   update = xla._update_batch
   monkeypatch.setattr(xla, "_update_batch", update_batch)
@@ -106,9 +107,9 @@ def test_batches_are_limited(limits, expected, monkeypatch):
     monkeypatch.setattr(xla, name, limit)
   sizes = [96, 32, 96, 512, 96, 64, 96]
   params = cases.tree({str(i): ((n,), BF16) for i, n in enumerate(sizes)})
-  leaves = [kernels.Leaf("", p, p, None, (), True) for p in params.values()]
-  config = xla._Config(rules.LION, cases.QUANTIZED, True, True, True, gpu=True)
-  batches = list(xla._batches([config] * len(leaves), leaves))
+  leaves = [Leaf(p, p, None, ((p, p),), "", decay=True) for p in params.values()]
+  spec = UpdateSpec(rules.LION, cases.QUANTIZED, None, new_params=True)
+  batches = list(xla._batches(spec, leaves))
   assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
   found = [sorted(sizes[i] for i in batch) for batch in batches]
   assert sorted(found) == sorted(expected)

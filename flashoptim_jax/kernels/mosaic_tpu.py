@@ -36,7 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from flashoptim_jax import codec
-from flashoptim_jax.kernels import Leaf, Unavailable, UpdatedLeaf
+from flashoptim_jax.kernels.base import Leaf, Unavailable, UpdatedLeaf, UpdateSpec
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.kernels.mosaic_layout import axis_order
 from flashoptim_jax.kernels.mosaic_math import (
@@ -882,17 +882,16 @@ def unavailable(place: Place) -> Unavailable | None:
   return None
 
 
-def pays(leaf: Leaf) -> bool:
+def is_faster(leaf: Leaf) -> bool:
   """Whether a leaf is large enough for the kernel to be the faster choice."""
   return leaf.param.size >= _SMALLEST
 
 
-def unsupported(leaf: Leaf, rule: Rule, storage: Storage) -> str | None:
+def unsupported(leaf: Leaf, spec: UpdateSpec) -> str | None:
   """Why the kernel can't update a leaf; None if it can."""
-  del rule  # The kernel calls it.
   shape = leaf.param.shape
-  if leaf.quantized and storage.group_size != GROUP_SIZE:
-    return f"its group size is {storage.group_size}, not {GROUP_SIZE}"
+  if leaf.quantized and spec.storage.group_size != GROUP_SIZE:
+    return f"its group size is {spec.storage.group_size}, not {GROUP_SIZE}"
   for what, array in (("it", leaf.param), ("its gradient", leaf.grad)):
     if array.dtype.name not in _DTYPES:
       return f"{what} has dtype {array.dtype.name}"
@@ -943,54 +942,38 @@ def _view(shape: tuple[int, ...], filling: int) -> tuple[int, ...]:
 
 
 def update(
-    rule: Rule,
-    storage: Storage,
-    leaves: Sequence[Leaf],
-    scalars: Scalars,
-    new_params: bool,
-    place: Place,
+    spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars, place: Place
 ) -> list[UpdatedLeaf]:
-  """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`."""
+  """Updates leaves; see :class:`flashoptim_jax.kernels.base.Backend`."""
   # Pallas asks the mesh around it which TPU it compiles for.
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty and place.mesh is not None and place.devices == 1:
     mesh = place.mesh
   with jax.sharding.use_abstract_mesh(mesh):
     interpret = place.platform != "tpu"
-    return [
-        _update(rule, storage, leaf, scalars, new_params, interpret) for leaf in leaves
-    ]
+    return [_update(spec, leaf, scalars, interpret) for leaf in leaves]
 
 
 def _update(
-    rule: Rule,
-    storage: Storage,
-    leaf: Leaf,
-    scalars: Scalars,
-    new_params: bool,
-    interpret: bool,
+    spec: UpdateSpec, leaf: Leaf, scalars: Scalars, interpret: bool
 ) -> UpdatedLeaf:
   zeros = tuple(
       name for name, value in scalars.items() if isinstance(value, float) and not value
   )
   hyper = tuple(name for name in scalars if name not in zeros)
   packed = jnp.stack([jnp.asarray(scalars[n], jnp.float32) for n in hyper])[None]
-  arrays = _fields(rule, leaf)
-  new = _call(
-      rule, storage, leaf.decay, new_params, hyper, zeros, interpret, packed, arrays
-  )
+  arrays = _fields(spec.rule, leaf)
+  new = _call(spec, leaf.decay, hyper, zeros, interpret, packed, arrays)
   return UpdatedLeaf(
-      new["param" if new_params else "update"],
+      new["param" if spec.new_params else "update"],
       new.get("correction"),
-      tuple((new[m.name], new.get(f"{m.name}_scale")) for m in rule.moments),
+      tuple((new[m.name], new.get(f"{m.name}_scale")) for m in spec.rule.moments),
   )
 
 
 def _call(
-    rule: Rule,
-    storage: Storage,
+    spec: UpdateSpec,
     decay: bool,
-    new_params: bool,
     hyper: tuple[str, ...],
     zeros: tuple[str, ...],
     interpret: bool,
@@ -998,6 +981,7 @@ def _call(
     arrays: dict[str, jax.Array],
 ) -> dict[str, jax.Array]:
   """Calls the kernel; takes and gives a leaf's arrays by name."""
+  rule, storage, _, new_params = spec
   names = tuple(arrays)
   written = [n for n in names if n != "grad" and (n != "param" or new_params)]
   if not new_params:
@@ -1023,7 +1007,7 @@ def _call(
   semantics: Any = (*("parallel",) * (len(leading) + 1), columns_are)
   per = plan.steps_per_scale_block
 
-  def spec(name):
+  def block_spec(name):
     lead = (None,) * len(leading)
     if name.endswith("_scale") and plan.cut.along_rows:
       groups = min(block_rows // GROUP_SIZE, viewed[name].shape[-2])
@@ -1039,9 +1023,9 @@ def _call(
       functools.partial(_kernel, plan, names, tuple(written), dtypes),
       grid=(*leading, pl.cdiv(rows, block_rows), plan.steps),
       in_specs=[
-          pl.BlockSpec(memory_space=pltpu.SMEM), *(spec(n) for n in names)
+          pl.BlockSpec(memory_space=pltpu.SMEM), *(block_spec(n) for n in names)
       ],
-      out_specs=[spec(source.get(n, n)) for n in written],
+      out_specs=[block_spec(source.get(n, n)) for n in written],
       out_shape=[
           jax.ShapeDtypeStruct(viewed[source.get(n, n)].shape, dtypes[source.get(n, n)])
           for n in written

@@ -7,7 +7,7 @@ import jax
 from jax import lax
 
 from flashoptim_jax import host_memory
-from flashoptim_jax.kernels import Leaf, UpdatedLeaf
+from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf
 
 # Leaves whose state may be on its way between host and device at one time.
 IN_FLIGHT = 3
@@ -36,9 +36,7 @@ def update(
       before = updated[i - IN_FLIGHT].result
       state, _ = lax.optimization_barrier((state, before))
     correction, moments = host_memory.to_device(state)
-    (new,) = update_resident(
-        [leaf._replace(correction=correction, moments=moments)]
-    )
+    (new,) = update_resident([leaf.replace(correction=correction, moments=moments)])
     correction, moments = host_memory.move_like(_state_of(new), state)
     updated.append(UpdatedLeaf(new.result, correction, moments))
   return updated

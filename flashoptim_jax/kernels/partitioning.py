@@ -15,7 +15,7 @@ A leaf whose shards cut groups is gathered along the axis of its groups first.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -28,20 +28,11 @@ from jax.experimental.custom_partitioning import (
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flashoptim_jax import codec, specs
-from flashoptim_jax.kernels import Leaf, UpdatedLeaf
+from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf
 from flashoptim_jax.rules import Scalars
 
 # Updates leaves that lie whole on one device.
 Update = Callable[[Sequence[Leaf], Scalars], list[UpdatedLeaf]]
-
-
-class _Arrays(NamedTuple):
-  """A leaf's arrays, or what belongs to each of them: a pytree."""
-
-  grad: Any
-  param: Any
-  correction: Any
-  moments: tuple[tuple[Any, Any], ...]
 
 
 def update(
@@ -162,13 +153,13 @@ def _update_known(
       _of_arrays(leaf, _uncut(leaf, sharding, group_size), group_size)
       for leaf, sharding in zip(leaves, shardings, strict=True)
   ]
-  arrays = [
-      jax.tree.map(move, _arrays(leaf), there) if there != here else _arrays(leaf)
+  moved = [
+      jax.tree.map(move, leaf, there) if there != here else leaf
       for leaf, here, there in zip(leaves, original, uncut, strict=True)
   ]
   in_specs = jax.tree.map(lambda sharding: sharding.spec, uncut)
   updated = jax.shard_map(
-      lambda arrays, scalars: update_whole(_replace(leaves, arrays), scalars),
+      update_whole,
       mesh=mesh,
       in_specs=(in_specs, PartitionSpec()),
       out_specs=[_outputs(each) for each in in_specs],
@@ -178,7 +169,7 @@ def _update_known(
           if kind != AxisType.Manual
       },
       check_vma=False,
-  )(arrays, dict(scalars))
+  )(moved, dict(scalars))
   return [
       jax.tree.map(move, leaf, _outputs(here)) if there != here else leaf
       for leaf, here, there in zip(updated, original, uncut, strict=True)
@@ -195,17 +186,17 @@ def _update_auto(
   # custom_partitioning refuses them.
   @custom_partitioning
   @jax.jit
-  def call(arrays, scalars):
-    return update_whole(_replace(leaves, arrays), scalars)
+  def call(leaves, scalars):
+    return update_whole(leaves, scalars)
 
   def partition(mesh, arguments, results):
     del results
-    arrays, scalars = arguments
+    placements, scalars = arguments
     placed = [
         _of_arrays(
             leaf, _uncut(leaf, own.param.sharding, group_size), group_size
         )
-        for leaf, own in zip(leaves, arrays, strict=True)
+        for leaf, own in zip(leaves, placements, strict=True)
     ]
     outputs = [_outputs(each) for each in placed]
     replicated = jax.tree.map(lambda scalar: scalar.sharding, scalars)
@@ -214,16 +205,14 @@ def _update_auto(
   rule = _sharding_rule(leaves, len(scalars), group_size)
   call.def_partition(partition, sharding_rule=rule)
   # It has no batching rule of its own.
-  return jax.custom_batching.sequential_vmap(call)(
-      [_arrays(leaf) for leaf in leaves], dict(scalars)
-  )
+  return jax.custom_batching.sequential_vmap(call)(leaves, dict(scalars))
 
 
 def _sharding_rule(
     leaves: Sequence[Leaf], scalars: int, group_size: int
 ) -> SdyShardingRule:
   """Says that a leaf's arrays are sharded alike, and groups stay whole."""
-  mappings: list[_Arrays] = []
+  mappings: list[Leaf] = []
   sizes: dict[str, Any] = {}
   whole: list[str] = []
   for i, leaf in enumerate(leaves):
@@ -239,7 +228,7 @@ def _sharding_rule(
       else:
         scale[axis] = f"l{i}s"
         whole += [factors[axis], scale[axis]]
-    mappings.append(_like(leaf, ArrayMapping(*factors), ArrayMapping(*scale)))
+    mappings.append(leaf.map_arrays(ArrayMapping(*factors), ArrayMapping(*scale)))
   flatten = functools.partial(
       jax.tree.leaves, is_leaf=lambda node: isinstance(node, ArrayMapping)
   )
@@ -251,45 +240,21 @@ def _sharding_rule(
   )
 
 
-def _arrays(leaf: Leaf) -> _Arrays:
-  return _Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
-
-
-def _replace(leaves: Sequence[Leaf], arrays: Sequence[_Arrays]) -> list[Leaf]:
-  """The leaves with other arrays."""
-  return [
-      leaf._replace(**own._asdict())
-      for leaf, own in zip(leaves, arrays, strict=True)
-  ]
-
-
-def _outputs(arrays: _Arrays) -> UpdatedLeaf:
+def _outputs(leaf: Leaf) -> UpdatedLeaf:
   """What belongs to the arrays that an update writes."""
-  return UpdatedLeaf(*arrays[1:])
+  return UpdatedLeaf(leaf.param, leaf.correction, leaf.moments)
 
 
-def _like(leaf: Leaf, own: Any, scale: Any) -> _Arrays:
-  """One thing for each array of the leaf's shape, another for each scale."""
-  return _Arrays(
-      own,
-      own,
-      None if leaf.correction is None else own,
-      tuple(
-          (own, None if stored is None else scale) for _, stored in leaf.moments
-      ),
-  )
-
-
-def _of_arrays(leaf: Leaf, sharding: NamedSharding, group_size: int) -> _Arrays:
+def _of_arrays(leaf: Leaf, sharding: NamedSharding, group_size: int) -> Leaf:
   """Shardings of a leaf's arrays, given its parameter's."""
   shape = codec.scale_shape(leaf.param.shape, group_size)
   spec = specs.divisible(sharding.mesh, sharding.spec, shape)
-  return _like(leaf, sharding, sharding.update(spec=spec))
+  return leaf.map_arrays(sharding, sharding.update(spec=spec))
 
 
 def _cuttable_axis(leaf: Leaf, group_size: int) -> int | None:
   """The axis of a leaf's groups; None if it has no groups."""
-  if all(scale is None for _, scale in leaf.moments):
+  if not leaf.quantized:
     return None
   return codec.group_axis(leaf.param.shape, group_size)
 

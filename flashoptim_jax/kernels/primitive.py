@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flashoptim_jax import codec, kernels
-from flashoptim_jax.kernels import Leaf, UpdatedLeaf
-from flashoptim_jax.rules import Rule, Scalars
-from flashoptim_jax.storage import Storage
+from flashoptim_jax import codec
+from flashoptim_jax.kernels import dispatch
+from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf, UpdateSpec, result_types
+from flashoptim_jax.rules import Scalars
 
 update_p = core.Primitive("flash_update")
 update_p.multiple_results = True
@@ -57,60 +57,40 @@ def call(function: Callable[..., Any], *args: Any, group_size: int | None = None
 class _Launch(NamedTuple):
   """What updates that :func:`run` takes together have in common."""
 
-  rule: Rule
-  storage: Storage
-  implementation: str | None
-  new_params: bool
+  spec: UpdateSpec
   numbers: tuple[tuple[str, float], ...]
   names: tuple[str, ...]
 
 
-class _Leaf(NamedTuple):
-  """What is static about a leaf."""
-
-  path: str
-  decay: bool
-  treedef: Any
-  sharding: NamedSharding | None
-
-
 @update_p.def_abstract_eval
-def _types(*avals, launch: _Launch, leaf: _Leaf):
-  arrays = leaf.treedef.unflatten(avals[: leaf.treedef.num_leaves])
-  grad, param, correction, moments = arrays
-  result = param if launch.new_params else param.update(dtype=grad.dtype)
-  return jax.tree.leaves((result, correction, moments))
+def _types(*avals, launch: _Launch, treedef: Any, sharding: NamedSharding | None):
+  del sharding
+  leaf = treedef.unflatten(avals[: treedef.num_leaves])
+  return jax.tree.leaves(result_types(leaf, launch.spec))
 
 
 def update_leaves(
-    rule: Rule,
-    storage: Storage,
+    spec: UpdateSpec,
     leaves: Sequence[Leaf],
     scalars: Scalars,
-    *,
-    implementation: str | None,
-    new_params: bool,
     shardings: Mapping[str, NamedSharding],
 ) -> list[UpdatedLeaf]:
-  """Stands for :func:`flashoptim_jax.kernels.update_leaves`."""
+  """Stands for :func:`flashoptim_jax.kernels.dispatch.update_leaves`."""
   traced = {n: v for n, v in scalars.items() if isinstance(v, jax.Array)}
   numbers = tuple((n, v) for n, v in scalars.items() if n not in traced)
-  launch = _Launch(
-      rule, storage, implementation, new_params, numbers, tuple(traced)
-  )
+  launch = _Launch(spec, numbers, tuple(traced))
   updated = []
   for leaf in leaves:
-    arrays, treedef = jax.tree.flatten(
-        (leaf.grad, leaf.param, leaf.correction, leaf.moments)
-    )
+    arrays, treedef = jax.tree.flatten(leaf)
     results = update_p.bind(
         *arrays,
         *traced.values(),
         launch=launch,
-        leaf=_Leaf(leaf.path, leaf.decay, treedef, shardings.get(leaf.path)),
+        treedef=treedef,
+        sharding=shardings.get(leaf.path),
     )
-    outputs: Any = jax.tree.structure((0, leaf.correction, leaf.moments))
-    updated.append(UpdatedLeaf(*outputs.unflatten(results)))
+    outputs: Any = jax.tree.structure(UpdatedLeaf(0, leaf.correction, leaf.moments))
+    updated.append(outputs.unflatten(results))
   return updated
 
 
@@ -118,7 +98,7 @@ def operands(eqn: core.JaxprEqn) -> tuple[list[Any], list[Any]]:
   """The leaf's own operands, and the scalars, of a bound update or call."""
   if eqn.primitive is call_p:
     return eqn.invars, []
-  count = eqn.params["leaf"].treedef.num_leaves
+  count = eqn.params["treedef"].num_leaves
   return eqn.invars[:count], eqn.invars[count:]
 
 
@@ -127,10 +107,10 @@ def sliceable(eqn: core.JaxprEqn, axes: int) -> bool:
   if eqn.primitive is call_p:
     group_size = eqn.params["group_size"]
   else:
-    treedef = eqn.params["leaf"].treedef
-    *_, moments = treedef.unflatten(range(treedef.num_leaves))
-    grouped = any(scale is not None for _, scale in moments)
-    group_size = eqn.params["launch"].storage.group_size if grouped else None
+    treedef = eqn.params["treedef"]
+    leaf: Leaf = treedef.unflatten(range(treedef.num_leaves))
+    storage = eqn.params["launch"].spec.storage
+    group_size = storage.group_size if leaf.quantized else None
   if group_size is None:
     return True
   shape = _shape(eqn)
@@ -166,26 +146,19 @@ def run(
     leaves: list[Leaf] = []
     shardings: dict[str, NamedSharding] = {}
     for i in members:
-      static: _Leaf = eqns[i].params["leaf"]
-      count = static.treedef.num_leaves
-      arrays = static.treedef.unflatten(values[i][:count])
-      grad, param, correction, moments = arrays
-      leaves.append(
-          Leaf(static.path, grad, param, correction, moments, static.decay)
-      )
-      if static.sharding is not None:  # Slices lack the stack's axes.
-        spec = static.sharding.spec[len(_shape(eqns[i])) - param.ndim :]
-        shardings[static.path] = static.sharding.update(spec=PartitionSpec(*spec))
-      scalars = values[i][count:]
-    updated = kernels.update_leaves(
-        launch.rule,
-        launch.storage,
+      treedef, sharding = eqns[i].params["treedef"], eqns[i].params["sharding"]
+      leaf: Leaf = treedef.unflatten(values[i][: treedef.num_leaves])
+      leaves.append(leaf)
+      if sharding is not None:  # Slices lack the stack's axes.
+        spec = sharding.spec[len(_shape(eqns[i])) - leaf.param.ndim :]
+        shardings[leaf.path] = sharding.update(spec=PartitionSpec(*spec))
+      scalars = values[i][treedef.num_leaves :]
+    updated = dispatch.update_leaves(
+        launch.spec,
         leaves,
         dict(launch.numbers) | dict(zip(launch.names, scalars, strict=True)),
-        implementation=launch.implementation,
-        new_params=launch.new_params,
-        shardings=shardings,
+        shardings,
     )
-    for i, leaf in zip(members, updated, strict=True):
-      results[i] = jax.tree.leaves(tuple(leaf))
+    for i, new in zip(members, updated, strict=True):
+      results[i] = jax.tree.leaves(new)
   return results

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from flashoptim_jax import codec
-from flashoptim_jax.kernels import Leaf, UpdatedLeaf, xla_fusion
+from flashoptim_jax.kernels import xla_fusion
+from flashoptim_jax.kernels.base import Leaf, Unavailable, UpdatedLeaf, UpdateSpec
 from flashoptim_jax.kernels.by_platform import Place
-from flashoptim_jax.rules import LEAST_ROOT, Moment, Rule, Scalars
-from flashoptim_jax.storage import Storage
+from flashoptim_jax.rules import LEAST_ROOT, Moment, Scalars
 
 # Below this size a leaf's temporaries stay in the caches of a CPU.
 _OUTLINED_FROM = 1 << 16
@@ -27,72 +27,50 @@ _MOST_SHARING = 4
 _MOST_CACHED = 1 << 22
 
 
-class _Config(NamedTuple):
-  """What is static about a leaf's update.
-
-  Attributes:
-    quantized: Whether moments are codes and scales.
-    gpu: Whether it runs on a GPU.
-  """
-
-  rule: Rule
-  storage: Storage
-  quantized: bool
-  decay: bool
-  new_params: bool
-  gpu: bool
+def unavailable(place: Place) -> Unavailable | None:
+  """None: it runs everywhere."""
+  del place
+  return None
 
 
-class _Arrays(NamedTuple):
-  """What a leaf's update reads; see :class:`flashoptim_jax.kernels.Leaf`."""
+def unsupported(leaf: Leaf, spec: UpdateSpec) -> str | None:
+  """None: it updates every leaf."""
+  del leaf, spec
+  return None
 
-  grad: jax.Array
-  param: jax.Array
-  correction: jax.Array | None
-  moments: tuple[tuple[jax.Array, jax.Array | None], ...]
+
+def is_faster(leaf: Leaf) -> bool:
+  """Whether it is the faster choice for a leaf."""
+  del leaf
+  return False
 
 
 def update(
-    rule: Rule,
-    storage: Storage,
-    leaves: Sequence[Leaf],
-    scalars: Scalars,
-    new_params: bool,
-    place: Place,
+    spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars, place: Place
 ) -> list[UpdatedLeaf]:
-  """Updates leaves; see :func:`flashoptim_jax.kernels.update_leaves`.
+  """Updates leaves; see :class:`flashoptim_jax.kernels.base.Backend`.
 
   Where the update runs decides in which passes, but not what comes of it.
   """
-  gpu = place.platform == "gpu"
-  configs = [
-      _Config(rule, storage, leaf.quantized, leaf.decay, new_params, gpu)
-      for leaf in leaves
-  ]
-  if gpu:
-    return _update_in_batches(configs, leaves, scalars)
+  # Leaves that differ in their names alone are treated alike.
+  leaves = [leaf.replace(path="") for leaf in leaves]
+  if place.platform == "gpu":
+    return _update_in_batches(spec, leaves, scalars)
   one_cpu = place.platform == "cpu" and place.devices == 1
-  return [
-      _update_alone(config, _arrays(leaf), scalars, one_cpu)
-      for config, leaf in zip(configs, leaves, strict=True)
-  ]
-
-
-def _arrays(leaf: Leaf) -> _Arrays:
-  return _Arrays(leaf.grad, leaf.param, leaf.correction, leaf.moments)
+  return [_update_alone(spec, leaf, scalars, one_cpu) for leaf in leaves]
 
 
 def _update_alone(
-    config: _Config, leaf: _Arrays, scalars: Scalars, one_cpu: bool
+    spec: UpdateSpec, leaf: Leaf, scalars: Scalars, one_cpu: bool
 ) -> UpdatedLeaf:
-  if one_cpu and config.quantized and leaf.param.size >= _OUTLINED_FROM:
-    return _update_by_output(config, leaf, scalars)
-  (updated,) = _update(config, [leaf], scalars)
+  if one_cpu and leaf.quantized and leaf.param.size >= _OUTLINED_FROM:
+    return _update_by_output(spec, leaf, scalars)
+  (updated,) = _update(spec, [leaf], scalars, gpu=False)
   return updated
 
 
 def _update_in_batches(
-    configs: Sequence[_Config], leaves: Sequence[Leaf], scalars: Scalars
+    spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars
 ) -> list[UpdatedLeaf]:
   """For GPUs, on which small kernels take long to launch."""
   scalars = {
@@ -101,30 +79,28 @@ def _update_in_batches(
   }
   updated: dict[int, UpdatedLeaf] = {}
   last: list[int] = []
-  for batch in _batches(configs, leaves):
-    arrays = [_arrays(leaves[i]) for i in batch]
+  for batch in _batches(spec, leaves):
+    members = [leaves[i] for i in batch]
     # One after the other: XLA would do the first pass of all, and the second would
     # no longer find in the cache what the first has read.
-    arrays, results = lax.optimization_barrier((arrays, [updated[i] for i in last]))
+    members, results = lax.optimization_barrier((members, [updated[i] for i in last]))
     updated.update(zip(last, results, strict=True))
-    results = _update_batch(configs[batch[0]], arrays, scalars)
+    results = _update_batch(spec, members, scalars)
     updated.update(zip(batch, results, strict=True))
     last = batch
   return [updated[i] for i in range(len(leaves))]
 
 
-def _batches(
-    configs: Sequence[_Config], leaves: Sequence[Leaf]
-) -> Iterator[list[int]]:
+def _batches(spec: UpdateSpec, leaves: Sequence[Leaf]) -> Iterator[list[int]]:
   """Indices of leaves that are updated together.
 
   They are of equal dtypes, and of one size or to be joined.
   """
   alike: dict[Any, list[int]] = {}
-  for i, (config, leaf) in enumerate(zip(configs, leaves, strict=True)):
-    dtypes = (array.dtype for array in jax.tree.leaves(_arrays(leaf)))
-    kind = "joined" if _can_join(config, leaf.param) else leaf.param.size
-    alike.setdefault((kind, config, *dtypes), []).append(i)
+  for i, leaf in enumerate(leaves):
+    arrays, treedef = jax.tree.flatten(leaf)
+    kind = "joined" if _can_join(spec, leaf) else leaf.param.size
+    alike.setdefault((kind, treedef, *(x.dtype for x in arrays)), []).append(i)
   for (kind, *_), members in alike.items():
     if kind == "joined":
       # Neighbours have one shape, for XLA to make one kernel that parts them.
@@ -137,36 +113,37 @@ def _batches(
       yield members[start : start + most]
 
 
-def _can_join(config: _Config, param: jax.Array) -> bool:
+def _can_join(spec: UpdateSpec, leaf: Leaf) -> bool:
   """Whether a leaf is small and has no partial group."""
+  param = leaf.param
   if not 0 < param.size < _JOINED_BELOW:
     return False
-  whole = bool(param.ndim) and param.shape[-1] % config.storage.group_size == 0
-  return whole or not config.quantized
+  whole = bool(param.ndim) and param.shape[-1] % spec.storage.group_size == 0
+  return whole or not leaf.quantized
 
 
 def _update_batch(
-    config: _Config, leaves: Sequence[_Arrays], scalars: Scalars
+    spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars
 ) -> list[UpdatedLeaf]:
-  if len(leaves) == 1 or not _can_join(config, leaves[0].param):
-    return _update(config, leaves, scalars)
-  (joined,) = _update(config, [_join(leaves)], scalars)
+  if len(leaves) == 1 or not _can_join(spec, leaves[0]):
+    return _update(spec, leaves, scalars, gpu=True)
+  (joined,) = _update(spec, [_join(leaves)], scalars, gpu=True)
   # Without the barrier, the second pass would be repeated in the kernels that part it.
   parts = _part(lax.optimization_barrier(joined), leaves)
   return xla_fusion.mergeable(parts)
 
 
 def _update(
-    config: _Config, leaves: Sequence[_Arrays], scalars: Scalars
+    spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars, *, gpu: bool
 ) -> list[UpdatedLeaf]:
   """In two passes: first the new scales, then everything else."""
-  if not config.quantized:
+  if not leaves[0].quantized:
     return [
-        _second_pass(config, leaf, (None,) * len(config.rule.moments), scalars)
+        _second_pass(spec, leaf, (None,) * len(spec.rule.moments), scalars)
         for leaf in _sharing_kernels(leaves)
     ]
   largest = [
-      _first_pass(config, leaf, scalars) for leaf in _sharing_kernels(leaves)
+      _first_pass(spec, leaf, scalars, gpu) for leaf in _sharing_kernels(leaves)
   ]
   # Without it a GPU keeps what the passes share in memory, or fuses them into
   # a kernel with poor access patterns: 4.9 ms in place of 1.7 for 268 M
@@ -174,7 +151,7 @@ def _update(
   leaves, largest = lax.optimization_barrier((leaves, largest))
   updated = [
       _second_pass(
-          config, leaf, _encode_factors(config, leaf, groups, scalars), scalars
+          spec, leaf, _encode_factors(spec, leaf, groups, scalars, gpu), scalars
       )
       for leaf, groups in zip(_sharing_kernels(leaves), largest, strict=True)
   ]
@@ -183,12 +160,12 @@ def _update(
   codes = [leaf.moments for leaf in updated]
   codes, largest = lax.optimization_barrier((codes, largest))
   return [
-      leaf._replace(moments=_with_scales(config, values, groups, scalars))
+      leaf._replace(moments=_with_scales(spec, values, groups, scalars))
       for leaf, values, groups in zip(updated, codes, largest, strict=True)
   ]
 
 
-def _sharing_kernels(leaves: Sequence[_Arrays]) -> Sequence[_Arrays]:
+def _sharing_kernels(leaves: Sequence[Leaf]) -> Sequence[Leaf]:
   """Lets XLA make one kernel of a pass over leaves of one size.
 
   For each pass anew: between the passes, gradients must not be kept in memory.
@@ -197,11 +174,11 @@ def _sharing_kernels(leaves: Sequence[_Arrays]) -> Sequence[_Arrays]:
     return leaves
   grads = xla_fusion.mergeable([leaf.grad for leaf in leaves])
   return [
-      leaf._replace(grad=grad) for leaf, grad in zip(leaves, grads, strict=True)
+      leaf.replace(grad=grad) for leaf, grad in zip(leaves, grads, strict=True)
   ]
 
 
-def _join(leaves: Sequence[_Arrays]) -> _Arrays:
+def _join(leaves: Sequence[Leaf]) -> Leaf:
   """Leaves as one, of flat arrays."""
   return jax.tree.map(
       lambda *arrays: lax.concatenate([array.reshape(-1) for array in arrays], 0),
@@ -209,7 +186,7 @@ def _join(leaves: Sequence[_Arrays]) -> _Arrays:
   )
 
 
-def _part(joined: UpdatedLeaf, leaves: Sequence[_Arrays]) -> list[UpdatedLeaf]:
+def _part(joined: UpdatedLeaf, leaves: Sequence[Leaf]) -> list[UpdatedLeaf]:
   """The reverse of :func:`_join`, for what comes of an update."""
   parts = [UpdatedLeaf(leaf.param, leaf.correction, leaf.moments) for leaf in leaves]
   columns = [
@@ -228,19 +205,19 @@ def _part(joined: UpdatedLeaf, leaves: Sequence[_Arrays]) -> list[UpdatedLeaf]:
 
 
 def _first_pass(
-    config: _Config, leaf: _Arrays, scalars: Scalars
+    spec: UpdateSpec, leaf: Leaf, scalars: Scalars, gpu: bool
 ) -> list[jax.Array]:
   """Each moment's largest magnitude in each group."""
   largest = []
-  for moment, stored in zip(config.rule.moments, leaf.moments, strict=True):
-    new = _moment(config, moment, leaf.grad, stored, scalars)
-    if config.gpu:
+  for moment, stored in zip(spec.rule.moments, leaf.moments, strict=True):
+    new = _moment(spec, moment, leaf.grad, stored, scalars)
+    if gpu:
       # A reduction of partial groups of their own would be fused into what puts both
       # together, where it is slow. On a CPU padding is slower.
-      new = _with_whole_groups(new, config.storage.group_size)
+      new = _with_whole_groups(new, spec.storage.group_size)
     _, scale = stored
     largest.append(
-        codec.group_largest(new, moment.kind, config.storage.group_size, scale)
+        codec.group_largest(new, moment.kind, spec.storage.group_size, scale)
     )
   return largest
 
@@ -256,54 +233,58 @@ def _with_whole_groups(x: jax.Array, group_size: int) -> jax.Array:
 
 
 def _encode_factors(
-    config: _Config, leaf: _Arrays, largest: Sequence[jax.Array], scalars: Scalars
+    spec: UpdateSpec,
+    leaf: Leaf,
+    largest: Sequence[jax.Array],
+    scalars: Scalars,
+    gpu: bool,
 ) -> list[jax.Array]:
   shape = leaf.param.shape
-  if config.gpu and leaf.param.size <= _MOST_CACHED:
+  if gpu and leaf.param.size <= _MOST_CACHED:
     # Each element computes its group's, which takes less than a kernel more.
-    largest = [codec.group_expand(x, shape, config.storage) for x in largest]
+    largest = [codec.group_expand(x, shape, spec.storage) for x in largest]
   return [
-      _encode_factor(config, moment, codec.scale_of_largest(x, moment.kind), scalars)
-      for moment, x in zip(config.rule.moments, largest, strict=True)
+      _encode_factor(spec, moment, codec.scale_of_largest(x, moment.kind), scalars)
+      for moment, x in zip(spec.rule.moments, largest, strict=True)
   ]
 
 
-def _with_scales(config, moments, largest, scalars):
+def _with_scales(spec, moments, largest, scalars):
   """Moments with their new scales, given their groups' largest magnitudes."""
   return tuple(
       (codes, _rounded(moment, codec.scale_of_largest(groups, moment.kind), scalars))
       for moment, (codes, _), groups in zip(
-          config.rule.moments, moments, largest, strict=True
+          spec.rule.moments, moments, largest, strict=True
       )
   )
 
 
 def _second_pass(
-    config: _Config,
-    arrays: _Arrays,
+    spec: UpdateSpec,
+    leaf: Leaf,
     encode_factors: Sequence[jax.Array | None],
     scalars: Scalars,
 ) -> UpdatedLeaf:
   """Everything but the new scales."""
   result, correction = codec.store(
-      _master(config, arrays, scalars),
-      arrays.param,
-      None if config.new_params else arrays.grad.dtype,
-      config.storage.master_bits,
+      _master(spec, leaf, scalars),
+      leaf.param,
+      None if spec.new_params else leaf.grad.dtype,
+      spec.storage.master_bits,
   )
   moments = []
   for moment, stored, factor in zip(
-      config.rule.moments, arrays.moments, encode_factors, strict=True
+      spec.rule.moments, leaf.moments, encode_factors, strict=True
   ):
-    new = _moment(config, moment, arrays.grad, stored, scalars)
+    new = _moment(spec, moment, leaf.grad, stored, scalars)
     if factor is not None:
-      new = _encoded(config, moment, new, factor, scalars)
+      new = _encoded(spec, moment, new, factor, scalars)
     moments.append((new, None))
   return UpdatedLeaf(result, correction, tuple(moments))
 
 
 def _update_by_output(
-    config: _Config, arrays: _Arrays, scalars: Scalars
+    spec: UpdateSpec, leaf: Leaf, scalars: Scalars
 ) -> UpdatedLeaf:
   """The same in one pass per output, each from the stored arrays.
 
@@ -312,24 +293,24 @@ def _update_by_output(
   such temporaries. Passes come in an order in which they can write in place. On
   one device alone: XLA does not partition across the calls for free.
   """
-  moments = tuple(zip(config.rule.moments, arrays.moments, strict=True))
+  moments = tuple(zip(spec.rule.moments, leaf.moments, strict=True))
   scales = [
-      _outlined(_scale_pass, (config, moment), arrays.grad, stored, scalars)
+      _outlined(_scale_pass, (spec, moment), leaf.grad, stored, scalars)
       for moment, stored in moments
   ]
-  if config.new_params:
-    correction = _outlined(_correction_pass, (config,), arrays, scalars)
-    result = _outlined(_param_pass, (config,), arrays, scalars, correction)
+  if spec.new_params:
+    correction = _outlined(_correction_pass, (spec,), leaf, scalars)
+    result = _outlined(_param_pass, (spec,), leaf, scalars, correction)
   else:
-    result = _outlined(_difference_pass, (config,), arrays, scalars)
-    correction = _outlined(_residual_pass, (config,), arrays, scalars, result)
-  last = result if config.new_params or correction is None else correction
+    result = _outlined(_difference_pass, (spec,), leaf, scalars)
+    correction = _outlined(_residual_pass, (spec,), leaf, scalars, result)
+  last = result if spec.new_params or correction is None else correction
   zero = _zero_after(last)
   codes = [
       _outlined(
           _codes_pass,
-          (config, moment),
-          arrays.grad,
+          (spec, moment),
+          leaf.grad,
           stored,
           scalars,
           scale,
@@ -346,20 +327,20 @@ def _update_by_output(
   )
 
 
-def _scale_pass(config, moment, grad, stored, scalars):
-  new = _moment(config, moment, grad, stored, scalars)
+def _scale_pass(spec, moment, grad, stored, scalars):
+  new = _moment(spec, moment, grad, stored, scalars)
   _, scale = stored
-  return codec.exact_scale(new, moment.kind, config.storage, scale)
+  return codec.exact_scale(new, moment.kind, spec.storage, scale)
 
 
-def _encode_factor(config, moment, scale, scalars):
+def _encode_factor(spec, moment, scale, scalars):
   slack = codec.moment_rounding(scalars, moment.kind).slack
-  return codec.encode_factor(scale, moment.kind, config.storage, slack)
+  return codec.encode_factor(scale, moment.kind, spec.storage, slack)
 
 
-def _encoded(config, moment, new, factor, scalars):
+def _encoded(spec, moment, new, factor, scalars):
   rounding = codec.moment_rounding(scalars, moment.kind).code
-  return codec.encode_codes(new, factor, moment.kind, config.storage, rounding)
+  return codec.encode_codes(new, factor, moment.kind, spec.storage, rounding)
 
 
 def _rounded(moment: Moment, scale: jax.Array, scalars: Scalars) -> jax.Array:
@@ -367,37 +348,37 @@ def _rounded(moment: Moment, scale: jax.Array, scalars: Scalars) -> jax.Array:
   return codec.round_scale(scale, rounding).astype(codec.SCALE_DTYPE)
 
 
-def _correction_pass(config, arrays, scalars):
-  master = _master(config, arrays, scalars)
-  bits = config.storage.master_bits
-  return codec.split_correction(master, arrays.param.dtype, bits)
+def _correction_pass(spec, leaf, scalars):
+  master = _master(spec, leaf, scalars)
+  bits = spec.storage.master_bits
+  return codec.split_correction(master, leaf.param.dtype, bits)
 
 
-def _param_pass(config, arrays, scalars, correction):
-  master = _master(config, arrays, scalars)
-  return codec.split_param(master, correction, arrays.param.dtype)
+def _param_pass(spec, leaf, scalars, correction):
+  master = _master(spec, leaf, scalars)
+  return codec.split_param(master, correction, leaf.param.dtype)
 
 
-def _difference_pass(config, arrays, scalars):
+def _difference_pass(spec, leaf, scalars):
   """The update that takes the parameter to its new value."""
-  master = _master(config, arrays, scalars)
-  bits = config.storage.master_bits
-  return codec.difference(master, arrays.param, arrays.grad.dtype, bits)
+  master = _master(spec, leaf, scalars)
+  bits = spec.storage.master_bits
+  return codec.difference(master, leaf.param, leaf.grad.dtype, bits)
 
 
-def _residual_pass(config, arrays, scalars, result):
-  master = _master(config, arrays, scalars)
-  bits = config.storage.master_bits
-  return codec.residual_of_update(master, arrays.param, result, bits)
+def _residual_pass(spec, leaf, scalars, result):
+  master = _master(spec, leaf, scalars)
+  bits = spec.storage.master_bits
+  return codec.residual_of_update(master, leaf.param, result, bits)
 
 
-def _codes_pass(config, moment, grad, stored, scalars, scale, zero):
+def _codes_pass(spec, moment, grad, stored, scalars, scale, zero):
   # Adding zero makes this pass wait for the array that zero was taken from.
   codes, old_scale = stored
   stored = (codes + zero.astype(codes.dtype), old_scale)
-  new = _moment(config, moment, grad, stored, scalars)
-  factor = _encode_factor(config, moment, scale, scalars)
-  return _encoded(config, moment, new, factor, scalars)
+  new = _moment(spec, moment, grad, stored, scalars)
+  factor = _encode_factor(spec, moment, scale, scalars)
+  return _encoded(spec, moment, new, factor, scalars)
 
 
 def _zero_after(array: jax.Array) -> jax.Array:
@@ -419,37 +400,37 @@ def _jitted(f: Callable, static: tuple[Any, ...]) -> Callable:
   return jax.jit(functools.partial(f, *static))
 
 
-def _decoded(config: _Config, moment: Moment, stored) -> jax.Array:
+def _decoded(spec: UpdateSpec, moment: Moment, stored) -> jax.Array:
   values, scale = stored
   if scale is None:
     return values
-  return codec.decode(values, scale, moment.kind, config.storage)
+  return codec.decode(values, scale, moment.kind, spec.storage)
 
 
-def _moment(config, moment: Moment, grad, stored, scalars) -> jax.Array:
+def _moment(spec, moment: Moment, grad, stored, scalars) -> jax.Array:
   """A moment's new value, float32."""
-  old = _decoded(config, moment, stored)
+  old = _decoded(spec, moment, stored)
   return moment.update(grad.astype(jnp.float32), old, _as_float32(scalars))
 
 
-def _master(config: _Config, arrays: _Arrays, scalars: Scalars) -> jax.Array:
+def _master(spec: UpdateSpec, leaf: Leaf, scalars: Scalars) -> jax.Array:
   """The new master weights, float32 or float64."""
   h = _as_float32(scalars)
-  if not config.quantized:
+  if not leaf.quantized:
     h = {name: value for name, value in h.items() if name != LEAST_ROOT}
-  grad = arrays.grad.astype(jnp.float32)
-  pairs = list(zip(config.rule.moments, arrays.moments, strict=True))
-  old = [_decoded(config, moment, stored) for moment, stored in pairs]
-  new = [_moment(config, moment, grad, stored, scalars) for moment, stored in pairs]
-  direction = config.rule.direction(grad, old, new, h)
+  grad = leaf.grad.astype(jnp.float32)
+  pairs = list(zip(spec.rule.moments, leaf.moments, strict=True))
+  old = [_decoded(spec, moment, stored) for moment, stored in pairs]
+  new = [_moment(spec, moment, grad, stored, scalars) for moment, stored in pairs]
+  direction = spec.rule.direction(grad, old, new, h)
 
-  master = codec.merge(arrays.param, arrays.correction)
+  master = codec.merge(leaf.param, leaf.correction)
   direction = direction.astype(master.dtype)
-  if config.decay:
+  if leaf.decay:
     direction = direction + _like(scalars["weight_decay"], master) * master
   step = -_like(scalars["learning_rate"], master) * direction
   threshold = scalars["master_rounding"]
-  return codec.advance(arrays.param, arrays.correction, step, threshold)
+  return codec.advance(leaf.param, leaf.correction, step, threshold)
 
 
 def _as_float32(scalars: Scalars) -> Scalars:

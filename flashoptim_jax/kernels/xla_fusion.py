@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flashoptim_jax.kernels import Leaf
+from flashoptim_jax.kernels.base import Leaf
 
 
 def shared(x: jax.Array | int | bool) -> jax.Array:
