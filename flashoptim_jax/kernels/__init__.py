@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from flashoptim_jax.kernels import by_platform
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import Rule, Scalars
-from flashoptim_jax.storage import Storage
+from flashoptim_jax.storage.options import Storage
 
 NAMES = ("xla", "mosaic_tpu", "triton")
 _FUSED = {"gpu": "triton", "tpu": "mosaic_tpu"}  # by platform
@@ -108,8 +108,8 @@ def update_leaves(
     storage: The state's storage.
     leaves: The leaves.
     scalars: The rule's hyperparameters, with ``learning_rate`` and
-      ``weight_decay``, and :func:`flashoptim_jax.codec.rounding_scalars`; numbers or
-      arrays of shape ().
+      ``weight_decay``, and :func:`flashoptim_jax.storage.codec.rounding_scalars`;
+      numbers or arrays of shape ().
     implementation: One of ``NAMES`` or None.
     new_params: Whether ``result`` is the new parameter or the update.
     shardings: Shardings of parameters by path, as far as the user gave them.

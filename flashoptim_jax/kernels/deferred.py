@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flashoptim_jax import codec, kernels
+from flashoptim_jax import kernels
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf
 from flashoptim_jax.rules import Rule, Scalars
-from flashoptim_jax.storage import Storage
+from flashoptim_jax.storage import codec
+from flashoptim_jax.storage.options import Storage
 
 update_p = core.Primitive("flash_update")
 update_p.multiple_results = True

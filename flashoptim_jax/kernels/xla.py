@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from flashoptim_jax import codec
 from flashoptim_jax.kernels import Leaf, UpdatedLeaf, merging
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import LEAST_ROOT, Moment, Rule, Scalars
-from flashoptim_jax.storage import Storage
+from flashoptim_jax.storage import codec
+from flashoptim_jax.storage.options import Storage
 
 # Below this size a leaf's temporaries stay in the caches of a CPU.
 _OUTLINED_FROM = 1 << 16
