@@ -29,7 +29,7 @@ rounding move from step to step, and all elements share them.
   between have constant ones, so that scales are steady. The largest difference of an
   element's m without gradients from float32's, in codes of the group's float32 m.
 
-Three storages: "root" and "paper" as in flashoptim_jax.codec, and "root" with
+Three storages: "root" and "paper" as in flashoptim_jax.storage.codec, and "root" with
 everything rounded to the nearest, and codes against scales in bfloat16, which was
 rejected.
 """
@@ -50,7 +50,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flashoptim_jax import Storage, codec
+from flashoptim_jax import Storage
+from flashoptim_jax.storage import codec
 
 HERE = pathlib.Path(__file__).parent
 OUTPUT = HERE / "results" / "companding.json"

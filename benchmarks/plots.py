@@ -291,7 +291,8 @@ def _code_curves():
   """Decoded codes of a group whose scale is 1."""
   import jax.numpy as jnp
 
-  from flashoptim_jax import Storage, codec
+  from flashoptim_jax import Storage
+  from flashoptim_jax.storage import codec
 
   curves = {}
   for kind, levels in (("first", 127), ("second", 255)):
@@ -310,7 +311,7 @@ def _code_curves():
 def _split_example(value=3.1415927):
   import jax.numpy as jnp
 
-  from flashoptim_jax import codec
+  from flashoptim_jax.storage import codec
 
   master = jnp.float32(value)
   param, rest = codec.split(master, jnp.bfloat16, 24)
@@ -329,7 +330,7 @@ def _split_example(value=3.1415927):
 
 
 def _groups_example(shape=(4, 96)):
-  from flashoptim_jax import codec
+  from flashoptim_jax.storage import codec
 
   return {"leaf": list(shape), "scales": list(codec.scale_shape(shape, 32))}
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import Storage, codec, paths
+from flashoptim_jax import Storage, paths
+from flashoptim_jax.storage import codec
 
 GROUP = Storage().group_size
 _LAYERS = {

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import optax
 
 import flashoptim_jax as fo
-from flashoptim_jax import codec, optimizers, rules
+from flashoptim_jax import optimizers, rules
 from flashoptim_jax.kernels import xla
 from flashoptim_jax.kernels.base import Leaf, UpdateSpec
+from flashoptim_jax.storage import codec
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 # 20 M parameters in one large, one tall and one small leaf.

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import KeyPath
 
-from flashoptim_jax import codec
 from flashoptim_jax.paths import param_path
-from flashoptim_jax.state import dotted
+from flashoptim_jax.storage import codec
+from flashoptim_jax.storage.state import dotted
 
 Codec = Literal["first_moment", "second_moment", "float32"]
 

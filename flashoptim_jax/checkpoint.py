@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flashoptim_jax import paths
-from flashoptim_jax import state as state_lib
+from flashoptim_jax.storage import state as state_lib
 
 # Raised when a reader of this version would misread what a later one writes.
 FORMAT_VERSION = 1

@@ -11,21 +11,12 @@ import optax
 from jax import lax
 from optax._src import base
 
-from flashoptim_jax import (
-  aliasing,
-  buffers,
-  codec,
-  counterpart,
-  explicit_axes,
-  host_memory,
-  nnx_metadata,
-  paths,
-  sequential,
-)
-from flashoptim_jax import state as state_lib
+from flashoptim_jax import aliasing, buffers, counterpart, paths, sequential
 from flashoptim_jax.kernels import primitive
-from flashoptim_jax.state import CompressedState, Format
-from flashoptim_jax.storage import Storage
+from flashoptim_jax.storage import codec, explicit_axes, host_memory, nnx_metadata
+from flashoptim_jax.storage import state as state_lib
+from flashoptim_jax.storage.options import Storage
+from flashoptim_jax.storage.state import CompressedState, Format
 from flashoptim_jax.transform import (
   DEFERRED,
   NEW_PARAMS,

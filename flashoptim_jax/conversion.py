@@ -10,17 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import (
-  aliasing,
-  codec,
-  compression,
-  counterpart,
-  explicit_axes,
-  paths,
-  precision,
-)
-from flashoptim_jax import state as state_lib
-from flashoptim_jax.state import AnyState, CompressedState, Format
+from flashoptim_jax import aliasing, compression, counterpart, paths
+from flashoptim_jax.storage import codec, explicit_axes, precision
+from flashoptim_jax.storage import state as state_lib
+from flashoptim_jax.storage.state import AnyState, CompressedState, Format
 
 # Where Optax's states keep what a flash state calls mu and nu.
 _MOMENT_FIELDS = {"mu": "mu", "nu": "nu", "trace": "mu"}

@@ -14,8 +14,8 @@ import jax.export
 import optax
 import optax.contrib
 
-from flashoptim_jax.state import CompressedState, FlashState, Format
-from flashoptim_jax.storage import Storage
+from flashoptim_jax.storage.options import Storage
+from flashoptim_jax.storage.state import CompressedState, FlashState, Format
 
 
 def _serialize(form: Format) -> bytes:

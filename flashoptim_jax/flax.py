@@ -12,7 +12,7 @@ from flax import nnx, serialization
 from flax.training import train_state
 
 from flashoptim_jax import apply
-from flashoptim_jax import state as state_lib
+from flashoptim_jax.storage import state as state_lib
 
 state_lib.register_with_flax(serialization)
 

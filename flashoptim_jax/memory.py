@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flashoptim_jax import paths
-from flashoptim_jax import state as state_lib
+from flashoptim_jax.storage import state as state_lib
 
 
 @dataclasses.dataclass(frozen=True)

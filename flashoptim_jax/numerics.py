@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import paths, precision
-from flashoptim_jax import state as state_lib
+from flashoptim_jax import paths
+from flashoptim_jax.storage import precision
+from flashoptim_jax.storage import state as state_lib
 
 
 class NumericsError(ValueError):

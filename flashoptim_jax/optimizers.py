@@ -10,8 +10,8 @@ import optax
 from jax import lax
 
 from flashoptim_jax import rules
-from flashoptim_jax.state import Format
-from flashoptim_jax.storage import Storage
+from flashoptim_jax.storage.options import Storage
+from flashoptim_jax.storage.state import Format
 from flashoptim_jax.transform import flash_transformation
 
 ScalarOrSchedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
@@ -55,7 +55,7 @@ def adamw(
     \end{align*}
 
   and what is kept of :math:`m`, :math:`v` and :math:`\theta` between steps is
-  what ``storage`` says (:mod:`flashoptim_jax.codec` has the format). It must be
+  what ``storage`` says (:mod:`flashoptim_jax.storage.codec` has the format). It must be
   the last transformation of a chain: later ones would change the update that
   the stored correction was computed for.
 

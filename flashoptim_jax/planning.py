@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from flashoptim_jax import models, optimizers, paths, sharding, specs
-from flashoptim_jax import state as state_lib
+from flashoptim_jax import models, optimizers, paths, sharding
 from flashoptim_jax.kernels import offload
+from flashoptim_jax.storage import partition_specs
+from flashoptim_jax.storage import state as state_lib
 
 # GiB that a program can have: of TPUs what XLA's compiler says, of GPUs what the
 # driver does. XLA takes 75 % of a GPU's unless XLA_PYTHON_CLIENT_MEM_FRACTION
@@ -278,7 +279,7 @@ class _Placed:
         for role in array.roles
     ]
     wanted = PartitionSpec(*axes)
-    spec = specs.divisible(mesh, wanted, array.shape)
+    spec = partition_specs.divisible(mesh, wanted, array.shape)
     if spec != wanted:
       self.uneven.append(paths.name(path))
     return NamedSharding(mesh, spec)

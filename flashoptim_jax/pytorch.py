@@ -22,9 +22,10 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from flashoptim_jax import conversion, precision
-from flashoptim_jax import state as state_lib
-from flashoptim_jax.state import FlashState
+from flashoptim_jax import conversion
+from flashoptim_jax.storage import precision
+from flashoptim_jax.storage import state as state_lib
+from flashoptim_jax.storage.state import FlashState
 
 _GROUP = 32
 _FIRST = ("exp_avg", "momentum_buffer")

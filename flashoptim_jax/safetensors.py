@@ -26,7 +26,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from flashoptim_jax import codec, host_memory, paths, precision
+from flashoptim_jax import paths
+from flashoptim_jax.storage import codec, host_memory, precision
 
 _DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from flashoptim_jax import codec, paths, specs
-from flashoptim_jax import state as state_lib
+from flashoptim_jax import paths
+from flashoptim_jax.storage import codec, partition_specs
+from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.transform import PARAM_SHARDINGS
 
 # Arrays whose shards may cut groups.
@@ -85,7 +86,7 @@ def state_shardings(
       return replicated
     if group_size is not None and leaf.dtype in _CODES:
       local = param.sharding.shard_shape(param.shape)
-      if why := specs.cut_groups(param.shape, local, group_size):
+      if why := partition_specs.cut_groups(param.shape, local, group_size):
         cut[param_path] = why
     return _fitted(param.sharding, leaf.shape)
 
@@ -183,7 +184,7 @@ def _fitted(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
   if not isinstance(sharding, NamedSharding):
     return sharding
   return sharding.update(
-      spec=specs.divisible(sharding.mesh, sharding.spec, shape)
+      spec=partition_specs.divisible(sharding.mesh, sharding.spec, shape)
   )
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import optax
 from optax._src import base
 
-from flashoptim_jax import codec, counterpart, paths
-from flashoptim_jax import state as state_lib
+from flashoptim_jax import counterpart, paths
 from flashoptim_jax.kernels import dispatch, primitive
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf, UpdateSpec
 from flashoptim_jax.rules import Rule, Scalars
-from flashoptim_jax.state import FlashState, Format
+from flashoptim_jax.storage import codec
+from flashoptim_jax.storage import state as state_lib
+from flashoptim_jax.storage.state import FlashState, Format
 
 # The extra argument by which `flashoptim_jax.step` asks for new parameters instead
 # of updates: a `NewParams`.

@@ -15,7 +15,8 @@ import pytest
 import flashoptim_jax as fo
 from flashoptim_jax.kernels import dispatch
 from flashoptim_jax.kernels.by_platform import Place
-from flashoptim_jax.state import by_path, flash_states, map_flash_states
+from flashoptim_jax.storage import codec
+from flashoptim_jax.storage.state import by_path, flash_states, map_flash_states
 
 
 class Optimizer(NamedTuple):
@@ -184,7 +185,7 @@ def random_state(tx, params, seed: int = 2, count: int = 3):
     low = -info.max if info.min else 1
     values = rng.integers(low, info.max, leaf.shape, leaf.dtype, endpoint=True)
     # Every group has an element at its scale.
-    axis = fo.codec.group_axis(leaf.shape, 32)
+    axis = codec.group_axis(leaf.shape, 32)
     where = tuple(
         slice(None, None, 32) if i == axis else slice(None)
         for i in range(leaf.ndim)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from flashoptim_jax import Storage, codec
+from flashoptim_jax import Storage
+from flashoptim_jax.storage import codec
 
 LEVELS = {"first": 127, "second": 255}
 # The smallest scale at which the value of code 1 is a normal float32. Below it

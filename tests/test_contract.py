@@ -18,9 +18,9 @@ from optax import contrib
 from optax._src import base
 
 import flashoptim_jax as fo
-from flashoptim_jax import codec
 from flashoptim_jax.kernels import xla
-from flashoptim_jax.state import FlashState, flash_states
+from flashoptim_jax.storage import codec
+from flashoptim_jax.storage.state import FlashState, flash_states
 from flashoptim_jax.transform import NewParams
 
 # Split along an axis that has no groups, along the groups' axis, and both.

@@ -71,7 +71,7 @@ LABELS = {"matrix": "a", "norm": "b", "a": "c", "b": "d"}
 def assert_same_but_for_sgd_count(actual, desired):
   """Bit for bit; but optax.sgd with a constant rate keeps no count."""
   assert jax.tree.structure(actual) == jax.tree.structure(desired)
-  is_state = fo.state.is_flash_state
+  is_state = fo.storage.state.is_flash_state
   for a, b in zip(
       jax.tree.leaves(actual, is_leaf=is_state),
       jax.tree.leaves(desired, is_leaf=is_state),

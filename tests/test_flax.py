@@ -173,7 +173,7 @@ def test_states_as_bytes(name):
 
 def test_states_as_bytes_of_another_format():
   forms = [
-      fo.state.flash_states(make().init(cases.tree(cases.TINY_SHAPES)))[0].format
+      fo.storage.state.flash_states(make().init(cases.tree(cases.TINY_SHAPES)))[0].format
       for make in SERIALIZED.values()
   ]
   for form, other in itertools.permutations(forms, 2):
@@ -238,7 +238,7 @@ def test_linen_partitioned_params_give_specs(name, storage):
   specs = linen.get_partition_spec(state)
   unboxed = linen.unbox(state)
   assert jax.tree.structure(specs) == jax.tree.structure(unboxed)
-  flash = fo.state.flash_states(specs.opt_state)[0]
+  flash = fo.storage.state.flash_states(specs.opt_state)[0]
   kernel = P("rows", "columns")
   assert specs.params["Dense_0"]["kernel"] == kernel
   for field in flash[1:-1]:
@@ -270,7 +270,7 @@ def test_linen_partitioned_params_train():
   assert losses[-1] < 0.8 * losses[0]
   assert jax.tree.structure(boxed.params) == jax.tree.structure(params)
   # The box's names travel with both moments and the correction.
-  flash = fo.state.flash_states(boxed.opt_state)[0]
+  flash = fo.storage.state.flash_states(boxed.opt_state)[0]
   for field in (flash.mu, flash.nu_scale, flash.correction):
     assert field["Dense_0"]["kernel"].names == ("rows", "columns")
 
@@ -304,7 +304,7 @@ def test_nnx_optimizers(name):
   assert int(ours.step[...]) == 20
   assert losses[-1] < 0.8 * losses[0]
   pure = nnx.as_pure(ours.opt_state)
-  flash = fo.state.flash_states(pure)[0]
+  flash = fo.storage.state.flash_states(pure)[0]
   assert int(flash.count) == 20
   assert flash.mu["first"]["kernel"].dtype == jnp.int8
   stock, stock_first, stock_losses = train_nnx(nnx.Optimizer, tx)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import flashoptim_jax as fo
-from flashoptim_jax.state import flash_states
+from flashoptim_jax.storage.state import flash_states
 
 STEPS = 3
 # Interpret mode compiles slowly, so each leaf has something that no other has:

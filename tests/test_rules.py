@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flashoptim_jax import codec
 from flashoptim_jax.kernels import dispatch, triton
 from flashoptim_jax.kernels.base import Leaf, UpdateSpec
 from flashoptim_jax.rules import ADAM, Moment, Rule
-from flashoptim_jax.state import Format
+from flashoptim_jax.storage import codec
+from flashoptim_jax.storage.state import Format
 from flashoptim_jax.transform import flash_transformation
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import flashoptim_jax as fo
 from flashoptim_jax.kernels import triton, xla
 from flashoptim_jax.kernels.by_platform import Place
-from flashoptim_jax.state import flash_states
+from flashoptim_jax.storage.state import flash_states
 
 STEPS = 20
 COLLECTIVE = re.compile(

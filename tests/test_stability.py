@@ -21,7 +21,7 @@ import pytest
 from hypothesis import strategies as st
 
 import flashoptim_jax as fo
-from flashoptim_jax.state import is_flash_state
+from flashoptim_jax.storage.state import is_flash_state
 
 LR = 2.0**-10
 GROUP = 32

@@ -26,6 +26,7 @@ from triton.runtime import interpreter, jit
 import flashoptim_jax as fo
 from flashoptim_jax.kernels import triton as launches
 from flashoptim_jax.kernels import triton_kernel
+from flashoptim_jax.storage import codec
 
 SHAPES = {"rows": (8, 64), "ragged": (3, 50), "stack": (2, 3, 32), "vector": (33,)}
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
@@ -167,7 +168,7 @@ def check_residual(master_bits):
     bits &= np.uint32(0xFFFFFF00)
   master = bits.view(np.float32)
   param = near.astype(np.uint16).view(jnp.bfloat16)
-  expected = fo.codec.residual(jnp.asarray(master), jnp.asarray(param), master_bits)
+  expected = codec.residual(jnp.asarray(master), jnp.asarray(param), master_bits)
   result = Buffer(np.zeros(size, np.int32))
   store_residual[(1,)](
       Buffer(master), Buffer(param), result, MASTER_BITS=master_bits, SIZE=size
@@ -177,7 +178,7 @@ def check_residual(master_bits):
   numbers = ~nan & ~np.isnan(master)
   np.testing.assert_array_equal(result.array[numbers], expected[numbers])
   correction = jnp.asarray(result.array, expected.dtype)
-  merged = fo.codec.merge(jnp.asarray(param), correction)
+  merged = codec.merge(jnp.asarray(param), correction)
   assert np.isnan(merged[nan]).all()
 
 

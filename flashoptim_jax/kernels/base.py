@@ -12,7 +12,7 @@ import jax
 
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import Rule, Scalars
-from flashoptim_jax.storage import Storage
+from flashoptim_jax.storage.options import Storage
 
 # Pairs of values and scale, in the rule's order; the scale is None, and the values are
 # no codes, where the moment is float32.
@@ -140,6 +140,7 @@ class Backend(Protocol):
       spec: What they have in common.
       leaves: The leaves; it supports them all.
       scalars: The rule's hyperparameters, ``learning_rate``, ``weight_decay`` and
-        :func:`flashoptim_jax.codec.rounding_scalars`: numbers, or arrays of shape ().
+        :func:`flashoptim_jax.storage.codec.rounding_scalars`: numbers, or arrays of
+        shape ().
       place: Where; it is available there.
     """

@@ -76,8 +76,8 @@ def update_leaves(
     spec: What the updates have in common.
     leaves: The leaves.
     scalars: The rule's hyperparameters, with ``learning_rate`` and
-      ``weight_decay``, and :func:`flashoptim_jax.codec.rounding_scalars`; numbers or
-      arrays of shape ().
+      ``weight_decay``, and :func:`flashoptim_jax.storage.codec.rounding_scalars`;
+      numbers or arrays of shape ().
     shardings: Shardings of parameters by path, as far as the user gave them.
 
   Raises:

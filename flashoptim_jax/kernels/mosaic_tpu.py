@@ -35,20 +35,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flashoptim_jax import codec
 from flashoptim_jax.kernels.base import Leaf, Unavailable, UpdatedLeaf, UpdateSpec
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.kernels.mosaic_layout import axis_order
 from flashoptim_jax.kernels.mosaic_math import (
-    Known,
-    evaluate,
-    multiples,
-    reads_old_moments,
-    roots_of_square,
-    signed_root,
+  Known,
+  evaluate,
+  multiples,
+  reads_old_moments,
+  roots_of_square,
+  signed_root,
 )
 from flashoptim_jax.rules import LEAST_ROOT, Rule, Scalars
-from flashoptim_jax.storage import Storage
+from flashoptim_jax.storage import codec
+from flashoptim_jax.storage.options import Storage
 
 GROUP_SIZE = 32
 _LANES = 128

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax import lax
 
-from flashoptim_jax import host_memory
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf
+from flashoptim_jax.storage import host_memory
 
 # Leaves whose state may be on its way between host and device at one time.
 IN_FLIGHT = 3

@@ -27,9 +27,9 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flashoptim_jax import codec, specs
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf
 from flashoptim_jax.rules import Scalars
+from flashoptim_jax.storage import codec, partition_specs
 
 # Updates leaves that lie whole on one device.
 Update = Callable[[Sequence[Leaf], Scalars], list[UpdatedLeaf]]
@@ -124,7 +124,7 @@ def _known_sharding(
     ValueError: If the sharding in ``shardings`` does not fit the leaf.
   """
   sharding = jax.typeof(leaf.param).sharding
-  if specs.is_explicit(sharding):
+  if partition_specs.is_explicit(sharding):
     return sharding
   sharding = shardings.get(leaf.path)
   if sharding is not None and len(sharding.spec) > leaf.param.ndim:
@@ -143,7 +143,7 @@ def _update_known(
     shardings: Sequence[NamedSharding],
 ) -> list[UpdatedLeaf]:
   mesh = shardings[0].mesh
-  explicit = specs.is_explicit(shardings[0])
+  explicit = partition_specs.is_explicit(shardings[0])
   move = jax.sharding.reshard if explicit else lax.with_sharding_constraint
   original = [
       _of_arrays(leaf, sharding, group_size)
@@ -248,7 +248,7 @@ def _outputs(leaf: Leaf) -> UpdatedLeaf:
 def _of_arrays(leaf: Leaf, sharding: NamedSharding, group_size: int) -> Leaf:
   """Shardings of a leaf's arrays, given its parameter's."""
   shape = codec.scale_shape(leaf.param.shape, group_size)
-  spec = specs.divisible(sharding.mesh, sharding.spec, shape)
+  spec = partition_specs.divisible(sharding.mesh, sharding.spec, shape)
   return leaf.map_arrays(sharding, sharding.update(spec=spec))
 
 
@@ -265,4 +265,4 @@ def _uncut(
   """The sharding, with the axis of the groups whole if there are any."""
   if _cuttable_axis(leaf, group_size) is None:
     return sharding
-  return specs.uncut(sharding, leaf.param.shape, group_size)
+  return partition_specs.uncut(sharding, leaf.param.shape, group_size)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flashoptim_jax import codec
 from flashoptim_jax.kernels import dispatch
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf, UpdateSpec, result_types
 from flashoptim_jax.rules import Scalars
+from flashoptim_jax.storage import codec
 
 update_p = core.Primitive("flash_update")
 update_p.multiple_results = True

@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashoptim_jax import codec, rules
+from flashoptim_jax import rules
 from flashoptim_jax.kernels import xla_fusion
 from flashoptim_jax.kernels.base import Leaf, Unavailable, UpdatedLeaf, UpdateSpec
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import LEAST_ROOT, Rule, Scalars
+from flashoptim_jax.storage import codec
 
 GROUP_SIZE = 32
 # With twice as many, a step of 150 leaves takes 1 to 4 % less on an H100, but Triton

@@ -1,6 +1,6 @@
 """The fused update as a Triton kernel; launched by :mod:`.triton`.
 
-The twin of :mod:`flashoptim_jax.codec`, :mod:`flashoptim_jax.rules` and the XLA
+The twin of :mod:`flashoptim_jax.storage.codec`, :mod:`flashoptim_jax.rules` and the XLA
 path: change them together.
 """
 

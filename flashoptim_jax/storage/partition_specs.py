@@ -4,7 +4,7 @@ from typing import Any
 
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flashoptim_jax import codec
+from flashoptim_jax.storage import codec
 
 
 def divisible(

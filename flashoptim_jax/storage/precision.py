@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import aliasing, codec, explicit_axes, host_memory, paths
-from flashoptim_jax import state as state_lib
-from flashoptim_jax.state import AnyState, CompressedState
+from flashoptim_jax import aliasing, paths
+from flashoptim_jax.storage import codec, explicit_axes, host_memory
+from flashoptim_jax.storage import state as state_lib
+from flashoptim_jax.storage.state import AnyState, CompressedState
 
 
 def cast_params(

@@ -20,7 +20,7 @@ class Storage:
       bits are their own master weights, whatever is chosen here.
     moment_bits: 8 (codes with one scale per group) or 32 (float32).
     group_size: Elements that share a scale, along one axis of a leaf.
-    companding: ``"root"`` or ``"paper"``, see :mod:`flashoptim_jax.codec`.
+    companding: ``"root"`` or ``"paper"``, see :mod:`flashoptim_jax.storage.codec`.
     min_quantized_size: Leaves with fewer elements keep their moments in float32:
       norms, biases and other vectors, whose elements may differ by many orders of
       magnitude, and which take next to no memory.

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flashoptim_jax import specs
+from flashoptim_jax.storage import partition_specs
 
 # Which metadata say how an optimizer's variable is sharded.
 _NAMES = ("out_sharding", "optimizer_sharding")
@@ -67,7 +67,7 @@ def _fit_spec(given: Any, mesh: Any, metadata: Any, shape: tuple[int, ...]) -> A
   if mesh.empty:
     return given
   spec: Any = spmd.apply_rules(given, metadata.get("sharding_rules"))
-  kept = specs.divisible(mesh, spec, shape)
+  kept = partition_specs.divisible(mesh, spec, shape)
   if tuple(kept) == tuple(spec):
     return given
   return PartitionSpec(*(

@@ -72,7 +72,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flashoptim_jax.storage import Storage
+from flashoptim_jax.storage.options import Storage
 
 Kind = Literal["first", "second"]
 CODE_DTYPE = {"first": jnp.int8, "second": jnp.uint8}

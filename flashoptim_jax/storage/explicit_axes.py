@@ -6,8 +6,8 @@ gathered along the axis of their groups first.
 
 import jax
 
-from flashoptim_jax import codec, specs
-from flashoptim_jax.storage import Storage
+from flashoptim_jax.storage import codec, partition_specs
+from flashoptim_jax.storage.options import Storage
 
 
 def encode(
@@ -17,11 +17,11 @@ def encode(
     rounding: codec.MomentRounding,
     old_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """:func:`flashoptim_jax.codec.encode`; codes are sharded as x is."""
+  """:func:`flashoptim_jax.storage.codec.encode`; codes are sharded as x is."""
   own = jax.typeof(x).sharding
-  if not specs.is_explicit(own):
+  if not partition_specs.is_explicit(own):
     return codec.encode(x, kind, storage, rounding, old_scale)
-  whole = specs.uncut(own, x.shape, storage.group_size)
+  whole = partition_specs.uncut(own, x.shape, storage.group_size)
   if old_scale is not None:
     _, old_scale = _placed(whole, x, old_scale)
   encoded = codec.encode(
@@ -33,11 +33,11 @@ def encode(
 def decode(
     codes: jax.Array, scale: jax.Array, kind: codec.Kind, storage: Storage
 ) -> jax.Array:
-  """:func:`flashoptim_jax.codec.decode`; the moment is sharded as its codes are."""
+  """:func:`flashoptim_jax.storage.codec.decode`; moments are sharded as their codes."""
   own = jax.typeof(codes).sharding
-  if not specs.is_explicit(own):
+  if not partition_specs.is_explicit(own):
     return codec.decode(codes, scale, kind, storage)
-  whole = specs.uncut(own, codes.shape, storage.group_size)
+  whole = partition_specs.uncut(own, codes.shape, storage.group_size)
   x = codec.decode(*_placed(whole, codes, scale), kind, storage)
   return jax.sharding.reshard(x, own)
 
@@ -46,7 +46,7 @@ def _placed(
     sharding: jax.sharding.NamedSharding, codes: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Codes with that sharding, and scales as far as it divides them."""
-  spec = specs.divisible(sharding.mesh, sharding.spec, scale.shape)
+  spec = partition_specs.divisible(sharding.mesh, sharding.spec, scale.shape)
   return (
       jax.sharding.reshard(codes, sharding),
       jax.sharding.reshard(scale, sharding.update(spec=spec)),

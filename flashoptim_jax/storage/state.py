@@ -13,8 +13,9 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding
 
-from flashoptim_jax import codec, nnx_metadata, paths, specs
-from flashoptim_jax.storage import Storage
+from flashoptim_jax import paths
+from flashoptim_jax.storage import codec, nnx_metadata, partition_specs
+from flashoptim_jax.storage.options import Storage
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -293,7 +294,7 @@ def zero_scale(param: Any, group_size: int) -> jax.Array:
       None,
   )
   if isinstance(sharding, NamedSharding) and any(sharding.spec):
-    spec = specs.divisible(sharding.mesh, sharding.spec, shape)
+    spec = partition_specs.divisible(sharding.mesh, sharding.spec, shape)
     sharding = sharding.update(spec=spec)
   else:
     sharding = None
