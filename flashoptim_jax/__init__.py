@@ -1,7 +1,6 @@
 """Optax optimizers with 8-bit moments and 24-bit master weights."""
 
 from flashoptim_jax import exporting
-from flashoptim_jax.apply import step
 from flashoptim_jax.compression import compress
 from flashoptim_jax.conversion import convert, from_optax, to_optax
 from flashoptim_jax.memory import MemoryReport, memory_report
@@ -21,6 +20,7 @@ from flashoptim_jax.sharding import state_shardings, with_shardings
 from flashoptim_jax.storage.options import Storage
 from flashoptim_jax.storage.precision import cast_params, from_fp32, moments, to_fp32
 from flashoptim_jax.storage.state import CompressedState, FlashState, Format
+from flashoptim_jax.update.step import step
 
 __version__ = "0.1.0"
 

@@ -7,7 +7,7 @@ import sys
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-  from flashoptim_jax import inspection
+  from flashoptim_jax.checkpoint import inspection
 
   print(inspection.inspect(arguments.path))
 

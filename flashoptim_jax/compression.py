@@ -11,13 +11,14 @@ import optax
 from jax import lax
 from optax._src import base
 
-from flashoptim_jax import aliasing, buffers, counterpart, paths, sequential
+from flashoptim_jax import aliasing, buffers, paths, sequential
 from flashoptim_jax.kernels import primitive
 from flashoptim_jax.storage import codec, explicit_axes, host_memory, nnx_metadata
 from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.storage.options import Storage
 from flashoptim_jax.storage.state import CompressedState, Format
-from flashoptim_jax.transform import (
+from flashoptim_jax.update import optax_counterpart
+from flashoptim_jax.update.transform import (
   DEFERRED,
   NEW_PARAMS,
   PARAM_SHARDINGS,
@@ -103,8 +104,8 @@ def compress(
 
   def init_fn(params):
     state_lib.check_params(params)
-    if counterpart.wanted():
-      return counterpart.Counterpart(init_inner(params))
+    if optax_counterpart.wanted():
+      return optax_counterpart.Counterpart(init_inner(params))
     correction = state_lib.zero_correction(params, storage)
     inner = init_inner(params)
     form = form_for(params, inner)

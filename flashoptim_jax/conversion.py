@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import aliasing, compression, counterpart, paths
+from flashoptim_jax import aliasing, compression, paths
 from flashoptim_jax.storage import codec, explicit_axes, precision
 from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.storage.state import AnyState, CompressedState, Format
+from flashoptim_jax.update import optax_counterpart
 
 # Where Optax's states keep what a flash state calls mu and nu.
 _MOMENT_FIELDS = {"mu": "mu", "nu": "nu", "trace": "mu"}
@@ -58,7 +59,7 @@ def to_optax(
   """
   ours, plain = _layouts(tx, params)
   _require_state_of(opt_state, ours, "tx")
-  start = _initial(lambda p: counterpart.init(tx, p), _wide(params), opt_state)
+  start = _initial(lambda p: optax_counterpart.init(tx, p), _wide(params), opt_state)
   start = _without_sgd_extras(ours, start)
 
   def leave(node, layout, start):
@@ -118,7 +119,7 @@ def from_optax(
   ours, plain = _layouts(tx, params)
   paths.require_like(
       optax_state,
-      counterpart.unmarked(plain),
+      optax_counterpart.unmarked(plain),
       "optax_state",
       "the state of tx with Optax's own optimizers",
   )
@@ -231,7 +232,7 @@ def _layouts(tx: Any, params: optax.Params) -> tuple[Any, Any]:
   """The state of ``tx``, and Optax's for float32 parameters, marked."""
   ours = _layout(tx.init, params)
   state_lib.flash_states(ours)
-  plain = _layout(lambda p: counterpart.init(tx, p), _wide(params))
+  plain = _layout(lambda p: optax_counterpart.init(tx, p), _wide(params))
   return ours, _without_sgd_extras(ours, plain)
 
 

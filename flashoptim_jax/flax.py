@@ -11,8 +11,8 @@ from typing import Any
 from flax import nnx, serialization
 from flax.training import train_state
 
-from flashoptim_jax import apply
 from flashoptim_jax.storage import state as state_lib
+from flashoptim_jax.update import step
 
 state_lib.register_with_flax(serialization)
 
@@ -33,12 +33,12 @@ class TrainState(train_state.TrainState):
     overwrite = train_state.OVERWRITE_WITH_GRADIENT
     if overwrite in grads:
       # These leaves are not optimized: their gradient is their new value.
-      rest, opt_state = apply.step(
+      rest, opt_state = step.step(
           self.tx, grads["params"], self.opt_state, self.params["params"]
       )
       params = {"params": rest, overwrite: grads[overwrite]}
     else:
-      params, opt_state = apply.step(
+      params, opt_state = step.step(
           self.tx, grads, self.opt_state, self.params
       )
     return self.replace(
@@ -60,7 +60,7 @@ class Optimizer(nnx.Optimizer):
     params = nnx.as_pure(nnx.state(model, self.wrt, graph=self.graph))
     grads = nnx.as_pure(nnx.state(grads, self.wrt, graph=self.graph))
     opt_state = nnx.as_pure(self.opt_state)
-    params, opt_state = apply.step(
+    params, opt_state = step.step(
         self.tx, grads, opt_state, params, **nnx.as_pure(kwargs)
     )
     nnx.update(model, params)

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
-from flashoptim_jax import apply, paths
+from flashoptim_jax import paths
 from flashoptim_jax.kernels import primitive
-from flashoptim_jax.transform import DEFERRED
+from flashoptim_jax.update import step
+from flashoptim_jax.update.transform import DEFERRED
 
 # Primitives that compute each element from the elements at the same place.
 ELEMENTWISE = frozenset([
@@ -130,7 +131,7 @@ class Leafwise:
     paths.require_arrays(params)
     extra = {DEFERRED: True}
     traced = jax.make_jaxpr(
-        lambda grads, state, params: apply.step(tx, grads, state, params, **extra)
+        lambda grads, state, params: step.step(tx, grads, state, params, **extra)
     )(params, opt_state, params)
     closed = inline(traced)
     self._jaxpr, self._consts = closed.jaxpr, closed.consts

@@ -12,7 +12,7 @@ from jax import lax
 from flashoptim_jax import rules
 from flashoptim_jax.storage.options import Storage
 from flashoptim_jax.storage.state import Format
-from flashoptim_jax.transform import flash_transformation
+from flashoptim_jax.update.transform import flash_transformation
 
 ScalarOrSchedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
 Mask: TypeAlias = Any | Callable[[Any], Any] | None

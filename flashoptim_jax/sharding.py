@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from flashoptim_jax import paths
 from flashoptim_jax.storage import codec, partition_specs
 from flashoptim_jax.storage import state as state_lib
-from flashoptim_jax.transform import PARAM_SHARDINGS
+from flashoptim_jax.update.transform import PARAM_SHARDINGS
 
 # Arrays whose shards may cut groups.
 _CODES = tuple(codec.CODE_DTYPE.values())

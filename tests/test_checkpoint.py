@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
-from flashoptim_jax import checkpoint, inspection
+from flashoptim_jax.checkpoint import inspection, orbax
 
 
 @pytest.mark.parametrize(
@@ -74,18 +74,18 @@ def make_tree(tx, params=None):
   return {"params": params, "opt_state": cases.random_state(tx, params)}
 
 
-def save(path, tree, args=checkpoint.Save):
+def save(path, tree, args=orbax.Save):
   with ocp.Checkpointer(
-      checkpoint.Handler()
-      if args is checkpoint.Save
+      orbax.Handler()
+      if args is orbax.Save
       else ocp.StandardCheckpointHandler()
   ) as checkpointer:
     checkpointer.save(path, args=args(tree))
 
 
 def restore(path, target):
-  with ocp.Checkpointer(checkpoint.Handler()) as checkpointer:
-    return checkpointer.restore(path, args=checkpoint.Restore(target))
+  with ocp.Checkpointer(orbax.Handler()) as checkpointer:
+    return checkpointer.restore(path, args=orbax.Restore(target))
 
 
 TX = optax.chain(optax.clip(1.0), fo.adamw(1e-3, storage=cases.QUANTIZED))
@@ -100,7 +100,7 @@ def test_another_tree_is_refused(described, tmp_path):
   """The error names the first path that differs, and the conversion to call."""
   params = cases.tree(cases.TINY_SHAPES)
   tree = make_tree(TX, params)
-  save(tmp_path / "0", tree, checkpoint.Save if described else ocp.args.StandardSave)
+  save(tmp_path / "0", tree, orbax.Save if described else ocp.args.StandardSave)
   cases.assert_same(restore(tmp_path / "0", tree), tree)
 
   def target(tx=TX, params=params):
@@ -172,7 +172,7 @@ def value_of(leaf):
   return np.asarray(leaf)
 
 
-@pytest.mark.parametrize("args", [checkpoint.Save, ocp.args.StandardSave])
+@pytest.mark.parametrize("args", [orbax.Save, ocp.args.StandardSave])
 def test_odd_leaves(args, tmp_path):
   """As they were, where the leaf itself is asked for; else as JAX has them."""
   tree = {**ODD_LEAVES, "state": make_tree(TX)}
@@ -195,7 +195,7 @@ def test_odd_leaves(args, tmp_path):
     ("saved", "asked"),
     [("typed key", "raw key"), ("raw key", "typed key"), ("typed keys", "typed key")],
 )
-@pytest.mark.parametrize("args", [checkpoint.Save, ocp.args.StandardSave])
+@pytest.mark.parametrize("args", [orbax.Save, ocp.args.StandardSave])
 def test_other_keys_are_refused(args, saved, asked, tmp_path):
   save(tmp_path / "0", {"key": ODD_LEAVES[saved]}, args)
   with pytest.raises(ValueError, match=r"'key'.*found an array|array of .* at 'key'"):
@@ -203,7 +203,7 @@ def test_other_keys_are_refused(args, saved, asked, tmp_path):
 
 
 @pytest.mark.parametrize("value", [2**40 + 1, -(2**31) - 1, 1e300])
-@pytest.mark.parametrize("args", [checkpoint.Save, ocp.args.StandardSave])
+@pytest.mark.parametrize("args", [orbax.Save, ocp.args.StandardSave])
 def test_numbers_of_64_bits_are_not_truncated(args, value, tmp_path):
   """Orbax alone would."""
   for i, leaf in enumerate((value, np.full((2, 3), value))):
@@ -268,7 +268,7 @@ def test_shardings_that_do_not_fit(tmp_path):
   assert "not read" in str(error.value)
 
 
-@pytest.mark.parametrize("args", [checkpoint.Save, ocp.args.StandardSave])
+@pytest.mark.parametrize("args", [orbax.Save, ocp.args.StandardSave])
 def test_the_parameters_alone(args, tmp_path):
   """Refused, with a way that works."""
   tree = make_tree(TX)
@@ -290,10 +290,10 @@ def test_the_parameters_alone(args, tmp_path):
 def test_params_and_state_as_items_of_a_manager(tmp_path):
   tree = make_tree(TX)
   with ocp.CheckpointManager(tmp_path) as manager:
-    items = {name: checkpoint.Save(item) for name, item in tree.items()}
+    items = {name: orbax.Save(item) for name, item in tree.items()}
     manager.save(3, args=ocp.args.Composite(**items, notes=ocp.args.JsonSave([1])))
   with ocp.CheckpointManager(tmp_path) as manager:
-    items = {name: checkpoint.Restore(item) for name, item in tree.items()}
+    items = {name: orbax.Restore(item) for name, item in tree.items()}
     restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(**items))
   cases.assert_same({name: restored[name] for name in tree}, tree)
 
@@ -301,7 +301,7 @@ def test_params_and_state_as_items_of_a_manager(tmp_path):
 def edit_description(path, edit):
   """Rewrites the description of a checkpoint."""
   metadata = json.loads((path / "_METADATA").read_text())
-  edit(metadata["custom_metadata"][checkpoint.KEY])
+  edit(metadata["custom_metadata"][orbax.KEY])
   (path / "_METADATA").write_text(json.dumps(metadata))
 
 
@@ -309,7 +309,7 @@ def reseal(description):
   """Gives a changed description the checksum that it would have been saved with."""
   rest = ("format_version", "sha256")
   content = {k: v for k, v in description.items() if k not in rest}
-  description["sha256"] = checkpoint._digest(content)
+  description["sha256"] = orbax._digest(content)
 
 
 def test_descriptions_from_before_small_leaves_were_told_apart(tmp_path):

@@ -21,7 +21,7 @@ import flashoptim_jax as fo
 from flashoptim_jax.kernels import xla
 from flashoptim_jax.storage import codec
 from flashoptim_jax.storage.state import FlashState, flash_states
-from flashoptim_jax.transform import NewParams
+from flashoptim_jax.update.transform import NewParams
 
 # Split along an axis that has no groups, along the groups' axis, and both.
 SHARDED_SHAPES = {

@@ -77,7 +77,7 @@ def recorded_steps(monkeypatch):
     calls.append(extra_args)
     return params, opt_state
 
-  monkeypatch.setattr("flashoptim_jax.apply.step", step)
+  monkeypatch.setattr("flashoptim_jax.update.step.step", step)
   return calls
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import flashoptim_jax as fo
 from flashoptim_jax import __main__ as command
-from flashoptim_jax import inspection
+from flashoptim_jax.checkpoint import inspection
 
 TX = optax.chain(optax.clip(1.0), fo.adamw(1e-3, storage=cases.QUANTIZED))
 

@@ -13,7 +13,7 @@ from flashoptim_jax.kernels.base import Leaf, UpdateSpec
 from flashoptim_jax.rules import ADAM, Moment, Rule
 from flashoptim_jax.storage import codec
 from flashoptim_jax.storage.state import Format
-from flashoptim_jax.transform import flash_transformation
+from flashoptim_jax.update.transform import flash_transformation
 
 
 def _clipped(grad, old, new, h):

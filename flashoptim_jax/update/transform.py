@@ -9,13 +9,14 @@ import numpy as np
 import optax
 from optax._src import base
 
-from flashoptim_jax import counterpart, paths
+from flashoptim_jax import paths
 from flashoptim_jax.kernels import dispatch, primitive
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf, UpdateSpec
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.storage import codec
 from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.storage.state import FlashState, Format
+from flashoptim_jax.update import optax_counterpart
 
 # The extra argument by which `flashoptim_jax.step` asks for new parameters instead
 # of updates: a `NewParams`.
@@ -149,8 +150,8 @@ def flash_transformation(
       )
 
   def init_fn(params):
-    if counterpart.wanted():
-      return counterpart.Counterpart(plain().init(params))
+    if optax_counterpart.wanted():
+      return optax_counterpart.Counterpart(plain().init(params))
     return state_lib.init(params, form)
 
   def update_fn(updates, state, params=None, **extra_args):

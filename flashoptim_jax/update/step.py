@@ -8,7 +8,7 @@ import optax
 
 from flashoptim_jax import paths
 from flashoptim_jax.storage import state as state_lib
-from flashoptim_jax.transform import LAST, NEW_PARAMS, NewParam, NewParams
+from flashoptim_jax.update.transform import LAST, NEW_PARAMS, NewParam, NewParams
 
 # States of wrappers that hand updates through as they are, leaf by leaf.
 _TRANSPARENT = (

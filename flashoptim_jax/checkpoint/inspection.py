@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flashoptim_jax import checkpoint, paths
+from flashoptim_jax import paths
+from flashoptim_jax.checkpoint import orbax
 
 _COMPONENTS = {
     "count": "counts",
@@ -131,16 +132,16 @@ def inspect(path: str | os.PathLike) -> Inspection:
     ValueError: If it is damaged, of a later format version, or has several items.
   """
   directory = _find(pathlib.Path(path).absolute())
-  description = checkpoint.read_description(directory)
+  description = orbax.read_description(directory)
   try:
     nonfinite, counts = _read(directory, description.states)
-    stored = checkpoint.stored_arrays(directory)
+    stored = orbax.stored_arrays(directory)
     arrays = {  # Random keys have their size from the numbers that make them up.
-        name: stored[name] if checkpoint.is_key(array[1]) else array
+        name: stored[name] if orbax.is_key(array[1]) else array
         for name, array in description.arrays.items()
     }
   except Exception as error:
-    raise checkpoint.damaged(directory, error) from error
+    raise orbax.damaged(directory, error) from error
   return Inspection(
       directory=directory,
       bytes_on_disk=sum(

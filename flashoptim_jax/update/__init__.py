@@ -1,0 +1,1 @@
+"""What every flash optimizer does with gradients, state and parameters. Not public."""
