@@ -22,9 +22,9 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from flashoptim_jax import conversion
 from flashoptim_jax.storage import precision
 from flashoptim_jax.storage import state as state_lib
+from flashoptim_jax.storage.moments import encode_fields
 from flashoptim_jax.storage.state import FlashState
 
 _GROUP = 32
@@ -130,7 +130,7 @@ def from_pytorch(
         for name in wanted
     }
     return state._replace(
-        count=jnp.int32(count), **conversion.encode(moments, state.format)
+        count=jnp.int32(count), **encode_fields(moments, state.format)
     )
 
   return params, state_lib.map_flash_states(fill, opt_state)
