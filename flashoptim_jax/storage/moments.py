@@ -127,7 +127,7 @@ def encode_fields(values: dict[str, Any], form: Format) -> dict[str, Any]:
     moment = jax.tree.map(
         lambda leaf: jnp.asarray(leaf).astype(jnp.float32), values[name]
     )
-    if form.storage.moment_bits == 8:
+    if form.storage.quantizes_moments:
       moment, fields[f"{name}_scale"] = _encode_tree(
           functools.partial(_encode_to_nearest, kind=kind, storage=form.storage),
           moment,
@@ -183,7 +183,7 @@ def encode_inner(
     )
     return values
 
-  if storage.moment_bits == 8:
+  if storage.quantizes_moments:
     inner = state_lib.map_subtrees(encode, inner, kinds)
   return CompressedState(count, inner, new_scales, correction, form)
 
@@ -211,9 +211,9 @@ def decode_inner(
         state_lib.subtree(layout, name),
     )
 
-  if storage.moment_bits != 8:
-    return state.inner
-  return state_lib.map_subtrees(decode, state.inner, kinds)
+  if storage.quantizes_moments:
+    return state_lib.map_subtrees(decode, state.inner, kinds)
+  return state.inner
 
 
 def moments(opt_state: optax.OptState) -> dict[str, Any]:
