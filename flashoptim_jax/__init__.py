@@ -17,8 +17,9 @@ from flashoptim_jax.pytorch import from_pytorch, load_pytorch
 from flashoptim_jax.release import released_call, value_and_release
 from flashoptim_jax.safetensors import export_safetensors, import_safetensors
 from flashoptim_jax.sharding import state_shardings, with_shardings
+from flashoptim_jax.storage.moments import moments
 from flashoptim_jax.storage.options import Storage
-from flashoptim_jax.storage.precision import cast_params, from_fp32, moments, to_fp32
+from flashoptim_jax.storage.precision import cast_params, from_fp32, to_fp32
 from flashoptim_jax.storage.state import CompressedState, FlashState, Format
 from flashoptim_jax.update.step import step
 

@@ -13,8 +13,9 @@ from optax._src import base
 
 from flashoptim_jax import aliasing, buffers, paths, sequential
 from flashoptim_jax.kernels import primitive
-from flashoptim_jax.storage import codec, explicit_axes, host_memory, nnx_metadata
+from flashoptim_jax.storage import codec, host_memory
 from flashoptim_jax.storage import state as state_lib
+from flashoptim_jax.storage.moments import call_now, decode_inner, encode_inner
 from flashoptim_jax.storage.options import Storage
 from flashoptim_jax.storage.state import CompressedState, Format
 from flashoptim_jax.update import optax_counterpart
@@ -128,7 +129,7 @@ def compress(
     treedef: Any = jax.tree.structure(params)
     request = new_params_request(extra_args, params)
     passed_on = {k: v for k, v in extra_args.items() if k not in _OWN_ARGUMENTS}
-    call = primitive.call if extra_args.get(DEFERRED, False) else _call
+    call = primitive.call if extra_args.get(DEFERRED, False) else call_now
 
     def update(grads, state, params):
       rounding = codec.rounding_of(state.count)
@@ -202,12 +203,6 @@ def compress(
     return treedef.unflatten(results), new_state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _call(function: Callable[..., Any], *args: Any, group_size: int | None = None):
-  """What :func:`flashoptim_jax.kernels.primitive.call` stands for."""
-  del group_size
-  return function(*args)
 
 
 def _forms(
@@ -352,97 +347,3 @@ def _stored_parts(state: CompressedState) -> dict[str, Any]:
       "scales": state.scales,
       "correction": state.correction,
   }
-
-
-def encode_inner(
-    inner: Any,
-    count: jax.Array,
-    correction: Any,
-    form: Format,
-    rounding: codec.Rounding | None = None,
-    *,
-    old: CompressedState | None = None,
-    call: Callable[..., Any] = _call,
-) -> CompressedState:
-  """Puts the moments in a transformation's state into their storage.
-
-  Args:
-    inner: The state, its moments in floats.
-    count: Updates done so far.
-    correction: The corrections of the parameters.
-    form: What to store, and how.
-    rounding: How scales and codes are rounded, by default to the nearest.
-    old: The state before, whose moments in floats stay so. By default, shapes decide.
-    call: Calls the functions that do it for an array.
-  """
-  kinds, new_scales, size = dict(form.moments), {}, form.storage.group_size
-
-  def encode(name, moment):
-    treedef: Any
-    leaves, treedef = jax.tree.flatten(moment)
-    kind, key = kinds[name], state_lib.scale_name(name)
-    how = codec.TO_NEAREST if rounding is None else getattr(rounding, kind)
-    old_scales: list[Any] = [None] * len(leaves)
-    quantized = [form.storage.quantizes(jnp.shape(leaf)) for leaf in leaves]
-    if old is not None and key in old.scales:
-      old_scales = treedef.flatten_up_to(old.scales[key])
-      old_values = treedef.flatten_up_to(state_lib.subtree(old.inner, name))
-      quantized = list(map(state_lib.is_quantized, old_values))
-    encode_leaf = functools.partial(
-        explicit_axes.encode, kind=kind, storage=form.storage
-    )
-    pairs = [
-        call(
-            lambda x, rounding, old_scale: encode_leaf(
-                x, rounding=rounding, old_scale=old_scale
-            ),
-            jnp.asarray(leaf).astype(jnp.float32),
-            how,
-            old_scale,
-            group_size=size,
-        )
-        if codes
-        else (leaf, state_lib.zero_scale(leaf, size))
-        for leaf, codes, old_scale in zip(leaves, quantized, old_scales, strict=True)
-    ]
-    of_moment = treedef.unflatten([scale for _, scale in pairs])
-    new_scales[key] = nnx_metadata.fitted(of_moment)
-    return treedef.unflatten([codes for codes, _ in pairs])
-
-  if form.storage.moment_bits == 8:
-    inner = state_lib.map_subtrees(encode, inner, kinds)
-  return CompressedState(count, inner, new_scales, correction, form)
-
-
-def decode_inner(
-    state: CompressedState, layout: Any, call: Callable[..., Any] = _call
-) -> Any:
-  """Inverse of :func:`encode_inner`: the transformation's state, in floats.
-
-  Args:
-    state: The state of ``compress``.
-    layout: The transformation's state in ``jax.ShapeDtypeStruct``s.
-    call: Calls the function that does it for an array.
-  """
-  kinds, storage = dict(state.format.moments), state.format.storage
-
-  def decode(name, moment):
-    decode_leaf = functools.partial(
-        explicit_axes.decode, kind=kinds[name], storage=storage
-    )
-    return jax.tree.map(
-        lambda codes, scale, like: (
-            call(decode_leaf, codes, scale, group_size=storage.group_size).astype(
-                like.dtype
-            )
-            if state_lib.is_quantized(codes)
-            else codes
-        ),
-        moment,
-        state.scales[state_lib.scale_name(name)],
-        state_lib.subtree(layout, name),
-    )
-
-  if storage.moment_bits != 8:
-    return state.inner
-  return state_lib.map_subtrees(decode, state.inner, kinds)

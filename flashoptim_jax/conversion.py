@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import aliasing, compression, paths
-from flashoptim_jax.storage import codec, explicit_axes, precision
+from flashoptim_jax import aliasing, paths
+from flashoptim_jax.storage import codec, moments, precision
 from flashoptim_jax.storage import state as state_lib
-from flashoptim_jax.storage.state import AnyState, CompressedState, Format
+from flashoptim_jax.storage.state import AnyState, CompressedState
 from flashoptim_jax.update import optax_counterpart
 
 # Where Optax's states keep what a flash state calls mu and nu.
@@ -369,8 +369,8 @@ def _is_record(node: Any) -> bool:
 def _fill(layout: Any, state: AnyState) -> Any:
   """A flash state's contents in the layout of Optax's state."""
   if isinstance(state, CompressedState):
-    return compression.decode_inner(state, layout)
-  decoded = precision.moments(state)
+    return moments.decode_inner(state, layout)
+  decoded = moments.moments(state)
 
   def fill(node):
     if not _is_record(node):
@@ -424,37 +424,10 @@ def _take(layout: Any, plain: Any, params: dict, masters: dict) -> AnyState:
 
   correction = jax.tree.map_with_path(correct, layout.correction)
   if isinstance(layout, CompressedState):
-    return compression.encode_inner(plain, count, correction, layout.format)
+    return moments.encode_inner(plain, count, correction, layout.format)
   return layout._replace(
-      count=count, correction=correction, **encode(found, layout.format)
+      count=count, correction=correction, **moments.encode_fields(found, layout.format)
   )
-
-
-def encode(moments: dict[str, Any], form: Format) -> dict[str, Any]:
-  """The fields of a flash state that hold moments."""
-  fields: dict[str, Any] = {}
-  treedef: Any
-  for name, kind in form.moments:
-    leaves, treedef = jax.tree.flatten(moments[name])
-    leaves = [jnp.asarray(leaf).astype(jnp.float32) for leaf in leaves]
-    if form.storage.moment_bits == 8:
-      encoded = [
-          _encode_leaf(leaf, kind, form.storage)
-          if form.storage.quantizes(leaf.shape)
-          else (leaf, state_lib.zero_scale(leaf, form.storage.group_size))
-          for leaf in leaves
-      ]
-      leaves = [codes for codes, _ in encoded]
-      scales = [scale for _, scale in encoded]
-      fields[f"{name}_scale"] = treedef.unflatten(scales)
-    fields[name] = treedef.unflatten(leaves)
-  return fields
-
-
-_encode_leaf = jax.jit(
-    functools.partial(explicit_axes.encode, rounding=codec.TO_NEAREST),
-    static_argnames=("kind", "storage"),
-)
 
 
 def _stored(state: Any, layout: Any) -> AnyState:
@@ -469,12 +442,12 @@ def _stored(state: Any, layout: Any) -> AnyState:
     float32 = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.float32), state.inner
     )
-    inner = compression.decode_inner(state, float32)
-    return compression.encode_inner(inner, state.count, correction, layout.format)
+    inner = moments.decode_inner(state, float32)
+    return moments.encode_inner(inner, state.count, correction, layout.format)
   if dataclasses.replace(new, master_bits=old.master_bits) == old:
     fields = {name: getattr(state, name) for name in _MOMENT_ARRAYS}
   else:
-    fields = encode(precision.moments(state), layout.format)
+    fields = moments.encode_fields(moments.moments(state), layout.format)
   if new.master_bits == old.master_bits:
     fields["correction"] = optax.MaskedNode()
   return layout._replace(count=state.count, **fields)

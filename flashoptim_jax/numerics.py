@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flashoptim_jax import paths
-from flashoptim_jax.storage import precision
+from flashoptim_jax.storage import codec, precision
 from flashoptim_jax.storage import state as state_lib
 
 
@@ -169,7 +169,8 @@ def _spacing(magnitude: float, dtype: Any, master_bits: int | None) -> float:
   if master_bits is None or info.bits != 16:
     return 2.0 ** (exponent - info.nmant)
   if master_bits == 24 and dtype == jnp.float16:
-    # A correction's unit is half a unit of float16 over 127. What is added to it is
-    # cut off after a 256th.
-    return 2.0 ** (exponent - info.nmant - 1) / 127 / 256
+    # A correction counts units of float16's half place. Sums are rounded to what
+    # float32 keeps of a unit.
+    unit = 2.0 ** (exponent - info.nmant - 1) / codec.levels_float16(jnp.int8)
+    return unit * 2 * codec.HALF_OF_FLOAT32
   return 2.0 ** (exponent - jnp.finfo(jnp.float32).nmant)

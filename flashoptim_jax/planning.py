@@ -13,8 +13,7 @@ import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from flashoptim_jax import models, optimizers, paths, sharding
-from flashoptim_jax.kernels import offload
-from flashoptim_jax.storage import partition_specs
+from flashoptim_jax.storage import host_memory, partition_specs
 from flashoptim_jax.storage import state as state_lib
 
 # GiB that a program can have: of TPUs what XLA's compiler says, of GPUs what the
@@ -322,10 +321,11 @@ class _Placed:
         jax.tree.leaves(parts[part]) for part in ("embed", "layers", "top")
     )
     # More layers have no more kinds of neighbours.
-    leaves = [*first, *layer * min(self._num_layers, offload.IN_FLIGHT + 1), *last]
-    windows = range(max(1, len(leaves) - offload.IN_FLIGHT + 1))
+    at_once = host_memory.IN_FLIGHT
+    leaves = [*first, *layer * min(self._num_layers, at_once + 1), *last]
+    windows = range(max(1, len(leaves) - at_once + 1))
     return (
-        max(sum(leaves[i : i + offload.IN_FLIGHT]) for i in windows),
+        max(sum(leaves[i : i + at_once]) for i in windows),
         sum(first) + self._num_layers * sum(layer) + sum(last),
     )
 

@@ -22,9 +22,9 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from flashoptim_jax import conversion
 from flashoptim_jax.storage import precision
 from flashoptim_jax.storage import state as state_lib
+from flashoptim_jax.storage.moments import encode_fields
 from flashoptim_jax.storage.state import FlashState
 
 _GROUP = 32
@@ -130,7 +130,7 @@ def from_pytorch(
         for name in wanted
     }
     return state._replace(
-        count=jnp.int32(count), **conversion.encode(moments, state.format)
+        count=jnp.int32(count), **encode_fields(moments, state.format)
     )
 
   return params, state_lib.map_flash_states(fill, opt_state)
@@ -301,10 +301,14 @@ def _dequantized(codes, scales, signed: bool) -> np.ndarray:
   scales = scales.reshape(codes.shape)
   # The cast tells signed from unsigned codes, should PyTorch have made floats.
   if signed:
-    n = codes.astype(np.int8).astype(np.float32) / np.float32(127)
+    n = codes.astype(np.int8).astype(np.float32) / _levels(np.int8)
     return n / (2 - np.abs(n)) * scales
-  n = codes.astype(np.uint8).astype(np.float32) / np.float32(255)
+  n = codes.astype(np.uint8).astype(np.float32) / _levels(np.uint8)
   return np.square(n * scales)
+
+
+def _levels(dtype) -> np.float32:
+  return np.float32(np.iinfo(dtype).max)
 
 
 def _master(param, errors, width: int, name: str) -> np.ndarray:
@@ -331,13 +335,13 @@ def _master(param, errors, width: int, name: str) -> np.ndarray:
       raise ValueError(
           f"The error bits of {name!r} are not all whole numbers of one byte."
       )
-    errors, largest = errors.astype(np.int8), np.float32(127)
+    errors = errors.astype(np.int8)
   else:
-    errors, largest = errors.view(np.int16), np.float32(32767)
+    errors = errors.view(np.int16)
   mantissa, smallest = _FLOAT16[param.dtype.name]
   wide = param.astype(np.float32)
   # frexp's exponents belong to magnitudes in [0.5, 1).
   exponent = np.maximum(np.frexp(wide)[1] - 1, smallest)
   exponent = np.where(wide == 0, smallest, exponent)
-  fraction = errors.astype(np.float32) / largest
+  fraction = errors.astype(np.float32) / _levels(errors.dtype)
   return wide + np.ldexp(fraction, exponent - mantissa - 1)

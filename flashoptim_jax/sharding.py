@@ -93,8 +93,8 @@ def state_shardings(
   def place_node(path, node):
     if not state_lib.is_flash_state(node):
       return place(path, node)
-    compressed = node.format.storage.moment_bits == 8
-    size = node.format.storage.group_size if compressed else None
+    storage = node.format.storage
+    size = storage.group_size if storage.quantizes_moments else None
     placed = jax.tree.map_with_path(
         lambda inner, leaf: place((*path, *inner), leaf, size), node
     )

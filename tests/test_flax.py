@@ -368,6 +368,19 @@ def test_nnx_sharding_metadata_that_scales_do_not_fit(kind, metadata, tx, cls):
   assert shapes == {(32, 64), (32, 2)}
 
 
+def test_nnx_sharding_metadata_fits_after_conversions():
+  mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+  narrow, wide = (fo.lion(0.1, storage=fo.Storage(moment_bits=n)) for n in (8, 32))
+  with jax.set_mesh(mesh):
+    params = nnx.state(Nnx(nnx.Rngs(0), sharding=(None, "tensor")), nnx.Param)
+    expected = jax.tree.structure(narrow.init(params))
+    float32 = jax.tree.map(lambda param: param.astype(jnp.float32), params)
+    plain = optax.lion(0.1).init(float32)
+    _, converted = fo.convert(wide, narrow, params, wide.init(params))
+    assert jax.tree.structure(converted) == expected
+    assert jax.tree.structure(fo.from_optax(narrow, params, plain)) == expected
+
+
 def test_nnx_sharding_metadata_reaches_the_state():
   mesh = jax.make_mesh(
       (2, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2

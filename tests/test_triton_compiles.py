@@ -12,7 +12,9 @@ import sys
 
 import pytest
 
+from flashoptim_jax import Storage
 from flashoptim_jax.kernels import triton as launches
+from flashoptim_jax.storage import codec
 
 # Triton has no wheels for other machines; there the kernel can't run either.
 if not (sys.platform == "linux" and platform.machine() == "x86_64"):
@@ -98,6 +100,25 @@ def build(target, aliased_outputs, dtype="bf16", COUNT=2, **changes):
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path, monkeypatch):
   monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def test_constants_are_the_codecs():
+  """The kernel can't import them."""
+  from flashoptim_jax.kernels import triton_kernel
+
+  of_kernel = {
+      "_GROUP": launches.GROUP_SIZE,
+      "_TINY": codec.TINY,
+      "_LARGEST_SECOND": codec.LARGEST_SECOND,
+      "_HALF_RUN": codec.HALF_RUN,
+      "_LARGEST_RATIO": codec.LARGEST_RATIO["first"],
+      "_HALF_OF_FLOAT32": codec.HALF_OF_FLOAT32,
+  }
+  found = {name: getattr(triton_kernel, name).value for name in of_kernel}
+  assert found == of_kernel
+  # For second moments it takes the square.
+  assert codec.LARGEST_RATIO["second"] == codec.LARGEST_RATIO["first"] ** 2
+  assert Storage().group_size == launches.GROUP_SIZE
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -9,9 +9,6 @@ from jax import lax
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf
 from flashoptim_jax.storage import host_memory
 
-# Leaves whose state may be on its way between host and device at one time.
-IN_FLIGHT = 3
-
 
 def is_hosted(leaf: Leaf) -> bool:
   """Whether a leaf's state is in host memory."""
@@ -31,9 +28,9 @@ def update(
   updated: list[UpdatedLeaf] = []
   for i, leaf in enumerate(leaves):
     state = _state_of(leaf)
-    if i >= IN_FLIGHT:
+    if i >= host_memory.IN_FLIGHT:
       # XLA would otherwise be free to bring in the whole state at the start.
-      before = updated[i - IN_FLIGHT].result
+      before = updated[i - host_memory.IN_FLIGHT].result
       state, _ = lax.optimization_barrier((state, before))
     correction, moments = host_memory.to_device(state)
     (new,) = update_resident([leaf.replace(correction=correction, moments=moments)])

@@ -214,22 +214,13 @@ def _first_pass(
     if gpu:
       # A reduction of partial groups of their own would be fused into what puts both
       # together, where it is slow. On a CPU padding is slower.
-      new = _with_whole_groups(new, spec.storage.group_size)
+      axis = codec.group_axis(new.shape, spec.storage.group_size)
+      new = codec.with_whole_groups(new, axis, spec.storage.group_size)
     _, scale = stored
     largest.append(
         codec.group_largest(new, moment.kind, spec.storage.group_size, scale)
     )
   return largest
-
-
-def _with_whole_groups(x: jax.Array, group_size: int) -> jax.Array:
-  """Fills up the last groups with zeros."""
-  axis = codec.group_axis(x.shape, group_size)
-  if axis is None or not x.shape[axis] % group_size:
-    return x
-  padding = [(0, 0, 0)] * x.ndim
-  padding[axis] = (0, -x.shape[axis] % group_size, 0)
-  return lax.pad(x, jnp.zeros((), x.dtype), padding)
 
 
 def _encode_factors(

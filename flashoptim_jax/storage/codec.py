@@ -86,7 +86,7 @@ HALF_RUN = 4
 LARGEST_RATIO = {"first": 2.0**12, "second": 2.0**24}
 _LARGEST_SCALE = 0x7F7FFFFF  # the bits of the largest finite float32
 _HIGH_HALF = -0x10000
-_TINY = 2.0**-126  # the smallest normal float32
+TINY = 2.0**-126  # the smallest normal float32
 _SIGN_AND_EXPONENT = 0xFF800000
 # Float32's error where a code or a scale is decoded and encoded again, with a margin:
 # of the code itself, and in units of float32's last place.
@@ -263,7 +263,7 @@ def exact_scale(
 
 def scale_of_largest(largest: jax.Array, kind: Kind) -> jax.Array:
   """The scale of a group, given its largest magnitude, both float32."""
-  largest = _where(largest < _TINY, 0.0, largest)
+  largest = _where(largest < TINY, 0.0, largest)
   if kind == "second":
     return jnp.sqrt(jnp.minimum(largest, LARGEST_SECOND))
   return largest + 0.0 * largest  # NaN where it is infinite.
@@ -362,7 +362,7 @@ def decode_element(
       return c * jnp.abs(c) * factor
     return lax.square(c * c * factor)
   if kind == "first":
-    y = c * (1.0 / 127.0)
+    y = c * (1.0 / LEVELS[kind])
     return y / (2.0 - jnp.abs(y)) * factor
   return lax.square(c * factor)
 
@@ -418,10 +418,8 @@ def group_largest(
   whole = x.shape[axis] // group_size * group_size
   parts = [lax.slice_in_dim(bits, 0, whole, axis=axis)] if whole else []
   if whole < x.shape[axis]:
-    padding = [(0, 0, 0)] * x.ndim
-    padding[axis] = (0, whole + group_size - x.shape[axis], 0)
     rest = lax.slice_in_dim(bits, whole, None, axis=axis)
-    parts.append(lax.pad(rest, np.int32(0), padding))
+    parts.append(with_whole_groups(rest, axis, group_size))
   grouped = [_grouped(part, axis, group_size) for part in parts]
   if group_size % (2 * HALF_RUN):
     return _joined([jnp.max(part, axis=axis + 1) for part in grouped], axis)
@@ -430,6 +428,15 @@ def group_largest(
   if old_scale is None:
     return lax.max(*halves)
   return limited_largest(halves, old_scale.astype(jnp.float32), kind)
+
+
+def with_whole_groups(x: jax.Array, axis: int | None, group_size: int) -> jax.Array:
+  """Fills up the last groups along an axis with zeros."""
+  if axis is None or not x.shape[axis] % group_size:
+    return x
+  padding = [(0, 0, 0)] * x.ndim
+  padding[axis] = (0, -x.shape[axis] % group_size, 0)
+  return lax.pad(x, np.zeros((), x.dtype), padding)
 
 
 def _grouped(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -757,13 +764,14 @@ def _top_bits(master: jax.Array, master_bits: int) -> jax.Array:
   return bits if master_bits == 32 else (bits + 0x80) >> 8
 
 
-def _levels_float16(dtype) -> float:
-  return 127.0 if dtype == jnp.int8 else 32767.0
+def levels_float16(correction_dtype) -> float:
+  """The correction of a float16 parameter that is worth half its last place."""
+  return float(jnp.iinfo(correction_dtype).max)
 
 
 def _unit_float16(param: jax.Array, correction_dtype) -> jax.Array:
   """What one unit of a float16 parameter's correction is worth."""
-  return _half_ulp_float16(param) * (1.0 / _levels_float16(correction_dtype))
+  return _half_ulp_float16(param) * (1.0 / levels_float16(correction_dtype))
 
 
 def _half_ulp_float16(param: jax.Array) -> jax.Array:
@@ -776,7 +784,7 @@ def _half_ulp_float16(param: jax.Array) -> jax.Array:
 
 def _residual_float16(master, param, master_bits) -> jax.Array:
   dtype = correction_dtype(param.dtype, master_bits)
-  levels = _levels_float16(dtype)
+  levels = levels_float16(dtype)
   error = master - param.astype(jnp.float32)
   code = jnp.round(error / _half_ulp_float16(param) * levels)
   code = _where(jnp.isfinite(error), jnp.clip(code, -levels, levels), 0.0)

@@ -4,6 +4,9 @@ from typing import Any
 
 import jax
 
+# Leaves whose state may be on its way between host and device at one time.
+IN_FLIGHT = 3
+
 
 def is_on_host(array: Any) -> bool:
   """Whether an array, which may be traced, is kept in host memory."""

@@ -54,6 +54,11 @@ class Storage:
             f"Storage.{name} is {size!r}; expected an int of at least {least}."
         )
 
+  @property
+  def quantizes_moments(self) -> bool:
+    """Whether there are scales, and codes of leaves that are large enough."""
+    return self.moment_bits == 8
+
   def quantizes(self, shape: tuple[int, ...]) -> bool:
     """Whether the moments of a leaf of that shape are codes and scales."""
-    return self.moment_bits == 8 and math.prod(shape) >= self.min_quantized_size
+    return self.quantizes_moments and math.prod(shape) >= self.min_quantized_size

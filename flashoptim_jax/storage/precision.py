@@ -1,4 +1,4 @@
-"""Precision in and out: parameters, master weights and moments."""
+"""Precision in and out: parameters and master weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from flashoptim_jax import aliasing, paths
-from flashoptim_jax.storage import codec, explicit_axes, host_memory
+from flashoptim_jax.storage import codec, host_memory
 from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.storage.state import AnyState, CompressedState
 
@@ -165,50 +165,6 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
     return codec.merge(param, correction)
 
   return aliasing.apart(jax.tree.map_with_path(merge, params), params)
-
-
-def moments(opt_state: optax.OptState) -> dict[str, Any]:
-  """The moments, decoded.
-
-  Args:
-    opt_state: A state with flash states in any nesting.
-
-  Returns:
-    ``{"mu": tree, "nu": tree}``, with the moments that the optimizers keep:
-    float32 arrays of the parameters' shapes. Those of ``compress`` go by the
-    names that the transformation inside has for them. Where several flash optimizers
-    share the leaves out, their trees are put together; a leaf that none of them
-    keeps a moment of stays an ``optax.MaskedNode()``. The result shares no array
-    with ``opt_state``.
-
-  Raises:
-    ValueError: If there is no flash state.
-  """
-  trees: dict[str, Any] = {}
-  for state in state_lib.flash_states(opt_state):
-    for name, kind, stored, scales in state_lib.stored_moments(state):
-      values = host_memory.to_device(stored)
-      if scales is not None:
-        values = jax.tree.map(
-            lambda codes, scale, kind=kind, storage=state.format.storage: (
-                explicit_axes.decode(codes, scale, kind, storage)
-                if state_lib.is_quantized(codes)
-                else codes
-            ),
-            values,
-            host_memory.to_device(scales),
-        )
-      trees[name] = _join(trees[name], values) if name in trees else values
-  return aliasing.apart(trees, opt_state)
-
-
-def _join(a: Any, b: Any) -> Any:
-  """Two trees in one: either may have masked nodes where the other has leaves."""
-  if isinstance(a, optax.MaskedNode):
-    return b
-  if isinstance(b, optax.MaskedNode) or jax.tree_util.all_leaves([a]):
-    return a
-  return jax.tree.map(_join, a, b, is_leaf=lambda node: node is not a)
 
 
 def corrections(

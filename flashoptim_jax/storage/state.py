@@ -159,21 +159,22 @@ class StoredMoment(NamedTuple):
 def stored_moments(state: AnyState) -> list[StoredMoment]:
   """The moments that a flash state keeps, in its format's order."""
   found = []
-  compressed = state.format.storage.moment_bits == 8
+  quantizes = state.format.storage.quantizes_moments
   for name, kind in state.format.moments:
     if isinstance(state, CompressedState):
       values, field = subtree(state.inner, name), name.rpartition(".")[2]
       scales = state.scales.get(scale_name(name))
     else:
       values, field = getattr(state, name), name
-      scales = getattr(state, f"{name}_scale") if compressed else None
+      scales = getattr(state, f"{name}_scale") if quantizes else None
     found.append(StoredMoment(field, kind, values, scales))
   return found
 
 
 def is_quantized(values: Any) -> bool:
   """Whether a moment of one leaf is codes."""
-  return not jnp.issubdtype(jnp.result_type(values), jnp.floating)
+  dtype = getattr(values, "dtype", None)
+  return dtype is not None and not jnp.issubdtype(dtype, jnp.floating)
 
 
 def scale_name(name: str) -> str:
@@ -261,7 +262,7 @@ def init(params: Any, form: Format) -> FlashState:
   fields = dict.fromkeys(("mu", "mu_scale", "nu", "nu_scale"), absent)
   for name, kind in form.moments:
     fields[name] = jax.tree.map(functools.partial(values, kind=kind), params)
-    if storage.moment_bits == 8:
+    if storage.quantizes_moments:
       fields[f"{name}_scale"] = nnx_metadata.fitted(scales())
   return FlashState(
       count=jnp.zeros([], jnp.int32),

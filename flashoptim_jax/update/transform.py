@@ -250,22 +250,18 @@ def _leaves(
     pairs = []
     for kind, name, values, scales in moments:
       # Inside shard_map, and for slices of a stack, the leaf with the codes was larger.
-      has_codes = storage.moment_bits == 8 and not _is_float32(values[i])
+      has_codes = storage.quantizes_moments and state_lib.is_quantized(values[i])
       quantized = has_codes or storage.quantizes(param.shape)
       dtype = codec.CODE_DTYPE[kind] if quantized else jnp.float32
       codes = _expect(f"state's {name}", path, values[i], param.shape, dtype)
       shape = codec.scale_shape(param.shape, storage.group_size)
-      scale_dtype = codec.SCALE_DTYPE if storage.moment_bits == 8 else None
+      scale_dtype = codec.SCALE_DTYPE if storage.quantizes_moments else None
       scale = _expect(f"state's {name}_scale", path, scales[i], shape, scale_dtype)
       pairs.append((codes, scale if quantized else None))
     leaves.append(
         Leaf(grad, param, correction, tuple(pairs), path, decay=False)
     )
   return leaves
-
-
-def _is_float32(values: Any) -> bool:
-  return getattr(values, "dtype", None) == jnp.float32
 
 
 def _with_update_dtype(leaf: Leaf) -> Leaf:
@@ -358,7 +354,7 @@ def _new_state(
   fields = {}
   for i, (name, _) in enumerate(form.moments):
     fields[name] = treedef.unflatten([leaf.moments[i][0] for leaf in updated])
-    if form.storage.moment_bits == 8:
+    if form.storage.quantizes_moments:
       # Leaves that are not quantised keep their zeros.
       old = treedef.flatten_up_to(getattr(state, f"{name}_scale"))
       fields[f"{name}_scale"] = treedef.unflatten([
