@@ -22,7 +22,13 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
 from flashoptim_jax import leafwise
-from flashoptim_jax.program import SMALL, Part, Program, size, split_conditionals
+from flashoptim_jax.jaxprs.program import (
+  SMALL,
+  Part,
+  Program,
+  size,
+  split_conditionals,
+)
 
 
 def run(
