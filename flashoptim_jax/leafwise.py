@@ -7,6 +7,8 @@ whole leaf or, where the operations allow it, on slices of a stacked leaf.
 """
 
 import functools
+import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,26 +16,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.extend import core
+from jax.extend.core import primitives
 
 from flashoptim_jax import paths
+from flashoptim_jax.jaxprs import interpret
+from flashoptim_jax.jaxprs.interpret import shape, variables
 from flashoptim_jax.kernels import primitive
 from flashoptim_jax.update import step
 from flashoptim_jax.update.transform import DEFERRED
 
-# Primitives that compute each element from the elements at the same place.
-ELEMENTWISE = frozenset([
-    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan",
-    "atan2", "atanh", "cbrt", "ceil", "clamp", "convert_element_type", "copy",
-    "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2",
-    "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "lgamma", "log",
-    "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
-    "or", "population_count", "pow", "reduce_precision", "rem", "round", "rsqrt",
-    "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical",
-    "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "xor",
-])
 _DEFERRED = (primitive.update_p, primitive.call_p)
-CALLS = ("jit", "pjit", "closed_call", "core_call")
-_CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+# Of operands whose elements are all equal they make such arrays.
+_UNIFORM = interpret.ELEMENTWISE | {primitives.broadcast_in_dim_p}
 _INSTEAD = (
     "Take the ordinary step (jax.grad and flashoptim_jax.step), or use"
     " transformations that treat each leaf by itself, such as optax.clip,"
@@ -59,52 +53,25 @@ _REFUSED = {
 }
 
 
-def inline(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-  """The same program without calls of other programs in it."""
-
-  def evaluate(closed: core.ClosedJaxpr, *args):
-    jaxpr = closed.jaxpr
-    env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-
-    def read(var):
-      return var.val if isinstance(var, core.Literal) else env[var]
-
-    for eqn in jaxpr.eqns:
-      values = map(read, eqn.invars)
-      if eqn.primitive.name in (*CALLS, *_CUSTOM_CALLS):
-        results = evaluate(called(eqn), *values)
-      else:
-        results = bind(eqn, values)
-      env.update(zip(eqn.outvars, results, strict=True))
-    return list(map(read, jaxpr.outvars))
-
-  return jax.make_jaxpr(functools.partial(evaluate, closed))(*closed.in_avals)
-
-
-def called(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
-  """The program that an equation calls."""
-  return eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
-
-
-def bind(eqn: core.JaxprEqn, values: Iterable[Any]) -> Sequence[Any]:
-  """Carries out an equation on other values."""
-  results = eqn.primitive.bind(*values, **eqn.params)
-  return results if eqn.primitive.multiple_results else [results]
-
-
 def _carry_out(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
-  """The same, where the equation may be a deferred call."""
+  """Carries out an equation, which may be a deferred call."""
   if eqn.primitive is primitive.call_p:
     return eqn.params["function"](*values)
-  return bind(eqn, values)
+  return interpret.bind(eqn, values)
 
 
 class _Equation(NamedTuple):
-  """An equation, and the leaves that it depends on, as a set of bits."""
+  """An equation.
+
+  Attributes:
+    eqn: The equation.
+    leaves: Those that it depends on, as a set of bits.
+    updates: How many deferred updates come one after another on the way to it.
+  """
 
   eqn: core.JaxprEqn
   leaves: int
+  updates: int
 
 
 class Leafwise:
@@ -133,58 +100,50 @@ class Leafwise:
     traced = jax.make_jaxpr(
         lambda grads, state, params: step.step(tx, grads, state, params, **extra)
     )(params, opt_state, params)
-    closed = inline(traced)
-    self._jaxpr, self._consts = closed.jaxpr, closed.consts
+    self._closed = interpret.inline(traced)
+    jaxpr = self._closed.jaxpr
     self.names = [paths.name(p) for p, _ in jax.tree.leaves_with_path(params)]
     self._state_names = [
         paths.name(p) for p, _ in jax.tree.leaves_with_path(opt_state)
     ]
-    count, inputs = len(self.names), self._jaxpr.invars
+    count, inputs = len(self.names), jaxpr.invars
     self._grads, self._params = inputs[:count], inputs[len(inputs) - count :]
     self._state = inputs[count : len(inputs) - count]
-    self._new_params = self._jaxpr.outvars[:count]
-    self._new_state = self._jaxpr.outvars[count:]
+    self._new_params = jaxpr.outvars[:count]
+    self._new_state = jaxpr.outvars[count:]
     self._leaves = self._find_owners()
     self.owned: list[list[int]] = [[] for _ in self.names]
     for i, var in enumerate(self._state):
       if self._leaves[var]:
         self.owned[self._leaves[var].bit_length() - 1].append(i)
-    self._equations = [
-        _Equation(eqn, self._union(eqn.invars)) for eqn in self._jaxpr.eqns
-    ]
-    self._uniform = self._find_uniform()
+    self._equations = self._find_equations()
+    # Variables that no leaf is needed for: whether their elements are all equal.
+    self._all_equal = self._find_all_equal()
+    self._uniform = {
+        var for var, equal in self._all_equal.items() if equal and shape(var)
+    }
 
-  def _union(self, variables: Iterable[Any]) -> int:
-    result = 0
-    for var in variables:
-      if not isinstance(var, core.Literal):
-        result |= self._leaves.get(var, 0)
-    return result
+  def _union(self, atoms: Iterable[Any]) -> int:
+    """The leaves that some variables depend on."""
+    return _join(interpret.read(atoms, self._leaves, _no_leaf))
 
   def _find_owners(self) -> dict[Any, int]:
     """The leaves that each variable depends on, as a set of bits."""
     owners = [0] * len(self._state)
     while True:
-      self._leaves = {}
-      for i, (grad, param) in enumerate(
-          zip(self._grads, self._params, strict=True)
-      ):
-        self._leaves[grad] = self._leaves[param] = 1 << i
-      self._leaves.update(zip(self._state, owners, strict=True))
-      for eqn in self._jaxpr.eqns:
-        self._leaves.update(dict.fromkeys(eqn.outvars, self._union(eqn.invars)))
+      readers = self._follow(owners)
       found = [self._union([var]) for var in self._new_state]
-      unchanged = self._unchanged()
+      unchanged = self._unchanged(readers)
       found = [
           leaves or unchanged.get(var, 0)
           for leaves, var in zip(found, self._state, strict=True)
       ]
-      for what, names, bits in (
+      for what, names, leaves in (
           ("new value of", self.names, [self._union([v]) for v in self._new_params]),
           ("optimizer's", self._state_names, found),
       ):
-        for name, leaves in zip(names, bits, strict=True):
-          self._check_single(what, name, leaves)
+        for name, each in zip(names, leaves, strict=True):
+          self._check_single(what, name, each)
       if found == owners:
         break
       owners = found
@@ -193,24 +152,39 @@ class Leafwise:
         self._check_single("new value of", self.names[i], self._union([var]) | 1 << i)
     return self._leaves
 
-  def _unchanged(self) -> dict[Any, int]:
-    """Arrays that a step leaves as they are, with the leaf that alone reads them."""
+  def _follow(self, owners: Sequence[int]) -> dict[Any, set[int]]:
+    """Sets the leaves of all variables, given those of the state's arrays.
+
+    Returns:
+      For each array that a step leaves as it is, the leaves of equations that read it.
+    """
+    bits = [1 << i for i, _ in enumerate(self.names)]
     readers: dict[Any, set[int]] = {
         var: set()
         for var, new in zip(self._state, self._new_state, strict=True)
-        if new is var and _shape(var)
+        if new is var and shape(var)
     }
-    for eqn in self._jaxpr.eqns if readers else ():
-      leaves = self._union(eqn.invars)
-      for var in variables(eqn):
-        if var in readers:
-          readers[var].add(leaves)
+
+    def rule(eqn, values):
+      leaves = _join(values)
+      for var in readers.keys() & variables(eqn):
+        readers[var].add(leaves)
+      return [leaves] * len(eqn.outvars)
+
+    self._leaves = interpret.environment(
+        self._closed, [*bits, *owners, *bits], _no_leaf
+    )
+    interpret.walk(self._closed.jaxpr.eqns, self._leaves, rule, _no_leaf)
+    return readers
+
+  def _unchanged(self, readers: dict[Any, set[int]]) -> dict[Any, int]:
+    """Arrays that a step leaves as they are, with the leaf that alone reads them."""
     found = {var: bits.pop() for var, bits in readers.items() if len(bits) == 1}
     return {
         var: leaves
         for var, leaves in found.items()
         if leaves.bit_count() == 1
-        and _shape(var) == _shape(self._params[leaves.bit_length() - 1])
+        and shape(var) == shape(self._params[leaves.bit_length() - 1])
     }
 
   def _check_single(self, what: str, name: str, leaves: int) -> None:
@@ -225,25 +199,38 @@ class Leafwise:
         f" optax.clip_by_global_norm does. {_INSTEAD}"
     )
 
-  def _find_uniform(self) -> set[Any]:
-    """Arrays that no leaf is needed for, and whose elements are all equal."""
-    uniform: set[Any] = set()
-    for eqn, leaves in self._equations:
-      name = eqn.primitive.name
-      if (
-          not leaves
-          and _shape(eqn.outvars[0])
-          and (name == "broadcast_in_dim" or name in ELEMENTWISE)
-          and all(v in uniform or not _shape(v) for v in variables(eqn))
-      ):
-        uniform.update(eqn.outvars)
-    return uniform
+  def _find_equations(self) -> list[_Equation]:
+    """The equations, with what is known of them."""
+    found = []
+
+    def rule(eqn, values):
+      updates = max(values, default=0)
+      found.append(_Equation(eqn, self._union(eqn.invars), updates))
+      return [updates + (eqn.primitive is primitive.update_p)] * len(eqn.outvars)
+
+    none = [0] * len(self._closed.in_avals)
+    interpret.evaluate(self._closed, none, rule, lambda _: 0)
+    return found
+
+  def _find_all_equal(self) -> dict[Any, bool]:
+    def is_scalar(value) -> bool:
+      return not jnp.shape(value)
+
+    def rule(eqn, values):
+      equal = eqn.primitive in _UNIFORM and all(values)
+      return [equal or not shape(var) for var in eqn.outvars]
+
+    scalars = [not shape(var) for var in self._closed.jaxpr.invars]
+    env = interpret.environment(self._closed, scalars, is_scalar)
+    shared = (eqn for eqn, leaves, _ in self._equations if not leaves)
+    interpret.walk(shared, env, rule, is_scalar)
+    return {var: equal for var, equal in env.items() if not self._leaves[var]}
 
   def groups_within_slices(self, leaf: int, axes: int) -> bool:
     """Whether no group of the state's format reaches across a stack's slices."""
     return all(
         primitive.sliceable(eqn, axes)
-        for eqn, leaves in self._equations
+        for eqn, leaves, _ in self._equations
         if leaves == 1 << leaf and eqn.primitive in _DEFERRED
     )
 
@@ -257,36 +244,34 @@ class Leafwise:
     Returns:
       None if nothing does, else a primitive's name.
     """
-    stack = _shape(self._params[leaf])[:axes]
+    stack = shape(self._params[leaf])[:axes]
     state = [self._state[i] for i in self.owned[leaf]]
-    sliced = {
-        var
+    # Whether a slice of a variable's value is found from the leaf's slice alone.
+    env = dict(self._all_equal)
+    env.update(
+        (var, shape(var)[:axes] == stack)
         for var in (self._grads[leaf], self._params[leaf], *state)
-        if _shape(var)[:axes] == stack
-    }
+    )
+    whole = []
 
-    def fits(var) -> bool:
-      if isinstance(var, core.Literal) or not self._leaves.get(var, 0):
-        return not _shape(var) or var in self._uniform
-      return var in sliced
-
-    first = None
-    for eqn, leaves in self._equations:
-      if leaves != 1 << leaf:
-        continue
+    def rule(eqn, values):
       if eqn.primitive in _DEFERRED:
         arrays, scalars = primitive.operands(eqn)
+        values = values[: len(arrays)]
         apart = not self._union(scalars) and primitive.sliceable(eqn, axes)
       else:
-        arrays, apart = eqn.invars, eqn.primitive.name in ELEMENTWISE
-      if apart and all(map(fits, arrays)):
-        sliced.update(eqn.outvars)
-      else:
-        first = first or eqn.primitive.name
+        apart = eqn.primitive in interpret.ELEMENTWISE
+      apart = apart and all(values)
+      if not apart:
+        whole.append(eqn.primitive.name)
+      return [apart] * len(eqn.outvars)
+
+    equations = (eqn for eqn, leaves, _ in self._equations if leaves == 1 << leaf)
+    interpret.walk(equations, env, rule, lambda value: not jnp.shape(value))
     results = [self._new_params[leaf], *(self._new_state[i] for i in self.owned[leaf])]
-    if all(var in sliced for var in results):
+    if all(self._union([var]) and env[var] for var in results):
       return None
-    return first or "the state's shape"
+    return whole[0] if whole else "the state's shape"
 
   def shared(self, state: Sequence[Any]) -> dict[Any, Any]:
     """What no leaf is needed for: counts, schedules, hyperparameters.
@@ -297,24 +282,22 @@ class Leafwise:
     Returns:
       Values by variable; uniform arrays are held as scalars.
     """
-    env = dict(zip(self._jaxpr.constvars, self._consts, strict=True))
+    jaxpr = self._closed.jaxpr
+    env = dict(zip(jaxpr.constvars, self._closed.consts, strict=True))
     env.update(
         (var, value)
         for var, value in zip(self._state, state, strict=True)
         if not self._leaves[var]
     )
-    for eqn, leaves in self._equations:
-      if leaves:
-        continue
-      if eqn.outvars[0] not in self._uniform:
-        values = [self._read(env, var) for var in eqn.invars]
-        env.update(zip(eqn.outvars, _carry_out(eqn, values), strict=True))
-        continue
-      values = [v.val if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
-      if eqn.primitive.name == "broadcast_in_dim":
-        env[eqn.outvars[0]] = values[0]
-      else:
-        env[eqn.outvars[0]] = bind(eqn, values)[0]
+
+    def rule(eqn, values):
+      if self._uniform.isdisjoint(eqn.outvars):
+        return _carry_out(eqn, self._broadcast(eqn.invars, values))
+      if eqn.primitive is primitives.broadcast_in_dim_p:
+        return values[:1]
+      return interpret.bind(eqn, values)
+
+    interpret.walk((eqn for eqn, leaves, _ in self._equations if not leaves), env, rule)
     return env
 
   def needed(self, leaves: Sequence[int], shared: dict[Any, Any]) -> dict[Any, Any]:
@@ -322,7 +305,7 @@ class Leafwise:
     bits = {1 << leaf for leaf in leaves}
     read = {
         var
-        for eqn, depends in self._equations
+        for eqn, depends, _ in self._equations
         if depends in bits
         for var in variables(eqn)
     }
@@ -367,54 +350,64 @@ class Leafwise:
       names = (self._state[i] for i in self.owned[leaf])
       env.update(zip(names, arrays, strict=True))
     bits = {1 << leaf for leaf in leaves}
-    waiting = [eqn for eqn, depends in self._equations if depends in bits]
-    while waiting:
-      later, updates = [], []
-      for eqn in waiting:
-        if any(var not in env for var in variables(eqn)):
-          later.append(eqn)
-        elif eqn.primitive is primitive.update_p:
-          updates.append(eqn)
-        else:
-          values = [self._read(env, var, axes) for var in eqn.invars]
-          env.update(zip(eqn.outvars, _carry_out(eqn, values), strict=True))
-      values = [[self._read(env, v, axes) for v in eqn.invars] for eqn in updates]
-      for eqn, results in zip(updates, primitive.run(updates, values), strict=True):
-        env.update(zip(eqn.outvars, results, strict=True))
-      waiting = later
+    equations = sorted(
+        (each for each in self._equations if each.leaves in bits),
+        key=operator.attrgetter("updates"),
+    )
 
-    def read(var):
-      return self._read(env, var, axes)
+    def rule(eqn, values):
+      return _carry_out(eqn, self._broadcast(eqn.invars, values, axes))
 
+    # Updates that don't depend on each other are carried out together.
+    for _, turn in itertools.groupby(equations, operator.attrgetter("updates")):
+      eqns = [each.eqn for each in turn]
+      updates = [eqn for eqn in eqns if eqn.primitive is primitive.update_p]
+      others = (eqn for eqn in eqns if eqn.primitive is not primitive.update_p)
+      interpret.walk(others, env, rule)
+      values = [self._read(env, eqn.invars, axes) for eqn in updates]
+      results = iter(primitive.run(updates, values))
+      interpret.walk(updates, env, lambda *_, results=results: next(results))
     return (
-        [read(self._new_params[leaf]) for leaf in leaves],
-        [[read(self._new_state[i]) for i in self.owned[leaf]] for leaf in leaves],
+        self._read(env, (self._new_params[leaf] for leaf in leaves), axes),
+        [
+            self._read(env, (self._new_state[i] for i in self.owned[leaf]), axes)
+            for leaf in leaves
+        ],
     )
 
   def new_shared_state(self, shared: dict[Any, Any]) -> dict[int, Any]:
     """New values of the arrays of the state that belong to no leaf."""
     return {
-        i: self._read(shared, self._new_state[i])
+        i: self._read(shared, [self._new_state[i]])[0]
         for i, var in enumerate(self._state)
         if not self._leaves[var]
     }
 
-  def _read(self, env: dict[Any, Any], var: Any, axes: int = 0) -> Any:
-    if isinstance(var, core.Literal):
-      return var.val
-    if var in self._uniform:
-      return jnp.broadcast_to(env[var], _shape(var)[axes:])
-    return env[var]
+  def _read(
+      self, env: dict[Any, Any], atoms: Iterable[Any], axes: int = 0
+  ) -> list[Any]:
+    atoms = list(atoms)
+    return self._broadcast(atoms, interpret.read(atoms, env), axes)
+
+  def _broadcast(
+      self, atoms: Iterable[Any], values: Iterable[Any], axes: int = 0
+  ) -> list[Any]:
+    """Values as they are taken: uniform arrays are held as scalars."""
+    return [
+        jnp.broadcast_to(value, shape(atom)[axes:])
+        if isinstance(atom, core.Var) and atom in self._uniform
+        else value
+        for atom, value in zip(atoms, values, strict=True)
+    ]
 
 
-def _shape(var: Any) -> tuple[int, ...]:
-  """A variable's shape, empty for what is no array."""
-  return getattr(var.aval, "shape", ())
+def _join(leaves: Iterable[int]) -> int:
+  return functools.reduce(operator.or_, leaves, 0)
 
 
-def variables(eqn: core.JaxprEqn) -> list[Any]:
-  """The variables that an equation reads."""
-  return [var for var in eqn.invars if not isinstance(var, core.Literal)]
+def _no_leaf(constant: Any) -> int:
+  del constant
+  return 0
 
 
 def _refuse(opt_state: Any) -> None:

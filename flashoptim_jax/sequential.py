@@ -13,7 +13,7 @@ product of matrices: what elements are computed from is decoded again in each.
 import functools
 import itertools
 from collections.abc import Callable, Container, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,14 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
-from flashoptim_jax import leafwise
-from flashoptim_jax.program import SMALL, Part, Program, size, split_conditionals
+from flashoptim_jax.jaxprs import interpret
+from flashoptim_jax.jaxprs.program import (
+  SMALL,
+  Part,
+  Program,
+  size,
+  split_conditionals,
+)
 
 
 def run(
@@ -44,19 +50,30 @@ def run(
   traced, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
   if traced.effects:  # What happens, and in which order, must stay as it is.
     return f(*args)
-  program = split_conditionals(leafwise.inline(traced))
+  program = split_conditionals(interpret.inline(traced))
   passes = _Passes(program, groups, overwritten)
   return jax.tree.unflatten(
       jax.tree.structure(shapes), passes.run(jax.tree.leaves(args))
   )
 
 
+class _Place(NamedTuple):
+  """Where a value is computed.
+
+  Attributes:
+    group: The group that it belongs to, or None.
+    stage: The number of joint equations on the way to it.
+  """
+
+  group: int | None
+  stage: int
+
+
 class _Passes:
   """A program, and which group each of its values belongs to.
 
   A value belongs to a group if it is computed from that group's arguments and no
-  other's. An equation that reads values of several groups is a joint one; a
-  value's stage is the number of joint equations on the way to it.
+  other's. An equation that reads values of several groups is a joint one.
   """
 
   def __init__(
@@ -65,62 +82,64 @@ class _Passes:
       groups: Sequence[int | None],
       overwritten: Sequence[bool],
   ):
-    self._jaxpr, self._consts = closed.jaxpr, closed.consts
-    self._program = Program(self._jaxpr.eqns)
-    self._group = dict(zip(self._jaxpr.invars, groups, strict=True))
+    self._closed = closed
+    self._program = Program(closed.jaxpr.eqns)
     self._overwritten = set(
         itertools.compress(
-            self._jaxpr.invars,
+            closed.jaxpr.invars,
             (g is not None and o for g, o in zip(groups, overwritten, strict=True)),
         )
     )
     # By stage: equations whose results are kept, and the values of each group
     # that joint equations read.
     self._kept: dict[int, list[core.JaxprEqn]] = {}
-    self._read_jointly: dict[int, dict[int, dict[Any, None]]] = {}
-    stages: dict[Any, int] = {}
-    for eqn in self._jaxpr.eqns:
-      operands = leafwise.variables(eqn)
-      owned = [var for var in operands if self._group.get(var) is not None]
-      found = {self._group[var] for var in owned}
-      from_joint = any(
-          stages.get(var, 0) for var in operands if self._group.get(var) is None
-      )
-      # A sum over groups goes on from one joint equation to the next.
-      partial = from_joint and all(size(v) == 1 for v in (*owned, *eqn.outvars))
-      joint = len(found) > 1 or bool(found and partial)
-      stage = max((stages.get(var, 0) for var in operands), default=0) + joint
-      for var in owned if joint else ():
-        by_group = self._read_jointly.setdefault(stages.get(var, 0), {})
-        by_group.setdefault(self._group[var], {})[var] = None
-      for var in eqn.outvars:
-        self._group[var] = None if joint or not owned else self._group[owned[0]]
-        stages[var] = stage
-      if joint or (not found and all(size(v) <= SMALL for v in eqn.outvars)):
-        self._kept.setdefault(stage, []).append(eqn)
+    self._read_jointly: dict[int, dict[int | None, dict[Any, None]]] = {}
+    self._places = interpret.environment(
+        closed, (_Place(group, 0) for group in groups), _of_no_group
+    )
+    interpret.walk(closed.jaxpr.eqns, self._places, self._place, _of_no_group)
+
+  def _place(self, eqn: core.JaxprEqn, places: Sequence[_Place]) -> list[_Place]:
+    """The place of an equation's results, given those of its operands."""
+    owned = {
+        var: place
+        for var, place in zip(eqn.invars, places, strict=True)
+        if place.group is not None
+    }
+    found = {place.group for place in owned.values()}
+    from_joint = any(place.stage for place in places if place.group is None)
+    # A sum over groups goes on from one joint equation to the next.
+    partial = from_joint and all(size(var) == 1 for var in (*owned, *eqn.outvars))
+    joint = len(found) > 1 or bool(found and partial)
+    stage = max((place.stage for place in places), default=0) + joint
+    for var, place in owned.items() if joint else ():
+      by_group = self._read_jointly.setdefault(place.stage, {})
+      by_group.setdefault(place.group, {})[var] = None
+    if joint or (not found and all(size(v) <= SMALL for v in eqn.outvars)):
+      self._kept.setdefault(stage, []).append(eqn)
+    group = None if joint or not found else found.pop()
+    return [_Place(group, stage)] * len(eqn.outvars)
 
   def run(self, args: Sequence[Any]) -> list[Any]:
     """The program's results."""
-    jaxpr, program = self._jaxpr, self._program
-    self._env = dict(zip(jaxpr.constvars, self._consts, strict=True))
-    self._env.update(zip(jaxpr.invars, args, strict=True))
+    outvars, program = self._closed.jaxpr.outvars, self._program
+    self._env = interpret.environment(self._closed, args)
     self._last: list[Any] = []
     for stage in range(max(self._kept, default=0) + 1):
       for eqn in self._kept.get(stage, ()):
-        values = program.part(eqn.invars, self._env).of(self._env)
-        self._env.update(
-            zip(eqn.outvars, leafwise.bind(eqn, values), strict=True)
-        )
+        kept = [var for var in eqn.outvars if not isinstance(var, core.DropVar)]
+        values = program.part(kept, self._env).of(self._env)
+        self._env.update(zip(kept, values, strict=True))
       for wanted in self._read_jointly.get(stage, {}).values():
         self._pass(list(wanted), overwritten=())
     by_group: dict[int | None, list[Any]] = {}
-    for var in jaxpr.outvars:
+    for var in outvars:
       if not isinstance(var, core.Literal) and var not in self._env:
-        by_group.setdefault(self._group[var], []).append(var)
+        by_group.setdefault(self._places[var].group, []).append(var)
     for group, results in by_group.items():
       if group is not None:
         self._pass(results, self._overwritten)
-    return program.part(jaxpr.outvars, self._env).of(self._env)
+    return program.part(outvars, self._env).of(self._env)
 
   def _pass(self, wanted: list[Any], overwritten: Container[Any]) -> None:
     """Computes values of a group when those of the last pass are there."""
@@ -132,6 +151,11 @@ class _Passes:
     else:
       self._last = part.evaluate(values)
     self._env.update(zip(wanted, self._last, strict=True))
+
+
+def _of_no_group(constant: Any) -> _Place:
+  del constant
+  return _Place(None, 0)
 
 
 def _after(values: list[Any], others: list[Any]) -> list[Any]:

@@ -4,6 +4,7 @@ The function is traced with a marker at each use. Walking the trace, with loops
 run through on integers alone, counts the uses of each leaf or slice.
 """
 
+import collections
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +12,12 @@ import jax
 import numpy as np
 from jax import dtypes
 from jax.extend import core
+from jax.extend.core import primitives
 from jax.interpreters import ad, batching
 
-from flashoptim_jax import leafwise
+from flashoptim_jax.jaxprs import interpret
 
 _MOST_INTEGERS = 1 << 16  # Larger arrays are no lists of indices.
-_RECURSIVE = (core.ClosedJaxpr, core.Jaxpr)
 
 use_p = core.Primitive("released_call")
 use_p.multiple_results = True
@@ -89,7 +90,7 @@ def count(closed: core.ClosedJaxpr) -> dict[int, Uses]:
   """
   counter = _Counter()
   with jax.ensure_compile_time_eval():
-    counter.run(closed.jaxpr, closed.consts, [None] * len(closed.in_avals))
+    counter.run(closed, [None] * len(closed.in_avals))
   return counter.uses
 
 
@@ -98,61 +99,53 @@ class _Counter:
 
   def __init__(self):
     self.uses: dict[int, Uses] = {}
-    self._relevant: dict[int, list[tuple[core.JaxprEqn, bool]]] = {}
+    # By identity of programs and equations, for loops come by again and again.
+    self._relevant: dict[int, list[core.JaxprEqn]] = {}
+    self._has_uses: dict[int, bool] = {}
 
-  def run(self, jaxpr, consts, args) -> list[Any]:
+  def run(self, closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     """Values of a program's results."""
-    env = dict(zip(jaxpr.constvars, map(_small_integers, consts), strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
+    # What equations compute that are no indices is unknown.
+    env: dict[core.Var, Any] = collections.defaultdict(
+        lambda: None, interpret.environment(closed, args, _small_integers)
+    )
+    equations = self._relevant_equations(closed.jaxpr)
+    interpret.walk(equations, env, self._equation, _small_integers)
+    return interpret.read(closed.jaxpr.outvars, env, _small_integers)
 
-    def read(var):
-      if isinstance(var, core.Literal):
-        return _small_integers(var.val)
-      return env.get(var)
-
-    for eqn, has_uses in self._relevant_equations(jaxpr):
-      values = [read(var) for var in eqn.invars]
-      results = self._equation(eqn, has_uses, values)
-      env.update(zip(eqn.outvars, results, strict=True))
-    return [read(var) for var in jaxpr.outvars]
-
-  def _relevant_equations(self, jaxpr) -> list[tuple[core.JaxprEqn, bool]]:
-    """Equations with uses in them (True), or that could compute indices."""
-    found = self._relevant.get(id(jaxpr))
-    if found is None:
-      found = [(eqn, _has_uses(eqn)) for eqn in jaxpr.eqns]
-      found = [
-          (eqn, has_uses)
-          for eqn, has_uses in found
-          if has_uses or all(map(_is_small_integer, eqn.outvars))
+  def _relevant_equations(self, jaxpr) -> list[core.JaxprEqn]:
+    """Equations with uses in them, or that could compute indices."""
+    if id(jaxpr) not in self._relevant:
+      self._has_uses.update((id(eqn), _has_uses(eqn)) for eqn in jaxpr.eqns)
+      self._relevant[id(jaxpr)] = [
+          eqn
+          for eqn in jaxpr.eqns
+          if self._has_uses[id(eqn)] or all(map(_is_small_integer, eqn.outvars))
       ]
-      self._relevant[id(jaxpr)] = found
-    return found
+    return self._relevant[id(jaxpr)]
 
-  def _equation(self, eqn, has_uses: bool, values) -> Sequence[Any]:
-    name = eqn.primitive.name
+  def _equation(self, eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
     unknown = [None] * len(eqn.outvars)
     if eqn.primitive is use_p:
       self._use(eqn, values)
       return unknown
-    if name in leafwise.CALLS:
-      closed = leafwise.called(eqn)
-      return self.run(closed.jaxpr, closed.consts, values)
-    if not has_uses:
+    if eqn.primitive in interpret.CALLS:
+      return self.run(interpret.called(eqn), values)
+    if not self._has_uses[id(eqn)]:
       if any(value is None for value in values) or _subprograms(eqn):
         return unknown
-      return leafwise.bind(eqn, values)
-    if name == "scan":
+      return interpret.bind(eqn, values)
+    if eqn.primitive is primitives.scan_p:
       return self._scan(eqn, values)
-    if name in ("checkpoint", "remat", "remat2"):
+    if eqn.primitive is primitives.remat_p:
       raise ValueError(
           "released_call was reached inside jax.checkpoint. It recomputes its"
           " function in the backward pass as it is: leave the jax.checkpoint out,"
           " or put it inside the function, with a policy."
       )
     raise ValueError(
-        f"released_call was reached inside {name!r}, in which it can't be used."
-        " Put that inside the function that it calls."
+        f"released_call was reached inside {eqn.primitive.name!r}, in which it"
+        " can't be used. Put that inside the function that it calls."
     )
 
   def _use(self, eqn, values) -> None:
@@ -184,9 +177,7 @@ class _Counter:
     order = reversed(range(length)) if params["reverse"] else range(length)
     for t in order:
       turn = [x if x is None else x[t] for x in xs]
-      operands = [*consts, *carry, *turn]
-      results = self.run(closed.jaxpr, closed.consts, operands)
-      carry = results[:num_carry]
+      carry = self.run(closed, [*consts, *carry, *turn])[:num_carry]
     return [*carry, *[None] * (len(eqn.outvars) - len(carry))]
 
 
@@ -198,13 +189,8 @@ def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
   return len(consts), len(carry)
 
 
-def _subprograms(eqn: core.JaxprEqn) -> list[Any]:
-  found = []
-  for value in eqn.params.values():
-    for item in value if isinstance(value, (tuple, list)) else (value,):
-      if isinstance(item, _RECURSIVE):
-        found.append(getattr(item, "jaxpr", item))
-  return found
+def _subprograms(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+  return list(core.jaxprs_in_params(eqn.params))
 
 
 def _has_uses(eqn: core.JaxprEqn) -> bool:

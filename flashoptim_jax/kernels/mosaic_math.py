@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from flashoptim_jax import leafwise
+from flashoptim_jax.jaxprs import interpret
 from flashoptim_jax.rules import Rule
 
 _LARGEST = 3.0e38
@@ -112,12 +112,18 @@ def reads_old_moments(rule: Rule, scalars: tuple[str, ...]) -> bool:
   """
   number = jax.ShapeDtypeStruct((), jnp.float32)
   moments = [number] * len(rule.moments)
-  jaxpr = jax.make_jaxpr(rule.direction)(
+  closed = jax.make_jaxpr(rule.direction)(
       number, moments, moments, dict.fromkeys(scalars, number)
-  ).jaxpr
-  read = {id(atom) for eqn in jaxpr.eqns for atom in eqn.invars}
-  read |= set(map(id, jaxpr.outvars))
-  return any(id(old) in read for old in jaxpr.invars[1 : 1 + len(moments)])
+  )
+  depends = [0 < i <= len(moments) for i, _ in enumerate(closed.in_avals)]
+  return any(
+      interpret.evaluate(
+          closed,
+          depends,
+          lambda eqn, values: [any(values)] * len(eqn.outvars),
+          lambda _: False,
+      )
+  )
 
 
 def evaluate(
@@ -136,7 +142,7 @@ def evaluate(
   """
   leaves, tree = jax.tree.flatten(args)
   # What is inside calls, such as those of `jnp.where`, is to be cheaper too.
-  closed = leafwise.inline(
+  closed = interpret.inline(
       jax.make_jaxpr(lambda *x: f(*jax.tree.unflatten(tree, x)))(*leaves)
   )
   of_arguments = {
@@ -165,6 +171,7 @@ def _run(
     values.products[variable] = array, factor
     if root is not None:
       values.roots[variable] = root, root_factor * jnp.sqrt(factor)
+  # No walk: a product is multiplied out only where an equation reads it as an array.
   for eqn in jaxpr.eqns:
     values.evaluate(eqn)
   return values.parts(jaxpr.outvars[0])
@@ -199,7 +206,7 @@ class _Values:
       atoms = atoms[::-1]
     rule = getattr(self, f"_{name}", None) if out.aval.shape else None
     if rule is None or not rule(out, *atoms):
-      results = leafwise.bind(eqn, map(self.read, eqn.invars))
+      results = interpret.bind(eqn, map(self.read, eqn.invars))
       self.read_as.update(zip(eqn.outvars, results, strict=True))
 
   def read(self, atom: Any) -> Any:

@@ -2,21 +2,24 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.extend.core import primitives
 
-from flashoptim_jax import leafwise
+from flashoptim_jax.jaxprs import interpret
+from flashoptim_jax.jaxprs.interpret import size
 
 SMALL = 64  # Elements of an array that may as well be kept.
 # Primitives that XLA fuses into loops that read their results.
-_CHEAP = leafwise.ELEMENTWISE | {
-    "bitcast_convert_type", "broadcast_in_dim", "concatenate", "expand_dims", "iota",
-    "reshape", "rev", "slice", "squeeze", "transpose",
+_CHEAP = interpret.ELEMENTWISE | {
+    primitives.bitcast_convert_type_p, primitives.broadcast_in_dim_p,
+    primitives.concatenate_p, primitives.iota_p, primitives.reshape_p,
+    primitives.rev_p, primitives.slice_p, primitives.squeeze_p,
+    primitives.transpose_p,
 }
 
 
@@ -51,10 +54,8 @@ class Program:
 
     def evaluate(values):
       env = dict(zip(read, values, strict=True))
-      for eqn in needed:
-        operands = [_value(env, var) for var in eqn.invars]
-        env.update(zip(eqn.outvars, leafwise.bind(eqn, operands), strict=True))
-      return [_value(env, var) for var in wanted]
+      interpret.walk(needed, env)
+      return interpret.read(wanted, env)
 
     return Part(read, list(wanted), evaluate)
 
@@ -67,7 +68,7 @@ class Program:
     known = set(known)
     for eqn in self._trace_back(wanted, known)[1]:
       sizes = [size(var) for var in (*eqn.invars, *eqn.outvars)]
-      if eqn.primitive.name not in _CHEAP and max(sizes) > SMALL:
+      if eqn.primitive not in _CHEAP and max(sizes) > SMALL:
         yield self._step(eqn, known)
         known.update(eqn.outvars)
     yield self.part(wanted, known)
@@ -76,7 +77,7 @@ class Program:
     """An equation and what it reads."""
     operands = self.part(eqn.invars, known)
     kept = [not isinstance(var, core.DropVar) for var in eqn.outvars]
-    bind = _BIND.get(eqn.primitive.name, _bind)
+    bind = _BIND.get(eqn.primitive, _bind)
 
     def evaluate(values):
       return list(itertools.compress(bind(eqn, operands, values), kept))
@@ -96,26 +97,20 @@ class Program:
         read[var] = None
       elif self._producer[var] not in needed:
         needed.add(self._producer[var])
-        waiting += leafwise.variables(self._equations[self._producer[var]])
+        waiting += interpret.variables(self._equations[self._producer[var]])
     return list(read), [self._equations[i] for i in sorted(needed)]
 
 
 def split_conditionals(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
   """The same program, with conditionals over whole trees in one for each leaf."""
-  jaxpr = closed.jaxpr
-  if all(eqn.primitive.name != "cond" for eqn in jaxpr.eqns):
+  if all(eqn.primitive is not primitives.cond_p for eqn in closed.jaxpr.eqns):
     return closed
 
-  def evaluate(*args):
-    env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    for eqn in jaxpr.eqns:
-      operands = [_value(env, var) for var in eqn.invars]
-      bind = _bind_apart if eqn.primitive.name == "cond" else leafwise.bind
-      env.update(zip(eqn.outvars, bind(eqn, operands), strict=True))
-    return [_value(env, var) for var in jaxpr.outvars]
+  def rule(eqn, values):
+    bind = _bind_apart if eqn.primitive is primitives.cond_p else interpret.bind
+    return bind(eqn, values)
 
-  return jax.make_jaxpr(evaluate)(*closed.in_avals)
+  return interpret.rewrite(closed, rule)
 
 
 def _bind_apart(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -153,7 +148,7 @@ class _Branch:
   """A conditional's branch. Operands and results go by their positions."""
 
   def __init__(self, closed: core.ClosedJaxpr):
-    inlined = leafwise.inline(closed)
+    inlined = interpret.inline(closed)
     self._jaxpr = inlined.jaxpr
     self._consts = dict(zip(inlined.jaxpr.constvars, inlined.consts, strict=True))
     self._position = {var: i for i, var in enumerate(inlined.jaxpr.invars)}
@@ -178,14 +173,9 @@ class _Branch:
     return self._part(results).of(self._consts | dict(zip(names, values, strict=True)))
 
 
-def size(var: Any) -> int:
-  """How many elements a variable has."""
-  return math.prod(getattr(var.aval, "shape", ()))
-
-
 def _bind(eqn: core.JaxprEqn, operands: Part, values: Sequence[Any]) -> Sequence[Any]:
   """Carries out an equation on what its operands are computed from."""
-  return leafwise.bind(eqn, operands.evaluate(values))
+  return interpret.bind(eqn, operands.evaluate(values))
 
 
 def _bind_scan(
@@ -215,8 +205,4 @@ def _bind_cond(
   return eqn.primitive.bind(index, *values, **{**eqn.params, "branches": branches})
 
 
-_BIND = {"scan": _bind_scan, "cond": _bind_cond}
-
-
-def _value(env: dict[Any, Any], var: Any) -> Any:
-  return var.val if isinstance(var, core.Literal) else env[var]
+_BIND = {primitives.scan_p: _bind_scan, primitives.cond_p: _bind_cond}

@@ -1,0 +1,1 @@
+"""Traced programs, JAX's jaxprs: interpreted, rewritten and taken apart."""
