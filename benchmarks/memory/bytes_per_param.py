@@ -1,22 +1,23 @@
 """Bytes per parameter of Llama-3-8B's shapes in bf16; allocates nothing.
 
-Run it as ``python benchmarks/llama_memory.py``.
+Run it as ``python benchmarks/memory/bytes_per_param.py``.
 """
 
-import datetime
-import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
-from leaf_sets import llama3_8b
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
-
-RESULTS = pathlib.Path(__file__).parent / "results"
+from benchmarks import record
+from benchmarks.support.leaf_sets import llama3_8b
 
 
 def main():
+  arguments = record.parser(__doc__).parse_args()
   params = {
     name: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     for name, shape in llama3_8b().items()
@@ -25,16 +26,13 @@ def main():
   print(report)
   components = ("params", "correction", "moments", "scales", "other", "gradients")
   result = {
-    "date": datetime.date.today().isoformat(),
-    "flashoptim_jax": fo.__version__,
+    **record.about(device=""),
     "parameters": report.num_params,
     "bytes_per_param": report.bytes_per_param,
     "bytes": {name: getattr(report, name) for name in components},
     "baseline_bytes": dict(report.baseline),
   }
-  path = RESULTS / "llama_memory.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=1) + "\n")
+  record.write("llama_memory.json", result, arguments.output)
 
 
 if __name__ == "__main__":

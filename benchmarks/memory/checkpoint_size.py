@@ -3,12 +3,12 @@
 Both have taken three AdamW steps from the same weights with the same gradients,
 and are saved with Orbax's defaults; the files are measured.
 
-  JAX_PLATFORMS=cpu python benchmarks/checkpoint_size.py
+  JAX_PLATFORMS=cpu python benchmarks/memory/checkpoint_size.py
 """
 
-import datetime
 import json
 import pathlib
+import sys
 import tempfile
 from typing import Any
 
@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from leaf_sets import gpt2
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.support.leaf_sets import gpt2
 
-RESULT = pathlib.Path(__file__).parent / "results" / "checkpoint_size.json"
 STEPS = 3
 
 
@@ -55,6 +57,7 @@ def bytes_on_disk(tree: Any, args: Any, handler: Any) -> int:
 
 
 def main() -> None:
+  arguments = record.parser(__doc__).parse_args()
   tx = fo.adamw(1e-3)
   flash = bytes_on_disk(
     trained(tx, *fo.from_fp32(tx, draw(100, 0.02))),
@@ -70,15 +73,13 @@ def main() -> None:
   )
   count = sum(np.prod(shape) for shape in gpt2().values())
   result = {
-    "date": datetime.date.today().isoformat(),
-    "jax": jax.__version__,
-    "orbax": ocp.__version__,
+    **record.about("orbax-checkpoint"),
     "parameters": int(count),
     "flash_bytes": flash,
     "optax_fp32_bytes": plain,
     "ratio": flash / plain,
   }
-  RESULT.write_text(json.dumps(result, indent=1) + "\n")
+  record.write("checkpoint_size.json", result, arguments.output)
   print(json.dumps(result, indent=1))
 
 

@@ -1,7 +1,7 @@
 """Temporaries of a step with ``fo.compress``, in copies of the largest leaf.
 
-    python benchmarks/compress_memory.py
-    python benchmarks/compress_memory.py --only adamw --output memory.json
+    python benchmarks/memory/compress_temporaries.py
+    python benchmarks/memory/compress_temporaries.py --only adamw --output runs
 
 Compiles ``fo.step`` for a 12-layer model, parameters and state donated, on this
 machine's first device, and divides what XLA plans besides them by the bytes of the
@@ -9,11 +9,10 @@ largest leaf in float32. The same for Optax's own optimizer on float32 parameter
 Nothing runs. Writes results/compress_memory.json.
 """
 
-import argparse
-import datetime
 import json
 import os
 import pathlib
+import sys
 
 # XLA's CPU backend keeps to the order of leaves with one device only.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,11 +20,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import optax
-from optax_optimizers import OPTIMIZERS
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.support.optax_optimizers import OPTIMIZERS
 
-OUTPUT = pathlib.Path(__file__).parent / "results" / "compress_memory.json"
 WIDTH, LAYERS = 128, 12
 # Those that a step's loss or function is an argument of can't be compiled alone.
 MEASURED = {
@@ -76,26 +77,19 @@ def measure(name):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = record.parser(__doc__)
   parser.add_argument("--only", choices=MEASURED, nargs="+", default=MEASURED)
-  parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
   arguments = parser.parse_args()
   sizes = [leaf.size for leaf in jax.tree.leaves(structs(jnp.float32))]
   found = {
-    "date": datetime.date.today().isoformat(),
-    "device": jax.devices()[0].device_kind,
-    "versions": {
-      "jax": jax.__version__,
-      "optax": optax.__version__,
-      "flashoptim_jax": fo.__version__,
-    },
+    **record.about(),
     "tree": sum(sizes) / max(sizes),
     "optimizers": {},
   }
   for name in arguments.only:
     found["optimizers"][name] = measure(name)
     print(name, json.dumps(found["optimizers"][name]), flush=True)
-    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    record.write("compress_memory.json", found, arguments.output)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 Llama-3-8B's embedding and three of its layers, with AdamW's state. Linux only: it
 reads the process's resident memory.
 
-  JAX_PLATFORMS=cpu python benchmarks/export_memory.py
+  JAX_PLATFORMS=cpu python benchmarks/memory/export_peak.py
 """
 
-import datetime
 import json
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,11 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from leaf_sets import llama3_8b
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.support.leaf_sets import llama3_8b
 
-RESULT = pathlib.Path(__file__).parent / "results" / "export_memory.json"
 STATUS = pathlib.Path("/proc/self/status")
 
 
@@ -50,6 +52,7 @@ def draw() -> dict[str, jax.Array]:
 
 
 def main() -> None:
+  arguments = record.parser(__doc__).parse_args()
   tx = fo.adamw(1e-3)
   params = draw()
   opt_state = tx.init(params)
@@ -68,8 +71,7 @@ def main() -> None:
       )
     )
   result = {
-    "date": datetime.date.today().isoformat(),
-    "jax": jax.__version__,
+    **record.about(),
     "parameters": sum(param.size for param in params.values()),
     "largest_leaf_bytes": largest,
     "file_bytes": size,
@@ -78,7 +80,7 @@ def main() -> None:
     "extra_over_largest_leaf": max(export["extra_bytes"], sharded["extra_bytes"])
     / largest,
   }
-  RESULT.write_text(json.dumps(result, indent=1) + "\n")
+  record.write("export_memory.json", result, arguments.output)
   print(json.dumps(result, indent=1))
 
 

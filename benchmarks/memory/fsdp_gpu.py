@@ -1,7 +1,7 @@
 """FSDP training on the GPUs of one host: memory, speed, equality, communication.
 
-    python benchmarks/fsdp_gpu.py                    # on one GPU and on all
-    python benchmarks/fsdp_gpu.py --part train --gpus 1 2 4 --model 8b
+    python benchmarks/memory/fsdp_gpu.py                    # on one GPU and on all
+    python benchmarks/memory/fsdp_gpu.py --part train --gpus 1 2 4 --model 8b
 
 train: a Llama-architecture model of 1.1 or 8 billion parameters, every matrix and
 the batch split over the GPUs, with optax.adamw on float32 masters, fo.adamw, and
@@ -35,7 +35,10 @@ import tempfile
 import time
 from typing import NamedTuple
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import record
+
 GIB = 2**30
 SEQ = 2048
 # Sequences that a GPU takes in a step.
@@ -53,12 +56,12 @@ class Training:
   def __init__(self, config, optimizer, devices, sequences, seq=SEQ):
     import jax
     import jax.numpy as jnp
-    import llama
     import numpy as np
     import optax
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
     import flashoptim_jax as fo
+    from benchmarks.support import llama
 
     flash = optimizer != "optax"
     dtype = jnp.bfloat16 if flash else jnp.float32
@@ -107,7 +110,8 @@ class Training:
   def start(self):
     """Parameters and state, sharded from the start."""
     import jax
-    import llama
+
+    from benchmarks.support import llama
 
     dtype = jax.tree.leaves(self.carry[0])[0].dtype
 
@@ -146,16 +150,17 @@ class Training:
   def batch(self, seed=0):
     """Random inputs and targets."""
     import jax
-    from release_gpu import tokens_of
 
-    return jax.device_put(
-        tokens_of(self.config, *self.tokens.shape, seed), self.tokens.sharding
-    )
+    from benchmarks.support import llama
+
+    tokens = llama.random_tokens(self.config, *self.tokens.shape, seed)
+    return jax.device_put(tokens, self.tokens.sharding)
 
 
 def config_of(model):
   import jax
-  import llama
+
+  from benchmarks.support import llama
 
   config = {"1b": llama.ONE_BILLION, "8b": llama.LLAMA3_8B}[model]
   chunk = SEQ * jax.device_count()
@@ -346,10 +351,10 @@ def train_equality(optimizer, steps=20):
   Sums over the batch are then made in another order, with every optimizer.
   """
   import jax
-  import llama
   import numpy as np
 
   import flashoptim_jax as fo
+  from benchmarks.support import llama
 
   config = llama.Config(512, 4, 8, 4, 1408, 4096, attention="cudnn")
 
@@ -473,11 +478,10 @@ def table(results):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = record.parser(__doc__)
   parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
   parser.add_argument("--model", choices=BATCH, nargs="+", default=list(BATCH))
   parser.add_argument("--gpus", type=int, nargs="+", help="default: one and all")
-  parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
   parser.add_argument("--here", nargs="+", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.here:
@@ -485,15 +489,12 @@ def main():
     print(json.dumps(PARTS[part](*rest)))
     return
 
-  from release_gpu import about
-
   listed = subprocess.run(
       ["nvidia-smi", "--list-gpus"], stdout=subprocess.PIPE, text=True, check=True
   )
   available = len(listed.stdout.splitlines())
-  path = arguments.output / "fsdp_gpu.json"
-  results = json.loads(path.read_text()) if path.exists() else {}
-  results |= about()
+  results = record.earlier("fsdp_gpu.json", arguments.output)
+  results |= record.about_in_process("triton", "jax-triton")
 
   gpus = arguments.gpus or sorted({1, available})
   grid = cells(arguments.part, arguments.model, gpus)
@@ -508,8 +509,7 @@ def main():
       print(f"{cell.part} {name} failed:", *lines[-12:], sep="\n", flush=True)
       continue
     results.setdefault(cell.part, {})[name] = json.loads(lines[-1])
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    record.write("fsdp_gpu.json", results, arguments.output)
     print(f"{time.strftime('%X')} {cell.part} {name}", flush=True)
   print(table(results))
 

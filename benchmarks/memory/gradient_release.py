@@ -1,7 +1,7 @@
 """Memory of a training step with and without gradient release, by XLA's account.
 
-    python benchmarks/release_memory.py
-    python benchmarks/release_memory.py --tpu v5e:2x2 --tpu v5e:4x4
+    python benchmarks/memory/gradient_release.py
+    python benchmarks/memory/gradient_release.py --tpu v5e:2x2 --tpu v5e:4x4
 
 Compiles a 24-layer Llama-architecture model's step for this machine's devices or,
 with libtpu installed, ahead of time for TPUs that need not be there, every
@@ -9,28 +9,26 @@ parameter split over all chips of the slice and the batch with it. Nothing runs.
 Writes results/release_memory_<where>.json.
 """
 
-import argparse
-import datetime
 import json
 import os
 import pathlib
+import sys
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import record
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = record.parser(__doc__)
   parser.add_argument("--tpu", action="append", default=[], metavar="TOPOLOGY")
-  parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
-  topologies = parser.parse_args()
-  if topologies.tpu:
+  arguments = parser.parse_args()
+  if arguments.tpu:
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
-  topologies.output.mkdir(parents=True, exist_ok=True)
-  for name in topologies.tpu or [None]:
+  for name in arguments.tpu or [None]:
     result = measure(name)
     where = f"tpu_{name.replace(':', '_')}" if name else result["backend"]
-    path = topologies.output / f"release_memory_{where}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    record.write(f"release_memory_{where}.json", result, arguments.output)
     print(json.dumps(result, indent=1), flush=True)
 
 
@@ -38,12 +36,12 @@ def measure(topology):
   """Compiles both steps, on one device or over a whole topology."""
   import jax
   import jax.numpy as jnp
-  import llama
   import numpy as np
   from jax.experimental import topologies
   from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
   import flashoptim_jax as fo
+  from benchmarks.support import llama
 
   small = topology is None
   config = (
@@ -82,15 +80,13 @@ def measure(topology):
   )
   batch = jax.ShapeDtypeStruct((len(devices), tokens_per_device), jnp.int32)
   batch = placed(batch, "fsdp")
-  grads = sum(per_device(leaf) for leaf in jax.tree.leaves(params))
-  kept = sum(per_device(leaf) for leaf in jax.tree.leaves((params, state)))
+  grads = sum(llama.per_device(leaf) for leaf in jax.tree.leaves(params))
+  kept = sum(llama.per_device(leaf) for leaf in jax.tree.leaves((params, state)))
   result = {
-      "date": datetime.date.today().isoformat(),
+      **record.about("libtpu", device=devices[0].device_kind),
       "backend": devices[0].platform,
-      "device": devices[0].device_kind,
       "devices": len(devices),
       "topology": topology,
-      "jax": jax.__version__,
       "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
       "tokens_per_device": tokens_per_device,
       "per_device_bytes": {"gradients": grads, "params_and_state": kept},
@@ -117,15 +113,6 @@ def measure(topology):
   result["saved_share_of_gradients"] = saved / grads
   result["all_updated_in_place"] = found["released"]["aliased"] >= kept
   return result
-
-
-def per_device(struct) -> int:
-  """Bytes of an array that one device holds."""
-  shape = struct.sharding.shard_shape(struct.shape)
-  size = struct.dtype.itemsize
-  for length in shape:
-    size *= length
-  return size
 
 
 if __name__ == "__main__":

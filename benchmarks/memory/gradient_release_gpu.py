@@ -1,7 +1,7 @@
 """Gradient release on a GPU: memory at 8 billion parameters, speed at one.
 
-    python benchmarks/release_gpu.py                # all parts
-    python benchmarks/release_gpu.py --part memory  # or baseline, or speed
+    python benchmarks/memory/gradient_release_gpu.py  # all parts
+    python benchmarks/memory/gradient_release_gpu.py --part memory
 
 memory: training steps of a model of Llama-3-8B's shapes with random bf16 weights,
 six sequences of 2,048 tokens, and the allocator's peak. baseline: the memory that
@@ -12,7 +12,6 @@ own and adds to results/release_gpu.json.
 """
 
 import argparse
-import datetime
 import json
 import pathlib
 import statistics
@@ -20,24 +19,19 @@ import subprocess
 import sys
 import time
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import record
+
 GIB = 2**30
 SEQUENCES, LENGTH = 6, 2048  # of a step of the 8 B model
-
-
-def tokens_of(config, batch, seq, seed=0):
-  """Random inputs and targets."""
-  import jax
-
-  keys = jax.random.split(jax.random.key(seed))
-  shape = (batch, seq)
-  return [jax.random.randint(key, shape, 0, config.vocabulary) for key in keys]
 
 
 def start(config, tx):
   """Parameters and state, without float32 copies of all of them."""
   import jax
-  import llama
+
+  from benchmarks.support import llama
 
   params = llama.init(config)
   return params, jax.jit(tx.init)(params)
@@ -48,9 +42,9 @@ def memory(attention, steps=3):
   import dataclasses
 
   import jax
-  import llama
 
   import flashoptim_jax as fo
+  from benchmarks.support import llama
 
   config = dataclasses.replace(llama.LLAMA3_8B, attention=attention)
   tx = fo.adamw(1e-4, b2=0.95, weight_decay=0.1)
@@ -58,7 +52,7 @@ def memory(attention, steps=3):
   kept = sum(x.nbytes for x in jax.tree.leaves((params, state)))
   stats = jax.devices()[0].memory_stats
   after_init = stats()["peak_bytes_in_use"]
-  batch = tokens_of(config, SEQUENCES, LENGTH)
+  batch = llama.random_tokens(config, SEQUENCES, LENGTH)
   step = jax.jit(llama.released_step(config, tx), donate_argnums=(0, 1))
   begun = time.perf_counter()
   compiled = step.lower(params, state, *batch).compile()
@@ -96,8 +90,9 @@ def baseline(attention):
 
   import jax
   import jax.numpy as jnp
-  import llama
   import optax
+
+  from benchmarks.support import llama
 
   config = dataclasses.replace(llama.LLAMA3_8B, attention=attention)
   tx = optax.adamw(1e-4, b2=0.95, weight_decay=0.1)
@@ -139,13 +134,13 @@ def speed(attention, batch=8, steps=10, repeats=5):
   import dataclasses
 
   import jax
-  import llama
 
   import flashoptim_jax as fo
+  from benchmarks.support import llama
 
   config = dataclasses.replace(llama.ONE_BILLION, attention=attention)
   tx = fo.adamw(1e-4, b2=0.95, weight_decay=0.1)
-  data = tokens_of(config, batch, 2048)
+  data = llama.random_tokens(config, batch, 2048)
   result = {"tokens": batch * 2048}
   steps_of = {"ordinary": llama.ordinary_step, "released": llama.released_step}
   compiled = {}
@@ -214,9 +209,8 @@ def table(results):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = record.parser(__doc__)
   parser.add_argument("--part", choices=PARTS, action="append")
-  parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
   parser.add_argument(
       "--attention",
       choices=("cudnn", "xla"),
@@ -229,8 +223,7 @@ def main():
     print(json.dumps(PARTS[arguments.here](arguments.attention)))
     return
 
-  path = arguments.output / "release_gpu.json"
-  results = json.loads(path.read_text()) if path.exists() else {}
+  results = record.earlier("release_gpu.json", arguments.output)
   for part in arguments.part or PARTS:
     command = [sys.executable, __file__, "--here", part]
     command += ["--attention", arguments.attention]
@@ -241,25 +234,10 @@ def main():
       continue
     results[part] = json.loads(done.stdout.splitlines()[-1])
     results["attention"] = arguments.attention
-    results |= about()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    results |= record.about_in_process("triton", "jax-triton")
+    record.write("release_gpu.json", results, arguments.output)
     print(part, json.dumps(results[part]), flush=True)
   print(table(results))
-
-
-def about():
-  """The date, the device and versions."""
-  code = (
-      "import json, jax, optax, flashoptim_jax as fo; print(json.dumps({'device':"
-      " jax.devices()[0].device_kind, 'versions': {'jax': jax.__version__, 'optax':"
-      " optax.__version__, 'flashoptim_jax': fo.__version__}}))"
-  )
-  done = subprocess.run(
-      [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
-  )
-  found = json.loads(done.stdout.splitlines()[-1])
-  return {"date": datetime.date.today().isoformat(), **found}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """An optimizer step with its state in host memory, beside the resident one.
 
-    python benchmarks/host_offload.py --output benchmarks/results
+    python benchmarks/memory/host_offload.py
 
 Parameters and gradients of a Llama-shaped model of 1.2 B parameters in bfloat16;
 ``adamw`` with its state on the device and in pinned host memory, and, for what
@@ -9,18 +9,19 @@ takes, what XLA plans to hold on the device besides arguments, and the allocator
 peak beyond parameters and gradients.
 """
 
-import argparse
-import datetime
-import json
 import pathlib
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-from leaf_sets import llama32_1b
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.support.leaf_sets import llama32_1b
 
 STEPS = 5
 
@@ -93,27 +94,17 @@ def measure(storage, memory_kind):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--output", type=pathlib.Path, required=True)
-  arguments = parser.parse_args()
+  arguments = record.parser(__doc__).parse_args()
   # Offloaded first: the allocator's peak is that of the whole process so far.
   variants = {
       "host, 24/8": (fo.Storage(), "pinned_host"),
       "device, 24/8": (fo.Storage(), None),
       "host, float32 moments": (fo.Storage(moment_bits=32), "pinned_host"),
   }
-  result = {
-      "date": datetime.date.today().isoformat(),
-      "device": jax.devices()[0].device_kind,
-      "jax": jax.__version__,
-      "flashoptim_jax": fo.__version__,
-      "variants": {},
-  }
+  result = record.about("triton", "jax-triton") | {"variants": {}}
   for name, variant in variants.items():
     found = result["variants"][name] = measure(*variant)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "host_offload.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    record.write("host_offload.json", result, arguments.output)
     print(f"{name}: {found['milliseconds']:.1f} ms, in GiB:", flush=True)
     for key, value in found.items():
       if key.endswith("_bytes"):

@@ -34,14 +34,10 @@ everything rounded to the nearest, and codes against scales in bfloat16, which w
 rejected.
 """
 
-import argparse
-import datetime
 import functools
 import itertools
-import json
-import os
 import pathlib
-import platform
+import sys
 import time
 from typing import NamedTuple
 
@@ -50,10 +46,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import record
 from flashoptim_jax import Storage, codec
 
-HERE = pathlib.Path(__file__).parent
-OUTPUT = HERE / "results" / "companding.json"
 KINDS = ("first", "second")
 VARIANTS = ("paper", "root", "root_nearest")
 TITLES = ("paper", "root (default)", "root, to nearest")
@@ -327,8 +324,7 @@ def table(results):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
+  parser = record.parser(__doc__)
   parser.add_argument("--steps", type=int, default=4000)
   parser.add_argument("--groups", type=int, default=512)
   parser.add_argument("--seed", type=int, default=0)
@@ -346,15 +342,7 @@ def main():
     runs.append({**case._asdict(), "figures": found})
     print(f"{case}: {time.monotonic() - start:.0f} s", flush=True)
   results = {
-      "benchmark": "companding",
-      "device": f"{jax.devices()[0].device_kind} ({os.cpu_count()} cores)",
-      "machine": platform.machine(),
-      "versions": {
-          "python": platform.python_version(),
-          "jax": jax.__version__,
-          "numpy": np.__version__,
-      },
-      "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+      **record.about("numpy"),
       "seconds": round(time.monotonic() - start, 1),
       "steps": args.steps,
       "groups": args.groups,
@@ -364,8 +352,7 @@ def main():
       "seed": args.seed,
       "runs": runs,
   }
-  args.output.parent.mkdir(parents=True, exist_ok=True)
-  args.output.write_text(json.dumps(results, indent=2) + "\n")
+  record.write("companding.json", results, args.output)
   print(table(results))
 
 

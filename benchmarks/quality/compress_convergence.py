@@ -11,17 +11,13 @@ runs say why:
   bfloat16, so without compression.
 * ``32-bit masters``, ``32-bit moments``: compressed, with more bits for either.
 
-``python benchmarks/compress_convergence.py`` writes
-results/compress_convergence.json; ``--only`` takes names, separated by commas.
+``python benchmarks/quality/compress_convergence.py`` writes
+compress_convergence.json; ``--only`` takes names, separated by commas.
 """
 
-import argparse
-import datetime
 import functools
-import json
 import os
 import pathlib
-import platform
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,14 +25,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from optax import contrib
-from optax_optimizers import OPTIMIZERS
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.support.optax_optimizers import OPTIMIZERS
 
-HERE = pathlib.Path(__file__).parent
-OUTPUT = HERE / "results" / "compress_convergence.json"
+RESULT = "compress_convergence.json"
 TOLERANCE = 3e-2
 STORAGES = {
   "compressed": fo.Storage(min_quantized_size=0),
@@ -142,26 +139,19 @@ def measure(name: str, problem: str) -> dict:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
+  parser = record.parser(__doc__)
   parser.add_argument("--only", help="optimizers, separated by commas")
   arguments = parser.parse_args()
   names = arguments.only.split(",") if arguments.only else list(OPTIMIZERS)
-  rows = {}
-  if arguments.output.exists():
-    known = json.loads(arguments.output.read_text())["runs"]
-    rows = {(row["optimizer"], row["problem"]): row for row in known}
+  known = record.earlier(RESULT, arguments.output).get("runs", [])
+  rows = {(row["optimizer"], row["problem"]): row for row in known}
   for name in names:
     for problem in PROBLEMS:
       row = rows[name, problem] = measure(name, problem)
       found = {k: round(v, 3) for k, v in row["distance"].items()}
       print(f"{name:30} {problem:11} {found}", flush=True)
     content = {
-      "date": datetime.date.today().isoformat(),
-      "versions": {
-        "python": platform.python_version(),
-        **{m.__name__: m.__version__ for m in (jax, optax, fo)},
-      },
+      **record.about(),
       "tolerance": TOLERANCE,
       "runs": [
         rows[name, problem]
@@ -170,7 +160,7 @@ def main() -> None:
         if (name, problem) in rows
       ],
     }
-    arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+    record.write(RESULT, content, arguments.output)
 
 
 if __name__ == "__main__":

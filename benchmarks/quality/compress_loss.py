@@ -6,41 +6,40 @@ own sources twice: as it is, on float32 parameters, and inside ``fo.compress`` w
 the same; both compute with bfloat16 weights. Seeds are trained at once, by
 ``jax.vmap``; optimizers by several processes that share the device.
 
-    python benchmarks/compress_quality.py --output results --jobs 8
+    python benchmarks/quality/compress_loss.py --jobs 8
 
 writes ``compress_quality.json`` after each optimizer, so a run that is cut off is
 of use, and a later one with ``--only`` adds to it.
 """
 
-import argparse
 import concurrent.futures
-import datetime
 import functools
-import json
 import multiprocessing
 import os
 import pathlib
-import platform
 import sys
 import time
 import traceback
 
 # Before JAX starts, here and in the processes that share the device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
+sys.path.extend(
+  str(pathlib.Path(__file__).parents[2] / name) for name in ("", "examples")
+)
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from lm import data, model  # noqa: E402
-from optax import contrib  # noqa: E402
-from optax_optimizers import OPTIMIZERS  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from lm import data, model
+from optax import contrib
 
-import flashoptim_jax as fo  # noqa: E402
-from flashoptim_jax import paths  # noqa: E402
+import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.support.optax_optimizers import OPTIMIZERS
+from flashoptim_jax import paths
 
+RESULT = "compress_quality.json"
 BATCH, SEQ = 16, 128
 VALID_BATCHES = 32
 WARMUP = 50
@@ -233,8 +232,7 @@ def measure(name: str, steps: int) -> dict:
   row["difference_percent"] = float(np.mean(differences))
   row["difference_percent_by_seed"] = differences
   row["seconds"] = time.perf_counter() - began
-  device = jax.devices()[0]
-  row["device"] = f"{device.platform}: {device.device_kind}"
+  row["device"] = f"{jax.default_backend()}: {record.device_kind()}"
   return row
 
 
@@ -245,13 +243,9 @@ def attempt(name: str, steps: int) -> dict:
     return {"optimizer": name, "error": traceback.format_exc()}
 
 
-def save(path: pathlib.Path, rows: dict[str, dict], steps: int) -> None:
+def save(folder: pathlib.Path, rows: dict[str, dict], steps: int) -> None:
   content = {
-    "date": datetime.date.today().isoformat(),
-    "versions": {
-      "python": platform.python_version(),
-      **{m.__name__: m.__version__ for m in (jax, optax, fo)},
-    },
+    **record.about(device=""),  # Rows have it: this process takes no device.
     "settings": {
       "steps": steps,
       "batch": BATCH,
@@ -261,14 +255,11 @@ def save(path: pathlib.Path, rows: dict[str, dict], steps: int) -> None:
     },
     "optimizers": [rows[name] for name in OPTIMIZERS if name in rows],
   }
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(content, indent=1) + "\n")
-  temporary.replace(path)
+  record.write(RESULT, content, folder)
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--output", type=pathlib.Path, default=HERE / "results")
+  parser = record.parser(__doc__)
   parser.add_argument("--jobs", type=int, default=8, help="processes")
   parser.add_argument("--steps", type=int, default=1000)
   parser.add_argument("--only", help="optimizers, separated by commas")
@@ -279,13 +270,10 @@ def main() -> int:
     names = [name for name in names if name.partition(",")[0] in wanted]
   # Those that take longest first.
   names.sort(key=lambda name: -OPTIMIZERS[name].seeds)
-  arguments.output.mkdir(parents=True, exist_ok=True)
-  path = arguments.output / "compress_quality.json"
+  known = record.earlier(RESULT, arguments.output)
   rows = {}
-  if path.exists():
-    known = json.loads(path.read_text())
-    if known["settings"]["steps"] == arguments.steps:
-      rows = {row["optimizer"]: row for row in known["optimizers"]}
+  if known and known["settings"]["steps"] == arguments.steps:
+    rows = {row["optimizer"]: row for row in known["optimizers"]}
   failed = 0
   with concurrent.futures.ProcessPoolExecutor(
     arguments.jobs, mp_context=multiprocessing.get_context("spawn")
@@ -294,7 +282,7 @@ def main() -> int:
     for future in concurrent.futures.as_completed(futures):
       row = future.result()
       rows[row["optimizer"]] = row
-      save(path, rows, arguments.steps)
+      save(arguments.output, rows, arguments.steps)
       if "error" in row:
         failed += 1
         print(f"{row['optimizer']}: {row['error']}", flush=True)

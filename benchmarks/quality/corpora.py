@@ -1,4 +1,4 @@
-"""What benchmarks/quality.py trains on: sources of installed packages, and digits.
+"""What training_loss.py trains on: sources of installed packages, and digits.
 
 Nothing is downloaded. Text is cut into tokens by byte-pair encoding, trained on a
 part of it with Hugging Face's tokenizers; the digits are scikit-learn's.

@@ -1,4 +1,4 @@
-"""ResNet-18 on small images of digits, for benchmarks/quality.py."""
+"""ResNet-18 on small images of digits, for training_loss.py."""
 
 import dataclasses
 import functools
@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import quality_data
 from flax import linen as nn
 
 import flashoptim_jax as fo
+from benchmarks.quality import corpora
 
 WIDTHS = (64, 128, 256, 512)
 CLASSES = 10
@@ -90,7 +90,7 @@ def train_images(experiment, name, seed, folder):
   del folder
   setting: Setting = experiment.setting
   variant = experiment.variants[name]
-  train, test = quality_data.digits()
+  train, test = corpora.digits()
   steps = setting.epochs * (len(train.labels) // setting.batch)
   rate = optax.cosine_decay_schedule(experiment.learning_rate, steps)
   tx = variant.make(rate)

@@ -1,19 +1,18 @@
 """Losses beside Optax's on float32 parameters, seed by seed, on GPUs.
 
-    python benchmarks/quality.py                         # every experiment
-    python benchmarks/quality.py --only lm_adamw lm_lion # some
+    python benchmarks/quality/training_loss.py                         # all of them
+    python benchmarks/quality/training_loss.py --only lm_adamw lm_lion # some
 
 Within an experiment all runs of a seed start from the same weights and see the same
 data in the same order. Each run is a process; the GPUs of the machine share them.
 Results go to quality_EXPERIMENT.json in the folder --output as runs end; runs that are
 there already are not repeated. What 8 bits do to the moments of the language model goes
-to moments.json. Data are made on the machine (:mod:`quality_data`) and kept in --data.
+to moments.json. Data are made on the machine (:mod:`corpora`) and kept in --data.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
-import datetime
 import functools
 import json
 import os
@@ -26,20 +25,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
+sys.path.extend(
+  str(pathlib.Path(__file__).parents[2] / name) for name in ("", "examples")
+)
 
-import flax  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import quality_data  # noqa: E402
-from lm import model  # noqa: E402
-from quality_images import RESNET18, train_images  # noqa: E402
-from quality_moments import linear_8bit, moment_errors  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from lm import model
 
-import flashoptim_jax as fo  # noqa: E402
+import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.quality import corpora
+from benchmarks.quality.moment_errors import linear_8bit, moment_errors
+from benchmarks.quality.resnet import RESNET18, train_images
 
 LOSS_SCALE = 2.0**12  # of float16 runs
 POINTS = 60  # of a training curve
@@ -70,7 +70,7 @@ def _config(dim, layers, dtype=jnp.bfloat16):
     dim=dim,
     layers=layers,
     heads=dim // 64,
-    vocabulary=quality_data.VOCABULARY,
+    vocabulary=corpora.VOCABULARY,
     dtype=dtype,
     attention="cudnn",
   )
@@ -233,7 +233,7 @@ def curve(losses):
 def train_lm(experiment: Experiment, name: str, seed: int, folder) -> dict:
   """One run of a language model on Python sources."""
   variant, setting = experiment.variants[name], experiment.setting
-  text = quality_data.text(folder, "python")
+  text = corpora.text(folder, "python")
   tx = variant.make(schedule(setting, experiment.learning_rate))
   params, state = variant.start(tx, initial(setting.config, seed))
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -258,13 +258,13 @@ def train_finetune(experiment: Experiment, name: str, seed: int, folder) -> dict
   The value is what the run changed, for pretraining is not the same to the bit.
   """
   variant, setting = experiment.variants[name], experiment.setting
-  text = quality_data.text(folder, "python")
+  text = corpora.text(folder, "python")
   usual = optax.adamw(schedule(SMALL, 1e-3), b2=0.95, weight_decay=0.1)
   masters = initial(setting.config, seed)
   masters, _, _ = train_tokens(
     SMALL, usual, masters, usual.init(masters), text.train, seed
   )
-  headers = quality_data.text(folder, "headers")
+  headers = corpora.text(folder, "headers")
   before = valid_loss(setting, masters, headers.valid)
   tx = variant.make(experiment.learning_rate)
   params, state = variant.start(tx, masters)
@@ -447,8 +447,7 @@ EXPERIMENTS = {
 
 def known_runs(output, key):
   """Runs of an experiment, as it is set up now, that ended earlier."""
-  path = output / f"quality_{key}.json"
-  found = json.loads(path.read_text()) if path.exists() else {}
+  found = record.earlier(f"quality_{key}.json", output)
   if found.get("setting") != repr(EXPERIMENTS[key].setting):
     return []
   wanted = set(EXPERIMENTS[key].runs())
@@ -460,11 +459,8 @@ def save(output, key, results, data):
   experiment = EXPERIMENTS[key]
   order = {run: i for i, run in enumerate(experiment.runs())}
   runs = sorted(results, key=lambda run: order[run["name"], run["seed"]])
-  about = {
-    "date": datetime.date.today().isoformat(),
-    "device": ", ".join(sorted({run["device"] for run in runs})),
-    "versions": {m.__name__: m.__version__ for m in (jax, optax, flax, fo)},
-  }
+  devices = ", ".join(sorted({run["device"] for run in runs}))
+  about = record.about("flax", device=devices)
   moments = [run["moments"] for run in runs if "moments" in run]
   content = {
     "title": experiment.title,
@@ -476,10 +472,9 @@ def save(output, key, results, data):
     "data": data,
     "runs": [{k: v for k, v in run.items() if k != "moments"} for run in runs],
   }
-  (output / f"quality_{key}.json").write_text(json.dumps(content, indent=1) + "\n")
+  record.write(f"quality_{key}.json", content, output)
   if moments:
-    content = {**about, **moments[0]}
-    (output / "moments.json").write_text(json.dumps(content, indent=1) + "\n")
+    record.write("moments.json", about | moments[0], output)
 
 
 def one_run(key, name, seed, folder):
@@ -488,7 +483,7 @@ def one_run(key, name, seed, folder):
   return {
     "name": name,
     "seed": seed,
-    "device": jax.devices()[0].device_kind,
+    "device": record.device_kind(),
     **experiment.train(experiment, name, seed, folder),
   }
 
@@ -557,9 +552,8 @@ def run_all(keys, output, folder, devices):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = record.parser(__doc__)
   parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=[*EXPERIMENTS])
-  parser.add_argument("--output", type=pathlib.Path, default=HERE / "results")
   parser.add_argument(
     "--data",
     type=pathlib.Path,
@@ -572,8 +566,7 @@ def main():
     print(json.dumps(one_run(*json.loads(arguments.here), arguments.data)))
     return 0
   if not (arguments.data / "about.json").exists():
-    print(quality_data.prepare(arguments.data), flush=True)
-  arguments.output.mkdir(parents=True, exist_ok=True)
+    print(corpora.prepare(arguments.data), flush=True)
   devices = arguments.gpus.split(",")
   return int(run_all(arguments.only, arguments.output, arguments.data, devices) > 0)
 

@@ -1,14 +1,14 @@
 """Tables of docs/compress.md.
 
 The codecs from ``flashoptim_jax.buffers``, the others from the JSON files of
-``compress_quality.py`` and ``compress_convergence.py``.
+``compress_loss.py``, ``compress_convergence.py`` and ``compress_temporaries.py``.
 """
 
 import math
 
-import tables
-from optax_optimizers import OPTIMIZERS
-
+from benchmarks import record
+from benchmarks.report import tables
+from benchmarks.support.optax_optimizers import OPTIMIZERS
 from flashoptim_jax import buffers
 
 # Why a field is in float32.
@@ -49,7 +49,7 @@ def codecs():
 
 def quality():
   """Losses of the small language model, plain and compressed."""
-  found = tables.load("compress_quality.json")
+  found = record.load("compress_quality.json")
   rows = []
   for row in found["optimizers"]:
     size, plain, ours = row["bytes_per_param"], row["plain"], row["compressed"]
@@ -98,7 +98,7 @@ def reason(distance):
 
 def convergence():
   """What does not converge on Optax's own problems."""
-  runs = tables.load("compress_convergence.json")["runs"]
+  runs = record.load("compress_convergence.json")["runs"]
   rows = [
     [
       f"`{run['optimizer']}`, {run['problem']}",
@@ -119,7 +119,7 @@ def convergence():
 
 def memory():
   """Temporaries of a step, those of the most first."""
-  found = tables.load("compress_memory.json")
+  found = record.load("compress_memory.json")
   rows = [
     (f"`{name}`", *(f"{cells[k]['temporaries']:.1f}" for k in ("compressed", "plain")))
     for name, cells in sorted(

@@ -1,6 +1,6 @@
 """Writes every table and plot of README and docs/ from the JSON in results/.
 
-``python benchmarks/figures.py`` rewrites them; with ``--check`` it fails if that
+``python benchmarks/report/figures.py`` rewrites them; with ``--check`` it fails if that
 would change anything. A table stands between ``<!-- name -->`` and
 ``<!-- /name -->``. A plot says which data it was drawn from.
 """
@@ -10,11 +10,11 @@ import pathlib
 import re
 import sys
 
-import compress_tables
-import plots
-import tables
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
-ROOT = pathlib.Path(__file__).parent.parent
+from benchmarks.report import compress_tables, plots, tables
+
+ROOT = pathlib.Path(__file__).parents[2]
 FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", re.DOTALL)
 TABLES = {

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tables
+
+from benchmarks import record
+from benchmarks.memory.plans import PLANS
+from benchmarks.report import tables
 
 OURS, USUAL, PALE, GREY = "#c44e52", "#4c72b0", "#8fb0dc", "#9a9a9a"
 PARTS = {
@@ -19,6 +22,8 @@ PARTS = {
   "in_flight": ("state in flight", "#f3c9a5"),
   "gradients": ("gradients", "#55a868"),
 }
+# What is shown of a plan.
+PLANNED = ("model", "mesh", "device", "device_bytes", "rows")
 _DIGEST = re.compile(r"digest:([0-9a-f]{64})")
 
 
@@ -335,7 +340,7 @@ def _groups_example(shape=(4, 96)):
 
 
 def _example_curves():
-  found = tables.load("train_lm_cpu_seed0.json")
+  found = record.load("train_lm_cpu_seed0.json")
   runs = {}
   for run in found["runs"]:
     losses = np.array(run["train_losses"])
@@ -351,7 +356,7 @@ def _example_curves():
 
 
 def _quality_curves(name):
-  found = tables.load(name)
+  found = record.load(name)
   runs: dict[str, list] = {}
   for run in found["runs"]:
     kept = {key: run[key] for key in ("steps", "losses")}
@@ -374,14 +379,15 @@ def quality_figures() -> dict[str, Figure]:
 
 def figures() -> dict[str, Figure]:
   """Every plot, by its file's name."""
-  plans = [tables.load(f"plan_{name}.json") for name in tables.PLANS]
-  sets = tables.load("gpu_step.json")
+  plans = [record.load(f"plan_{name}.json") for name in PLANS]
+  plans = [{key: plan[key] for key in PLANNED} for plan in plans]
+  sets = record.load("gpu_step.json")
   return {
     "memory": Figure(memory_bars, plans, (7.5, 6)),
     "speed": Figure(speed_bars, sets, (9, 4.2)),
-    "released": Figure(released_bars, tables.load("release_gpu.json"), (8, 2.4)),
+    "released": Figure(released_bars, record.load("release_gpu.json"), (8, 2.4)),
     "example": Figure(loss_curves, _example_curves(), (8, 3.6)),
-    "companding": Figure(collapse, tables.load("companding.json")["runs"], (10, 3.4)),
+    "companding": Figure(collapse, record.load("companding.json")["runs"], (10, 3.4)),
     "codes": Figure(codes, _code_curves(), (9, 3.4)),
     "bits": Figure(bits, _split_example(), (9, 2)),
     "groups": Figure(groups, _groups_example(), (9, 1.6)),

@@ -1,22 +1,15 @@
 """Tables of README and the documentation, from the JSON files in results/."""
 
-import json
-import pathlib
 import statistics
 from collections.abc import Sequence
 
-import companding
-
-RESULTS = pathlib.Path(__file__).parent / "results"
-PLANS = ("gpt2", "llama-1b", "llama3-8b", "llama3-70b")
-
-
-def load(name):
-  return json.loads((RESULTS / name).read_text())
+from benchmarks import record
+from benchmarks.memory.plans import PLANS
+from benchmarks.quality import companding
 
 
 def memory_row():
-  memory = load("llama_memory.json")
+  memory = record.load("llama_memory.json")
   usual = memory["baseline_bytes"]
   kept = sum(usual.values()) - usual["gradients"]
   return (
@@ -29,10 +22,10 @@ def memory_row():
 
 def loss_rows():
   """One row per seed of the example's default run."""
-  paths = sorted(RESULTS.glob("train_lm_cpu_seed*.json"))
+  paths = sorted(record.RESULTS.glob("train_lm_cpu_seed*.json"))
   rows, differences = [], []
   for path in paths:
-    result = load(path.name)
+    result = record.load(path.name)
     flash, usual = result["runs"]
     difference = 100 * (flash["valid_loss"] / usual["valid_loss"] - 1)
     differences.append(difference)
@@ -58,7 +51,7 @@ def quality_rows():
   """Mean validation losses of the large language models, over seeds."""
   rows = []
   for name in ("adamw", "lion"):
-    found = load(f"quality_lm_{name}.json")
+    found = record.load(f"quality_lm_{name}.json")
     values = {
       method: [run["value"] for run in found["runs"] if run["name"] == method]
       for method in (f"fo.{name} 24/8 root", found["baseline"])
@@ -76,7 +69,7 @@ def quality_rows():
 
 
 def step_row():
-  step = load("xla_step_cpu.json")
+  step = record.load("xla_step_cpu.json")
   flash, usual = (
     step["step_seconds"][name] for name in ("fo.adamw", "optax.adamw")
   )
@@ -91,7 +84,7 @@ def step_row():
 def gpu_rows():
   """One row per leaf set, of the device's time."""
   rows = []
-  for name, found in load("gpu_step.json").items():
+  for name, found in record.load("gpu_step.json").items():
     flash, usual = found["rows"]["adamw"], found["rows"]["optax.adamw fp32"]
     times = [cell["device_milliseconds"] for cell in (flash, usual)]
     rows.append((
@@ -104,7 +97,7 @@ def gpu_rows():
 
 
 def release_row():
-  found = load("release_gpu.json")
+  found = record.load("release_gpu.json")
   ours = found["memory"]["peak_bytes"]
   usual = found["baseline"]["cast_in_layers"]["total_bytes"]
   return (
@@ -116,7 +109,7 @@ def release_row():
 
 
 def fsdp_row():
-  cells = load("fsdp_gpu.json")["train"]
+  cells = record.load("fsdp_gpu.json")["train"]
   ours, usual = (
     cells[f"8b {name} 4 GPUs"]["peak_bytes"] for name in ("flash", "optax")
   )
@@ -129,7 +122,7 @@ def fsdp_row():
 
 
 def checkpoint_row():
-  found = load("checkpoint_size.json")
+  found = record.load("checkpoint_size.json")
   return (
     "GPT-2 124 M: checkpoint, MB",
     f"{found['flash_bytes'] / 1e6:.0f}",
@@ -157,7 +150,7 @@ def _gib(size):
 
 def _note(found, *more):
   """Where and when something was measured."""
-  versions = found.get("versions", found)
+  versions = found["versions"]
   parts = [
     found.get("device"),
     *(f"{name} {versions[name]}" for name in ("jax", "optax") if name in versions),
@@ -171,7 +164,7 @@ def plans():
   """Bytes per device of four models."""
   rows = []
   for name in PLANS:
-    plan = load(f"plan_{name}.json")
+    plan = record.load(f"plan_{name}.json")
     axes = ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     for row in plan["rows"]:
       rows.append((
@@ -190,7 +183,7 @@ def plans():
 
 def plan_check():
   """The plan beside compiled train steps."""
-  found = load("plan_check.json")
+  found = record.load("plan_check.json")
   rows = [
     (
       f"{name}, {mesh}",
@@ -219,7 +212,7 @@ def plan_check():
 
 def plan_peaks():
   """The plan beside the peak that a GPU's allocator saw, activations included."""
-  plan, found = load("plan_llama3-8b.json"), load("fsdp_gpu.json")
+  plan, found = record.load("plan_llama3-8b.json"), record.load("fsdp_gpu.json")
   rows = []
   for row, name in zip(plan["rows"], ("optax", "flash", "released"), strict=False):
     measured = found["train"][f"8b {name} 1 GPUs"]
@@ -232,7 +225,7 @@ def plan_peaks():
 
 def release():
   """Llama-3-8B on one GPU, and the speed of a released step."""
-  found = load("release_gpu.json")
+  found = record.load("release_gpu.json")
   memory, speed = found["memory"], found["speed"]
   usual = found["baseline"]["cast_in_layers"]
   rows = [
@@ -269,8 +262,8 @@ def release():
 def release_memory():
   """XLA's account of a 24-layer model's step."""
   rows = []
-  for path in sorted(RESULTS.glob("release_memory_*.json")):
-    found = load(path.name)
+  for path in sorted(record.RESULTS.glob("release_memory_*.json")):
+    found = record.load(path.name)
     sizes = found["per_device_bytes"]
     rows.append((
       f"{found['devices']} × {found['device']}",
@@ -296,7 +289,7 @@ def release_memory():
 
 def host_offload():
   """State in host memory."""
-  found = load("host_offload.json")
+  found = record.load("host_offload.json")
   rows = [
     (
       name,
@@ -315,7 +308,7 @@ def host_offload():
 
 def speed():
   """Every optimizer of the GPU benchmark, on every leaf set."""
-  sets = load("gpu_step.json")
+  sets = record.load("gpu_step.json")
   names = list(dict.fromkeys(name for found in sets.values() for name in found["rows"]))
 
   def cell(measured):
@@ -344,7 +337,7 @@ def speed():
 
 def _compile_times():
   """Seconds until a step of GPT-2's leaves is compiled, and with a warm cache."""
-  found = load("gpu_compile.json")
+  found = record.load("gpu_compile.json")
   runs = found["runs"]
   (ours, ours_again), (usual, usual_again) = (
     [
@@ -360,13 +353,13 @@ def _compile_times():
     " cache after Triton has compiled its kernels once more; one of `optax.adamw`"
     f" {usual:.1f} and {usual_again:.1f} s. Importing Triton, which imports PyTorch"
     f" where it is installed, took {first['import_seconds']:.1f} s more."
-    f" {first['device']}, jax {first['jax']}, {found['date']}."
+    f" {found['device']}, jax {found['versions']['jax']}, {found['date']}."
   )
 
 
 def tpu_kernel():
   """Cycles of the compiled TPU kernels over those that memory needs."""
-  found = load("tpu_static.json")
+  found = record.load("tpu_static.json")
   rows = [
     (
       row["chip"],
@@ -391,13 +384,13 @@ def tpu_kernel():
   return (
     f"{markdown(header, rows)}\n\nOn the same scale `optax.adamw` in float32 is at"
     f" {found['fp32_adamw_over_hbm_cycles']:.2f} if it is bound by memory alone."
-    f" libtpu {found['libtpu']}, {_note(found)}"
+    f" libtpu {found['versions']['libtpu']}, {_note(found)}"
   )
 
 
 def tpu_tried():
   """What was tried on the TPU kernel, in bundles of its inner loop."""
-  found = load("tpu_tried.json")
+  found = record.load("tpu_tried.json")
   rows = [
     (row["step"], *(str(row.get(chip, "")) for chip in found["chips"]))
     for row in found["rows"]
@@ -407,7 +400,7 @@ def tpu_tried():
 
 def tpu_compile():
   """What of the TPU kernel was compiled, chip by chip."""
-  found = load("tpu_compile.json")
+  found = record.load("tpu_compile.json")
   rows = []
   for chip in dict.fromkeys(row["chip"] for row in found["rows"]):
     cells = [row for row in found["rows"] if row["chip"] == chip]
@@ -435,13 +428,13 @@ def tpu_compile():
   copies = f"copies with {shapes}" if copied else "no copies"
   return (
     f"{markdown(header, rows)}\n\n{done} of {found['cases']} cases; {copies}."
-    f" libtpu {found['libtpu']}, {_note(found)}"
+    f" libtpu {found['versions']['libtpu']}, {_note(found)}"
   )
 
 
 def tpu_interpret():
   """The TPU kernel in interpret mode, against XLA and under gradient release."""
-  found = load("tpu_interpret.json")
+  found = record.load("tpu_interpret.json")
   rows = []
   for released in found["released"]:
     name = released["optimizer"]
@@ -476,7 +469,7 @@ def tpu_interpret():
 
 def tpu_sharding():
   """Sharded steps, compiled ahead of time."""
-  found = load("tpu_sharding.json")
+  found = record.load("tpu_sharding.json")
   rows = [
     (
       f"{name}: {', '.join(f'{k}={v}' for k, v in cell['mesh'].items())}",
@@ -507,7 +500,7 @@ STEPS = {
 
 def tpu_train_step():
   """Whole training steps' memory, compiled ahead of time."""
-  found = load("tpu_train_step.json")
+  found = record.load("tpu_train_step.json")
   kinds = ("params", "state", "temporaries", "all", "all_but_activations")
   rows, notes = [], []
   for model, cells in found["models"].items():
@@ -537,13 +530,13 @@ def tpu_train_step():
     "all",
     "all but activations",
   )
-  notes.append(f"libtpu {found['libtpu']}, {_note(found)}")
+  notes.append(f"libtpu {found['versions']['libtpu']}, {_note(found)}")
   return f"{markdown(header, rows)}\n\n{' '.join(notes)}"
 
 
 def fsdp():
   """Training steps over several GPUs, and how they differ from one GPU's."""
-  found = load("fsdp_gpu.json")
+  found = record.load("fsdp_gpu.json")
   order = [*STEPS]
   cells = sorted(
     ((name.split(), cell) for name, cell in found["train"].items()),
@@ -608,7 +601,7 @@ def fsdp():
 
 def faults():
   """What came of faults injected into saving and exporting."""
-  found = load("checkpoint_faults.json")
+  found = record.load("checkpoint_faults.json")
   rows = []
   for key, what in (
     ("damaged", "Orbax checkpoint: a file missing, cut short or with a bit flipped"),
@@ -629,13 +622,18 @@ def faults():
     rows.append((left, *map(str, (kills["tries"], *outcomes))))
   header = ("fault", "injected", "refused", "read whole", "read wrong")
   table = markdown(header, rows)
-  return f"{table}\n\njax {found['jax']}, Orbax {found['orbax']}, {found['date']}."
+  versions = found["versions"]
+  return (
+    f"{table}\n\njax {versions['jax']}, Orbax {versions['orbax-checkpoint']},"
+    f" {found['date']}."
+  )
 
 
 def checkpoints():
   """Files, faults, export."""
-  size, faults = load("checkpoint_size.json"), load("checkpoint_faults.json")
-  export = load("export_memory.json")
+  size = record.load("checkpoint_size.json")
+  faults = record.load("checkpoint_faults.json")
+  export = record.load("export_memory.json")
   damaged, killed = faults["damaged"], faults["killed"]
   rows = [
     (
@@ -709,7 +707,7 @@ def storage_bytes():
 
 def release_bytes():
   """Bytes per parameter of a step: usual, ours, released."""
-  memory = load("llama_memory.json")
+  memory = record.load("llama_memory.json")
   count, ours, usual = memory["parameters"], memory["bytes"], memory["baseline_bytes"]
   columns = [
     (usual["params"], 0, usual["moments"], usual["gradients"]),
@@ -742,7 +740,7 @@ def release_bytes():
 
 def companding_table():
   """The simulation of companded moments."""
-  results = load("companding.json")
+  results = record.load("companding.json")
   note = (
     f"{results['groups']:,} groups of {results['group_size']}, "
     f"{results['steps']:,} steps ({results['groups'] // companding.FEWER} and "
@@ -769,7 +767,7 @@ def quality():
   """
   parts = []
   for name in quality_files():
-    found = load(name)
+    found = record.load(name)
     more = [f"peak learning rate {found['learning_rate']:g}"]
     if tokens := found["runs"][0].get("tokens"):
       text = found["data"]["python"]
@@ -789,10 +787,10 @@ def quality():
 
 def quality_files():
   """The files of :func:`quality`: large models first, then by name."""
-  names = [path.name for path in RESULTS.glob("quality_*.json")]
+  names = [path.name for path in record.RESULTS.glob("quality_*.json")]
   return sorted(
     names,
-    key=lambda name: (-(load(name)["runs"][0].get("parameters") or 0), name),
+    key=lambda name: (-(record.load(name)["runs"][0].get("parameters") or 0), name),
   )
 
 
@@ -841,7 +839,7 @@ def quality_table(found):
 
 def moments():
   """Errors of the update's direction with 8-bit moments, by kind of layer."""
-  found = load("moments.json")
+  found = record.load("moments.json")
   rows = [
     (layer, *(
       f"{cells[name]['error']:.1%}, {cells[name]['collapsed']:.2%}"

@@ -1,6 +1,6 @@
 """Seconds to compile a step of GPT-2's 148 leaves on a GPU, twice.
 
-    python benchmarks/gpu_compile.py --output benchmarks/results
+    python benchmarks/speed/gpu_compile.py
 
 Each optimizer's step is traced, lowered and compiled in two processes, one after
 the other, that share a folder of JAX's compilation cache, empty at first. The
@@ -9,8 +9,6 @@ lowered, before JAX looks into its cache. What Triton imports is timed apart: wh
 PyTorch is installed, Triton imports it with the first kernel.
 """
 
-import argparse
-import datetime
 import importlib.util
 import json
 import os
@@ -20,7 +18,10 @@ import sys
 import tempfile
 import time
 
-from leaf_sets import LEAF_SETS
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import record
+from benchmarks.support.leaf_sets import LEAF_SETS
 
 LEAF_SET = "GPT-2 124 M"
 OPTIMIZERS = ("adamw", "optax.adamw fp32")
@@ -37,11 +38,11 @@ def import_seconds():
 
 def compile_once(optimizer):
   """Seconds, and whether the program came from JAX's compilation cache."""
-  import gpu_step
   import jax
   import optax
 
   import flashoptim_jax as fo
+  from benchmarks.speed import gpu_step
 
   ours = optimizer == "adamw"
   tx = fo.adamw(1e-3) if ours else optax.adamw(1e-3)
@@ -68,8 +69,6 @@ def compile_once(optimizer):
       "lower_seconds": middle - start,
       "compile_seconds": time.perf_counter() - middle,
       "from_cache": bool(hits),
-      "device": jax.devices()[0].device_kind,
-      "jax": jax.__version__,
   }
 
 
@@ -92,8 +91,7 @@ def in_process(optimizer, cache):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--output", type=pathlib.Path, default="benchmarks/results")
+  parser = record.parser(__doc__)
   parser.add_argument("--one", choices=OPTIMIZERS, help="in this process, once")
   arguments = parser.parse_args()
   if arguments.one:
@@ -105,9 +103,8 @@ def main():
       runs[optimizer] = {
           run: in_process(optimizer, cache) for run in ("first", "second")
       }
-  result = {"date": datetime.date.today().isoformat(), "runs": runs}
-  path = arguments.output / "gpu_compile.json"
-  path.write_text(json.dumps(result, indent=1) + "\n")
+  result = record.about_in_process("triton", "jax-triton") | {"runs": runs}
+  record.write("gpu_compile.json", result, arguments.output)
   print(json.dumps(result, indent=1))
 
 

@@ -1,6 +1,6 @@
 """Time of an optimizer step on a GPU, beside the alternatives, in one run.
 
-    python benchmarks/gpu_step.py --output benchmarks/results
+    python benchmarks/speed/gpu_step.py
 
 Each optimizer takes many steps inside one jit, with the gradients fixed. Of JAX's
 optimizers two times are taken: "milliseconds", from start to end, which counts
@@ -14,8 +14,6 @@ The peers, if installed where ``--peers`` says (a folder on its own path, since
 one of them has this package's import name): flashoptim and flashoptim-jax.
 """
 
-import argparse
-import datetime
 import functools
 import gzip
 import json
@@ -26,7 +24,10 @@ import sys
 import tempfile
 import time
 
-from leaf_sets import LEAF_SETS
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import record
+from benchmarks.support.leaf_sets import LEAF_SETS
 
 # Bytes per parameter and step: gradient read; parameter, correction and moments
 # read and written. Updates are written, and read with the parameter that they
@@ -310,12 +311,9 @@ def in_subprocess(arguments, path):
 
 def save(results, folder):
   """Writes what has been measured, beside earlier runs of other leaf sets."""
-  folder.mkdir(parents=True, exist_ok=True)
-  path = folder / "gpu_step.json"
-  earlier = json.loads(path.read_text()) if path.exists() else {}
-  found = {**earlier, **results}
+  found = record.earlier("gpu_step.json", folder) | results
   ordered = {name: found[name] for name in LEAF_SETS if name in found}
-  path.write_text(json.dumps(ordered, indent=2) + "\n")
+  record.write("gpu_step.json", ordered, folder)
 
 
 def table(results):
@@ -336,8 +334,7 @@ def table(results):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--output", type=pathlib.Path, default="benchmarks/results")
+  parser = record.parser(__doc__)
   parser.add_argument("--peers", help="the path on which the peers are installed")
   parser.add_argument("--leaf-sets", nargs="*", default=list(LEAF_SETS))
   parser.add_argument("--one", nargs=2, metavar=("LEAF_SET", "ROW"))
@@ -356,24 +353,11 @@ def main():
       for leaf_set in arguments.leaf_sets
   }
 
-  import jax
-  import optax
-
-  import flashoptim_jax as fo
-
   ceiling = copy_ceiling()
   results = {}
   for leaf_set, rows in peers.items():
-    results[leaf_set] = {
-        "device": jax.devices()[0].device_kind,
-        "date": datetime.date.today().isoformat(),
-        "versions": {
-            "jax": jax.__version__,
-            "optax": optax.__version__,
-            "flashoptim_jax": fo.__version__,
-        },
-        "copy_bytes_per_second": ceiling,
-    }
+    results[leaf_set] = record.about("triton", "jax-triton")
+    results[leaf_set]["copy_bytes_per_second"] = ceiling
     shapes = LEAF_SETS[leaf_set]()
     count = sum(map(math.prod, shapes.values()))
     for row in OURS:

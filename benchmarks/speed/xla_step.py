@@ -6,27 +6,26 @@ call: ours is ``fo.step`` with 24-bit masters and 8-bit moments; the other is
 the next forward pass would need. They take turns in one process, and the ratio
 is the median over pairs of neighbouring measurements.
 
-Run it as ``python benchmarks/xla_step.py``.
+Run it as ``python benchmarks/speed/xla_step.py``.
 """
 
-import argparse
-import datetime
 import functools
-import json
 import pathlib
-import platform
 import statistics
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import optax
 
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
+
 import flashoptim_jax as fo
+from benchmarks import record
 from flashoptim_jax import codec, kernels, optimizers, rules
 from flashoptim_jax.kernels import xla
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 # 20 M parameters in one large, one tall and one small leaf.
 SHAPES = {"wide": (2048, 4896), "tall": (9792, 1024), "norm": (4896,)}
 STEPS = 3  # per measurement
@@ -102,13 +101,9 @@ def profile(rule, storage, leaf, scalars):
 
 
 def main():
-  parser = argparse.ArgumentParser(description="Times the XLA path's step.")
+  parser = record.parser(__doc__)
   parser.add_argument("--pairs", type=int, default=11, help="measurements of each")
-  parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
   arguments = parser.parse_args()
-  output = arguments.output or (
-    RESULTS / f"xla_step_{jax.default_backend()}.json"
-  )
 
   masters = arrays(jax.random.key(0), jnp.float32, 0.02)
   grads = arrays(jax.random.key(1), jnp.bfloat16, 1e-3)
@@ -136,14 +131,7 @@ def main():
   ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
   medians = {name: statistics.median(values) for name, values in seconds.items()}
   result = {
-    "date": datetime.date.today().isoformat(),
-    "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-    "versions": {
-      "python": platform.python_version(),
-      "jax": jax.__version__,
-      "optax": optax.__version__,
-      "flashoptim_jax": fo.__version__,
-    },
+    **record.about(),
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     "shapes": SHAPES,
     "pairs": arguments.pairs,
@@ -172,8 +160,8 @@ def main():
   result["profile_of_wide_seconds"] = profile(
     rules.ADAM, fo.Storage(), leaf, hyperparameters
   )
-  output.parent.mkdir(parents=True, exist_ok=True)
-  output.write_text(json.dumps(result, indent=1) + "\n")
+  name = f"xla_step_{jax.default_backend()}.json"
+  record.write(name, result, arguments.output)
   print(f"{result['device']}, {result['parameters'] / 1e6:.1f} M parameters")
   print(f"{'':14}{'ms per step':>14}{'temporaries, MiB':>20}")
   for name in runs:

@@ -1,4 +1,4 @@
-"""A Llama-architecture model with stacked layers, for the release benchmarks.
+"""A Llama-architecture model with stacked layers.
 
 The same functions make two losses: one for ``value_and_release``, one for
 ``jax.grad`` with every layer rematerialised.
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
 
@@ -74,6 +75,20 @@ LLAMA3_8B = Config(4096, 32, 32, 8, 14336, 128256)
 LLAMA3_70B = Config(8192, 80, 64, 8, 28672, 128256)
 ONE_BILLION = Config(2048, 16, 32, 8, 8192, 32768)
 
+# Of the parameters, over axes of devices called fsdp and tensor.
+SPECS = {
+    "embed": P("tensor", "fsdp"),
+    "head": P("fsdp", "tensor"),
+    "norm": P(),
+    "layers": {
+        **dict.fromkeys(("attention_norm", "mlp_norm"), P()),
+        **dict.fromkeys(("wq", "gate", "up"), P(None, "fsdp", "tensor")),
+        # Two of the eight heads' 128 channels on each of eight devices.
+        **dict.fromkeys(("wk", "wv"), P(None, "fsdp", "tensor")),
+        **dict.fromkeys(("wo", "down"), P(None, "tensor", "fsdp")),
+    },
+}
+
 
 def structs(config: Config, dtype=jnp.bfloat16):
   """The parameters' types."""
@@ -87,6 +102,19 @@ def structs(config: Config, dtype=jnp.bfloat16):
 def placed(structs, shardings):
   """Types of arrays with those shardings."""
   return jax.tree.map(lambda s, place: s.update(sharding=place), structs, shardings)
+
+
+def per_device(struct) -> int:
+  """Bytes of an array that one device holds."""
+  shape = struct.sharding.shard_shape(struct.shape)
+  return math.prod(shape) * struct.dtype.itemsize
+
+
+def random_tokens(config: Config, batch: int, seq: int, seed: int = 0):
+  """Inputs and targets."""
+  keys = jax.random.split(jax.random.key(seed))
+  shape = (batch, seq)
+  return [jax.random.randint(key, shape, 0, config.vocabulary) for key in keys]
 
 
 def init(config: Config, seed: int = 0):

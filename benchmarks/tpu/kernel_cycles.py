@@ -9,15 +9,12 @@ code that runs in some of the grid's steps is counted in all of them. XLA's own
 fusions have no such listing, so for them the sum of the compiler's estimates of
 cycles stands in.
 
-Run it as ``python benchmarks/tpu_static.py``; it compiles in one process for each
-case, since libtpu reads its flags once, and takes a few minutes.
+Run it as ``python benchmarks/tpu/kernel_cycles.py``; it compiles in one process for
+each case, since libtpu reads its flags once, and takes a few minutes.
 """
 
-import argparse
 import collections
-import datetime
 import glob
-import importlib.metadata
 import json
 import math
 import os
@@ -28,7 +25,10 @@ import sys
 import tempfile
 import time
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
+
+from benchmarks import record
+
 # HBM bytes/s and clock of a chip (the vendor's public
 # figures), and cores that share a grid.
 CHIPS = {
@@ -44,7 +44,7 @@ FP32_ADAMW_BYTES = 28  # optax.adamw: read 16, write 12
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = record.parser(__doc__)
   names = ("CHIP", "OPTIMIZER", "BACKEND", "SHAPE")
   parser.add_argument("--case", nargs=4, metavar=names)
   args = parser.parse_args()
@@ -62,13 +62,11 @@ def main():
   for case in [*cases, ("v5e", "adamw", "xla", SHAPE)]:
     rows.append(run(*case))
     result = {
-        "date": datetime.date.today().isoformat(),
-        "jax": importlib.metadata.version("jax"),
-        "libtpu": importlib.metadata.version("libtpu"),
+        **record.about("libtpu", device=""),
         "fp32_adamw_over_hbm_cycles": round(FP32_ADAMW_BYTES / 12.25, 3),
         "rows": rows,
     }
-    (RESULTS / "tpu_static.json").write_text(json.dumps(result, indent=1) + "\n")
+    record.write("tpu_static.json", result, args.output)
 
 
 def run(*case):
@@ -95,16 +93,16 @@ def measure(chip: str, optimizer: str, backend: str, shape: tuple[int, ...]) -> 
   os.environ["LIBTPU_INIT_ARGS"] = flags
   import jax
   import jax.numpy as jnp
-  import tpu_compile
 
+  from benchmarks.support import tpu_ahead_of_time
   from flashoptim_jax.kernels import mosaic_tpu
 
   bandwidth, clock, cores = CHIPS[chip]
-  tx = tpu_compile.OPTIMIZERS[optimizer](implementation=backend)
+  tx = tpu_ahead_of_time.OPTIMIZERS[optimizer](implementation=backend)
   params = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
   state = jax.eval_shape(tx.init, params)
   start = time.perf_counter()
-  compiled = tpu_compile.compile_step(tx, params, chip)
+  compiled = tpu_ahead_of_time.compile_step(tx, params, chip)
   seconds = time.perf_counter() - start
   # The gradient is read, the parameter and the state are read and written.
   arrays = 3 * jax.tree.leaves(params) + 2 * jax.tree.leaves(state)
@@ -113,7 +111,8 @@ def measure(chip: str, optimizer: str, backend: str, shape: tuple[int, ...]) -> 
   counts = loop = vmem = None
   if backend == "mosaic_tpu":
     counts = bundles_by_depth(dump)
-    with jax.sharding.use_abstract_mesh(tpu_compile.mesh(chip).abstract_mesh):
+    mesh = tpu_ahead_of_time.mesh(chip).abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh):
       cut = mosaic_tpu.cut(shape, 2, nbytes / math.prod(shape), optimizer != "sgd")
     rows = math.prod(cut.leading) * math.ceil(cut.rows / cut.block_rows)
     units = rows * math.ceil(cut.columns / (mosaic_tpu.UNIT // cut.block_rows))

@@ -1,6 +1,6 @@
 """Train steps over whole TPU slices, compiled ahead of time: memory, communication.
 
-    python benchmarks/tpu_sharding.py
+    python benchmarks/tpu/sharded_update.py
 
 Needs libtpu, and no TPU: nothing runs. A Llama-shaped model is split over FSDP ×
 TP on 256 v5e chips and 64 v5p chips. Says what a device holds, beside what the
@@ -9,47 +9,35 @@ too, and is to have none); and where the arguments are with the state in host
 memory. Writes results/tpu_sharding.json.
 """
 
-import argparse
-import datetime
 import functools
 import json
 import math
 import os
 import pathlib
 import re
+import sys
 
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
 
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from release_memory import per_device
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.support import llama
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 COLLECTIVE = re.compile(
     r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
 )
 # Topology, devices along fsdp and tensor.
 SLICES = {"v5e:16x16": (32, 8), "v5p:4x4x4": (8, 8)}
 CONFIG = llama.Config(4096, 4, 32, 8, 14336, 32768)
-SPECS = {
-    "embed": P("tensor", "fsdp"),
-    "head": P("fsdp", "tensor"),
-    "norm": P(),
-    "layers": {
-        **dict.fromkeys(("attention_norm", "mlp_norm"), P()),
-        **dict.fromkeys(("wq", "gate", "up"), P(None, "fsdp", "tensor")),
-        # Two of the eight heads' 128 channels on each of eight devices.
-        **dict.fromkeys(("wk", "wv"), P(None, "fsdp", "tensor")),
-        **dict.fromkeys(("wo", "down"), P(None, "tensor", "fsdp")),
-    },
-}
 
 
 def measure(topology, sizes):
@@ -62,7 +50,7 @@ def measure(topology, sizes):
   )
 
   tx = fo.adamw(1e-3)
-  shardings = jax.tree.map(functools.partial(NamedSharding, mesh), SPECS)
+  shardings = jax.tree.map(functools.partial(NamedSharding, mesh), llama.SPECS)
   params = llama.placed(llama.structs(CONFIG), shardings)
   batch = jax.ShapeDtypeStruct(
       (2 * sizes[0], 2048), jnp.int32, sharding=NamedSharding(mesh, P("fsdp"))
@@ -89,7 +77,7 @@ def measure(topology, sizes):
         .compile()
     )
     memory = compiled.memory_analysis()
-    gradients = sum(per_device(leaf) for leaf in jax.tree.leaves(params))
+    gradients = sum(llama.per_device(leaf) for leaf in jax.tree.leaves(params))
     kept = memory.argument_size_in_bytes - gradients
     result[name] = {
         "collectives_in_update": sorted(set(COLLECTIVE.findall(compiled.as_text()))),
@@ -118,21 +106,12 @@ def measure(topology, sizes):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
-  arguments = parser.parse_args()
-  arguments.output.mkdir(parents=True, exist_ok=True)
-  results = {
-      "date": datetime.date.today().isoformat(),
-      "jax": jax.__version__,
-      "flashoptim_jax": fo.__version__,
-      "slices": {},
-  }
+  arguments = record.parser(__doc__).parse_args()
+  results = record.about("libtpu", device="") | {"slices": {}}
   for topology, sizes in SLICES.items():
     results["slices"][topology] = measure(topology, sizes)
     print(topology, json.dumps(results["slices"][topology], indent=1), flush=True)
-    path = arguments.output / "tpu_sharding.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    record.write("tpu_sharding.json", results, arguments.output)
 
 
 if __name__ == "__main__":

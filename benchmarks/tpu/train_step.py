@@ -1,7 +1,7 @@
 """Train steps of Llama-shaped models over TPU slices, compiled ahead of time: memory.
 
-    python benchmarks/tpu_train_step.py
-    python benchmarks/tpu_train_step.py --only "Llama-3-70B"
+    python benchmarks/tpu/train_step.py
+    python benchmarks/tpu/train_step.py --only "Llama-3-70B"
 
 Needs libtpu, and no TPU: nothing runs. A model and its batch are split over a slice.
 Its step is compiled with ``fo.adamw``, updated by the TPU kernel, ordinary (gradients
@@ -12,15 +12,13 @@ in. Where XLA plans more for the gradients alone than for the step, this tells n
 and ``all_but_activations`` is null. Writes results/tpu_train_step.json.
 """
 
-import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
 import re
+import sys
 from typing import NamedTuple
 
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
@@ -28,17 +26,19 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 import optax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from release_memory import per_device
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.support import llama
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULT = "tpu_train_step.json"
 SEQUENCE = 2048
 
 
@@ -65,7 +65,7 @@ def place(mesh, config, struct):
 
 def held(*trees) -> int:
   """Bytes of trees on one device."""
-  return sum(per_device(leaf) for leaf in jax.tree.leaves(trees))
+  return sum(llama.per_device(leaf) for leaf in jax.tree.leaves(trees))
 
 
 def measure(name, mesh, config):
@@ -154,23 +154,14 @@ def measure_model(model: Model):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = record.parser(__doc__)
   parser.add_argument("--only", choices=MODELS)
-  parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
   arguments = parser.parse_args()
-  arguments.output.mkdir(parents=True, exist_ok=True)
-  path = arguments.output / "tpu_train_step.json"
-  known = json.loads(path.read_text()).get("models", {}) if path.exists() else {}
+  known = record.earlier(RESULT, arguments.output).get("models", {})
   for name in [arguments.only] if arguments.only else MODELS:
     known[name] = measure_model(MODELS[name])
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "libtpu": importlib.metadata.version("libtpu"),
-        "optax": optax.__version__,
-        "models": known,
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    result = record.about("libtpu", device="") | {"models": known}
+    record.write(RESULT, result, arguments.output)
     print(name, json.dumps(known[name], indent=1), flush=True)
 
 

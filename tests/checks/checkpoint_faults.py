@@ -3,12 +3,11 @@
 Kills a process at random times while it saves, or exports to safetensors, and
 removes, truncates and flips bits of every file's metadata. The tests do a little.
 
-  JAX_PLATFORMS=cpu python benchmarks/checkpoint_faults.py --kills 50 --flips 20
+  JAX_PLATFORMS=cpu python tests/checks/checkpoint_faults.py --kills 50 --flips 20
 """
 
 import argparse
 import dataclasses
-import datetime
 import json
 import pathlib
 import random
@@ -25,9 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-import flashoptim_jax as fo
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
-RESULT = pathlib.Path(__file__).parent / "results" / "checkpoint_faults.json"
+import flashoptim_jax as fo
+from benchmarks import record
+
 SIZE = 1024  # Of the square matrices that the killed process saves.
 
 
@@ -288,7 +289,7 @@ def kill(folder: pathlib.Path, tries: int, seed: int) -> Kills:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+  parser = record.parser(__doc__)
   parser.add_argument("--kills", type=int, default=50)
   parser.add_argument("--flips", type=int, default=20)
   parser.add_argument("--save-forever", type=pathlib.Path, help=argparse.SUPPRESS)
@@ -318,15 +319,13 @@ def main() -> int:
     killed_exports = kill_exports(pathlib.Path(folder), arguments.kills, seed=0)
   print(killed_exports)
   result = {
-    "date": datetime.date.today().isoformat(),
-    "jax": jax.__version__,
-    "orbax": ocp.__version__,
+    **record.about("orbax-checkpoint", "safetensors"),
     "damaged": dataclasses.asdict(damaged),
     "killed": dataclasses.asdict(killed),
     "damaged_exports": dataclasses.asdict(damaged_exports),
     "killed_exports": dataclasses.asdict(killed_exports),
   }
-  RESULT.write_text(json.dumps(result, indent=1) + "\n")
+  record.write("checkpoint_faults.json", result, arguments.output)
   reports = damaged, killed, damaged_exports, killed_exports
   unclear = damaged.unclear + damaged_exports.unclear
   return 1 if unclear or any(report.wrong for report in reports) else 0

@@ -5,9 +5,10 @@ module, saved synchronously, asynchronously and by a CheckpointManager, on one
 device and on eight. The tests run a selection of it.
 
   JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 \
-    python benchmarks/checkpoint_resume.py
+    python tests/checks/checkpoint_resume.py
 """
 
+import argparse
 import functools
 import itertools
 import pathlib
@@ -264,6 +265,7 @@ def resumes(run: Run, saves: tuple[str, ...], folder: pathlib.Path) -> list[str]
 
 
 def main() -> int:
+  argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
   cases = list(itertools.product(OPTIMIZERS, STORAGES, CONTAINERS, [(1, 1), (4, 2)]))
   failures = 0
   for name, storage, container, shape in cases:

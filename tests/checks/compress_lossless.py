@@ -4,17 +4,14 @@ With ``Storage(master_bits=32, moment_bits=32)`` bfloat16 parameters and their
 corrections are float32 master weights, so an optimizer must follow itself on
 float32 parameters: over 50 jitted steps, from the same gradients, on leaves of five
 shapes. Two compiled programs may differ by a unit in the last place, at the leaf's
-largest weight, per step. ``python benchmarks/compress_lossless.py`` checks all of
-them and writes results/compress_lossless.json.
+largest weight, per step. ``python tests/checks/compress_lossless.py`` checks all of
+them; the tests a few.
 """
 
 import argparse
-import datetime
 import functools
-import json
 import os
 import pathlib
-import platform
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,12 +19,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from optax_optimizers import OPTIMIZERS
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
+from benchmarks.support.optax_optimizers import OPTIMIZERS
 
-OUTPUT = pathlib.Path(__file__).parent / "results" / "compress_lossless.json"
 STEPS = 50
 STORAGE = fo.Storage(master_bits=32, moment_bits=32)
 SHAPES = {
@@ -117,25 +114,12 @@ def units(actual, desired) -> float:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
-  arguments = parser.parse_args()
+  argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
   found = {}
   for name in OPTIMIZERS:
     actual, desired, _, _ = follow(name)
     found[name] = units(actual, desired)
     print(f"{name:30} {found[name]:.1f}", flush=True)
-  content = {
-    "date": datetime.date.today().isoformat(),
-    "versions": {
-      "python": platform.python_version(),
-      **{m.__name__: m.__version__ for m in (jax, optax, fo)},
-    },
-    "steps": STEPS,
-    "shapes": list(SHAPES.values()),
-    "units_in_the_last_place": found,
-  }
-  arguments.output.write_text(json.dumps(content, indent=1) + "\n")
   return int(max(found.values()) > STEPS)
 
 

@@ -1,6 +1,6 @@
 """``python -m flashoptim_jax plan`` against compiled train steps.
 
-    python benchmarks/plan_check.py
+    python tests/checks/plan_accuracy.py
 
 Nothing runs, and nothing is allocated. For GPT-2 124 M, a Llama of 1.1 B parameters
 and Llama-3-8B, on one device and over fsdp=4, tp=2, with ``optax.adamw`` on float32
@@ -10,11 +10,9 @@ parameters and with ``fo.adamw``, compares per device:
   parameters and state;
 * what its loss and gradients, compiled alone, return, with the plan's gradients.
 
-Writes results/plan_check.json, and fails if one is off by more than 2 %.
+Writes plan_check.json, and fails if one is off by more than 2 %.
 """
 
-import argparse
-import datetime
 import functools
 import json
 import os
@@ -28,18 +26,18 @@ os.environ |= {
 
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from release_memory import per_device
-from tpu_sharding import SPECS
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.support import llama
 from flashoptim_jax import models, planning
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 TOLERANCE = 0.02
 TOKENS = 128
 DTYPES = {"optax.adamw, float32": jnp.float32, "fo.adamw": jnp.bfloat16}
@@ -114,7 +112,7 @@ def gpt2():
 
 
 def llama_model(name, config):
-  """The same for a size of benchmarks/llama.py."""
+  """The same for a size of benchmarks/support/llama.py."""
   described = models.from_config(
       {
           "model_type": "llama",
@@ -131,7 +129,7 @@ def llama_model(name, config):
       described,
       functools.partial(llama.ordinary_loss, config),
       llama.structs(config),
-      SPECS,
+      llama.SPECS,
   )
 
 
@@ -179,7 +177,7 @@ def compare(model, sizes):
     results[name] = {
         "params_and_state": {
             "plan": row.params + row.state,
-            "compiled": memory.argument_size_in_bytes - 2 * per_device(batch),
+            "compiled": memory.argument_size_in_bytes - 2 * llama.per_device(batch),
         },
         "gradients": {
             "plan": row.gradients,
@@ -190,13 +188,9 @@ def compare(model, sizes):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
-  arguments = parser.parse_args()
+  arguments = record.parser(__doc__).parse_args()
   found = {
-      "date": datetime.date.today().isoformat(),
-      "jax": jax.__version__,
-      "flashoptim_jax": fo.__version__,
+      **record.about(),
       "tokens_per_device": TOKENS,
       "models": {},
   }
@@ -221,9 +215,7 @@ def main():
     found["models"][described.name] = result
     print(described.name, json.dumps(result, indent=1), flush=True)
   found["largest_difference"] = worst
-  arguments.output.mkdir(parents=True, exist_ok=True)
-  path = arguments.output / "plan_check.json"
-  path.write_text(json.dumps(found, indent=1) + "\n")
+  record.write("plan_check.json", found, arguments.output)
   print(f"The plan is within {worst:.2%} of arguments and gradients.")
   return int(worst > TOLERANCE)
 

@@ -4,30 +4,30 @@ Trains a small bf16 model with the library's AdamW, Lion and SGD, saves it, and
 compares what ``flashoptim_jax`` reads with what the library decodes. Needs an
 NVIDIA GPU, PyTorch and ``flashoptim``; JAX runs on the CPU.
 
-  python benchmarks/torch_checkpoint.py
+  python tests/checks/pytorch_checkpoint.py
 """
 
-import datetime
-import importlib.metadata
 import itertools
-import json
 import os
 import pathlib
+import sys
 import tempfile
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import flashoptim
-import jax
 import numpy as np
 import torch
 
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
+
 import flashoptim_jax as fo
+from benchmarks import record
 from flashoptim_jax import pytorch
 
-RESULT = pathlib.Path(__file__).parent / "results" / "torch_checkpoint.json"
 STEPS = 20
+LIMIT = 8  # of differences, in units of float32's precision: a few roundings
 OPTIMIZERS = {
   "FlashAdamW": (flashoptim.FlashAdamW, {"lr": 1e-3}, fo.adamw(1e-3)),
   "FlashLion": (flashoptim.FlashLion, {"lr": 1e-4}, fo.lion(1e-4)),
@@ -103,7 +103,8 @@ def compare(name: str, bits: int, quantize: bool) -> dict[str, Any]:
   return result
 
 
-def main() -> None:
+def main() -> int:
+  arguments = record.parser(__doc__).parse_args()
   rows = [
     compare(*case) for case in itertools.product(OPTIMIZERS, (24, 32), (True, False))
   ]
@@ -112,15 +113,13 @@ def main() -> None:
     cells = (f"{x:.3g}" if isinstance(x, float) else str(x) for x in row)
     print("".join(f"{cell:>22}" for cell in cells))
   result = {
-    "date": datetime.date.today().isoformat(),
-    "device": torch.cuda.get_device_name(),
-    "torch": torch.__version__,
-    "flashoptim": importlib.metadata.version("flashoptim"),
-    "jax": jax.__version__,
+    **record.about("torch", "flashoptim", device=torch.cuda.get_device_name()),
     "rows": rows,
   }
-  RESULT.write_text(json.dumps(result, indent=1) + "\n")
+  record.write("torch_checkpoint.json", result, arguments.output)
+  keys = ("masters_eps", *(f"{moment}_eps" for moment in MOMENTS))
+  return int(any((row[key] or 0) > LIMIT for row in rows for key in keys))
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

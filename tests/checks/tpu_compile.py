@@ -4,62 +4,39 @@ Needs ``pip install libtpu`` on x86-64 Linux and no TPU. Reads in the optimised 
 that each leaf is a Mosaic custom call, updates its arrays in place, and that no
 array of a leaf's size is copied or given another layout on the way.
 
-Run it as ``python benchmarks/tpu_compile.py``; it takes hours. ``--sample 1`` gives
+Run it as ``python tests/checks/tpu_compile.py``; it takes hours. ``--sample 1`` gives
 each case one of the shapes in turn, so that every case and every shape is compiled,
 but not every pair. ``--quick`` compiles a few cases and prints them, in which order of
 axes XLA keeps arrays, and where the kernel is chosen by itself.
 """
 
-import argparse
-import datetime
 import functools
-import importlib.metadata
 import itertools
 import json
 import math
-import os
 import pathlib
 import re
+import sys
 import time
 
-os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
 import jax
-import leaf_sets
 import numpy as np
-from jax.experimental import topologies
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.support import leaf_sets
+from benchmarks.support.tpu_ahead_of_time import (
+  OPTIMIZERS,
+  STORAGES,
+  TOPOLOGIES,
+  compile_step,
+  devices_of,
+  single,
+)
 from flashoptim_jax.kernels.mosaic_layout import axis_order
 
-RESULTS = pathlib.Path(__file__).parent / "results"
-TOPOLOGIES = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-}
-OPTIMIZERS = {
-    "adamw": lambda **kwargs: fo.adamw(1e-3, **kwargs),
-    "adamw_nesterov": lambda **kwargs: fo.adamw(1e-3, nesterov=True, **kwargs),
-    "adam": lambda **kwargs: fo.adam(1e-3, **kwargs),
-    "lion": lambda **kwargs: fo.lion(1e-3, **kwargs),
-    "sgd": lambda **kwargs: fo.sgd(1e-3, **kwargs),
-    "momentum": lambda **kwargs: fo.sgd(1e-3, momentum=0.9, **kwargs),
-    "nesterov": lambda **kwargs: fo.sgd(
-        1e-3, momentum=0.9, nesterov=True, **kwargs
-    ),
-}
-STORAGES = {
-    "24/8": fo.Storage(),
-    "24/8 paper": fo.Storage(companding="paper"),
-    "32/8": fo.Storage(master_bits=32),
-    "none/8": fo.Storage(master_bits=None),
-    "24/32": fo.Storage(moment_bits=32),
-    "32/32": fo.Storage(master_bits=32, moment_bits=32),
-    "none/32": fo.Storage(master_bits=None, moment_bits=32),
-}
 ODD_SHAPES = [(8, 14336, 64), (4, 5, 72), (1000, 1001), (7, 33), (33, 129)]
 
 
@@ -69,40 +46,6 @@ def shapes() -> list[tuple[int, ...]]:
   found = {shape for model in models for shape in model.values()}
   found |= {(8, 4096, 14336), (64, 2048, 1408), *ODD_SHAPES}
   return sorted(s for s in found if len(s) > 1 and s[-1] >= 32)
-
-
-@functools.cache
-def devices_of(chip: str) -> list[jax.Device]:
-  """Devices of a chip that need not be there."""
-  return topologies.get_topology_desc(
-      topology_name=TOPOLOGIES[chip], platform="tpu"
-  ).devices
-
-
-def mesh(chip: str) -> jax.sharding.Mesh:
-  """One of them."""
-  return jax.sharding.Mesh(np.array(devices_of(chip)[:1]), ("x",))
-
-
-def single(chip: str) -> jax.sharding.NamedSharding:
-  return jax.sharding.NamedSharding(mesh(chip), jax.sharding.PartitionSpec())
-
-
-def compile_step(tx, params, chip: str):
-  """``fo.step`` compiled for one device, with params and state donated."""
-  spec = jax.sharding.PartitionSpec()
-  args = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=single(chip)),
-      (params, jax.eval_shape(tx.init, params), params),
-  )
-  step = jax.shard_map(
-      lambda grads, state, params: fo.step(tx, grads, state, params),
-      mesh=mesh(chip),
-      in_specs=spec,
-      out_specs=spec,
-      check_vma=False,
-  )
-  return jax.jit(step, donate_argnums=(1, 2)).lower(*args).compile()
 
 
 def check(chip: str, optimizer: str, storage: str, shapes, dtype="bfloat16") -> dict:
@@ -218,14 +161,14 @@ def orders(chip: str) -> list[dict]:
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = record.parser(__doc__)
   parser.add_argument("--quick", action="store_true")
   parser.add_argument("--sample", type=int, metavar="SHAPES", help="for each case")
   arguments = parser.parse_args()
   if arguments.quick:
     found = {"rows": quick(), "orders": orders("v5e"), "chosen": chosen("v5e")}
     print(json.dumps(found))
-    return
+    return 0
   every = shapes()
   count = arguments.sample or len(every)
   rows = []
@@ -243,19 +186,16 @@ def main():
     row = check(*case, [every[(first + j) % len(every)] for j in range(count)])
     print(*case, {k: row[k] for k in ("kernels", "leaves", "copies", "seconds")})
     rows.append(row)
-    write(rows, len(cases))
+    result = record.about("libtpu", device="") | {"cases": len(cases), "rows": rows}
+    record.write("tpu_compile.json", result, arguments.output)
+  return int(any(fails(row) for row in rows))
 
 
-def write(rows, cases: int):
-  result = {
-      "date": datetime.date.today().isoformat(),
-      "jax": importlib.metadata.version("jax"),
-      "libtpu": importlib.metadata.version("libtpu"),
-      "cases": cases,
-      "rows": rows,
-  }
-  (RESULTS / "tpu_compile.json").write_text(json.dumps(result, indent=1) + "\n")
+def fails(row: dict) -> bool:
+  """Whether a leaf has no kernel, is not updated in place, or is copied."""
+  in_place = row["kernels"] == row["leaves"] and row["aliased"] == row["outputs"]
+  return not in_place or bool(row["copies"])
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())
