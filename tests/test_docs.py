@@ -122,6 +122,7 @@ def test_quality_runs_have_a_section_and_a_picture(tmp_path, monkeypatch):
       "metric": "loss",
       "baseline": "optax",
       "device": "cpu",
+      "versions": {"jax": "0.10.0"},
       "date": "2026-01-01",
       "learning_rate": 1e-3,
       "runs": [run("optax", s, 2.0) | losses for s in range(2)]

@@ -760,10 +760,10 @@ def example_losses():
 def quality():
   """One table for each results/quality_*.json.
 
-  Such a file has ``title``, ``metric``, ``learning_rate``, ``date``, ``device``, and
-  ``runs``: each with ``name``, ``seed``, ``value`` of the metric (null if it is not
-  finite), ``steps`` and ``losses``. ``baseline`` is the name of the runs that the
-  others are compared with, seed by seed.
+  Such a file has ``title``, ``metric``, ``learning_rate``, ``date``, ``device``,
+  ``versions`` and ``runs``: each with ``name``, ``seed``, ``value`` of the metric (null
+  if it is not finite), ``steps`` and ``losses``. ``baseline`` is the name of the runs
+  that the others are compared with, seed by seed.
   """
   parts = []
   for name in quality_files():
