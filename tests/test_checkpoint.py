@@ -6,14 +6,14 @@ import json
 import multiprocessing
 
 import cases
-import checkpoint_faults
-import checkpoint_resume as resume
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from checks import checkpoint_faults
+from checks import checkpoint_resume as resume
 from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo

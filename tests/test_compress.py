@@ -8,19 +8,16 @@ import subprocess
 import sys
 
 import cases
-import compress_lossless
-import compress_memory
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax_optimizers
 import orbax.checkpoint as ocp
 import pytest
+from checks import compress_lossless
 from jax.sharding import AxisType
 from optax import contrib
-from optax_optimizers import OPTIMIZERS
 from test_sharding import (
   COLLECTIVE,
   CUT_SHAPES,
@@ -34,6 +31,9 @@ from test_sharding import (
 )
 
 import flashoptim_jax as fo
+from benchmarks.memory import compress_temporaries
+from benchmarks.support import optax_optimizers
+from benchmarks.support.optax_optimizers import OPTIMIZERS
 from flashoptim_jax import compression
 
 LOSSLESS = fo.Storage(master_bits=32, moment_bits=32)
@@ -46,7 +46,7 @@ def test_every_export_is_listed():
 # Storage that loses nothing.
 
 
-# The others: benchmarks/compress_lossless.py.
+# The others: tests/checks/compress_lossless.py.
 @pytest.mark.parametrize(
     "name", ["dpsgd", "momo", "muon"]
 )
@@ -389,14 +389,13 @@ def test_no_float32_copy_of_the_tree(tmp_path):
   """Temporaries, in float32 copies of the largest leaf, of a 12-layer model."""
   # With one device: what XLA's CPU backend needs to be told costs communication
   # with several.
-  output = tmp_path / "memory.json"
-  command = [sys.executable, compress_memory.__file__, "--output", output]
+  command = [sys.executable, compress_temporaries.__file__, "--output", tmp_path]
   subprocess.run(
       [*command, "--only", "clip, adamw"],
       env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
       check=True,
   )
-  found = json.loads(output.read_text())
+  found = json.loads((tmp_path / "compress_memory.json").read_text())
   assert found["tree"] > 30
   measured = found["optimizers"]["clip, adamw"]["compressed"]
   assert measured["all_in_place"]
@@ -558,7 +557,7 @@ def test_gradient_release():
   cases.assert_same((params_released, state_released), desired)
 
 
-# Convergence, a sample: benchmarks/compress_convergence.py has every optimizer.
+# Convergence, a sample: benchmarks/quality/compress_convergence.py has every optimizer.
 
 
 def test_muon_converges_like_plain_muon():

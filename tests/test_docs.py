@@ -7,12 +7,11 @@ import json
 import pathlib
 import re
 
-import figures
 import pages
-import plots
-import tables
 
 import flashoptim_jax as fo
+from benchmarks import record
+from benchmarks.report import figures, plots, tables
 
 ROOT = pages.ROOT
 
@@ -123,13 +122,14 @@ def test_quality_runs_have_a_section_and_a_picture(tmp_path, monkeypatch):
       "metric": "loss",
       "baseline": "optax",
       "device": "cpu",
+      "versions": {"jax": "0.10.0"},
       "date": "2026-01-01",
       "learning_rate": 1e-3,
       "runs": [run("optax", s, 2.0) | losses for s in range(2)]
       + [run("fo", s, 2.1) | losses for s in range(2)],
   }
   (tmp_path / "quality_model.json").write_text(json.dumps(found))
-  monkeypatch.setattr(tables, "RESULTS", tmp_path)
+  monkeypatch.setattr(record, "RESULTS", tmp_path)
   page = figures.filled("<!-- quality -->\n<!-- /quality -->")
   assert "### A model" in page
   assert "![A model](figures/quality_model.svg)" in page

@@ -110,7 +110,7 @@ def test_says_why_it_cannot(params, kwargs, reason):
 )
 def test_compiles_for_tpus():
   # In a process of its own: libtpu is loaded by one process at a time.
-  script = pathlib.Path(__file__).parents[1] / "benchmarks" / "tpu_compile.py"
+  script = pathlib.Path(__file__).parent / "checks" / "tpu_compile.py"
   found = subprocess.run(
       [sys.executable, script, "--quick"],
       capture_output=True,

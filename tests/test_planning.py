@@ -13,10 +13,10 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from leaf_sets import gpt2, llama3_8b, resnet50
 from test_package import python
 
 import flashoptim_jax as fo
+from benchmarks.support.leaf_sets import gpt2, llama3_8b, resnet50
 from flashoptim_jax import __main__ as command
 from flashoptim_jax import models, planning
 
@@ -398,7 +398,7 @@ def check_small_leaves(shapes):
 
 @pytest.mark.parametrize(("row", "name"), [(0, "optax"), (1, "flash")])
 def test_bytes_are_those_measured_on_gpus(row, name):
-  """Of Llama-3-8B, by benchmarks/fsdp_gpu.py."""
+  """Of Llama-3-8B, by benchmarks/memory/fsdp_gpu.py."""
   path = pathlib.Path(__file__).parent.parent / "benchmarks/results/fsdp_gpu.json"
   measured = json.loads(path.read_text())["train"][f"8b {name} 4 GPUs"]
   found = planning.plan(models.load("llama3-8b"), {"fsdp": 4}, "h200").rows[row]

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from leaf_sets import llama3_8b
 
 import flashoptim_jax as fo
+from benchmarks.support.leaf_sets import llama3_8b
 
 PARAMS = {
     "embed": {"table": (40, 64)},
