@@ -1,8 +1,10 @@
 """Optax optimizers with 8-bit moments and 24-bit master weights."""
 
-from flashoptim_jax import exporting
-from flashoptim_jax.compression import compress
-from flashoptim_jax.conversion import convert, from_optax, to_optax
+from flashoptim_jax import serialization
+from flashoptim_jax.compression.transform import compress
+from flashoptim_jax.conversion.optax_states import convert, from_optax, to_optax
+from flashoptim_jax.conversion.pytorch import from_pytorch, load_pytorch
+from flashoptim_jax.conversion.safetensors import export_safetensors, import_safetensors
 from flashoptim_jax.memory import MemoryReport, memory_report
 from flashoptim_jax.numerics import (
   NonFiniteLeaf,
@@ -13,9 +15,7 @@ from flashoptim_jax.numerics import (
   nonfinite_leaves,
 )
 from flashoptim_jax.optimizers import adam, adamw, lion, sgd
-from flashoptim_jax.pytorch import from_pytorch, load_pytorch
-from flashoptim_jax.release import released_call, value_and_release
-from flashoptim_jax.safetensors import export_safetensors, import_safetensors
+from flashoptim_jax.release.calls import released_call, value_and_release
 from flashoptim_jax.sharding import state_shardings, with_shardings
 from flashoptim_jax.storage.moments import moments
 from flashoptim_jax.storage.options import Storage
@@ -25,7 +25,7 @@ from flashoptim_jax.update.step import step
 
 __version__ = "0.1.0"
 
-exporting.register()
+serialization.register()
 
 __all__ = [
     "CompressedState",

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flashoptim_jax.storage import codec
+from flashoptim_jax.storage.options import Kind
 
 Scalars = Mapping[str, Any]
 # Scalar of Adam's rules, for quantised moments alone: how small the root of the second
@@ -37,7 +37,7 @@ class Moment(NamedTuple):
   """
 
   name: str
-  kind: codec.Kind
+  kind: Kind
   gain: str
   decay: str
 

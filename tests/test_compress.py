@@ -34,7 +34,7 @@ import flashoptim_jax as fo
 from benchmarks.memory import compress_temporaries
 from benchmarks.support import optax_optimizers
 from benchmarks.support.optax_optimizers import OPTIMIZERS
-from flashoptim_jax import compression
+from flashoptim_jax.compression import transform as compression
 
 LOSSLESS = fo.Storage(master_bits=32, moment_bits=32)
 def test_every_export_is_listed():

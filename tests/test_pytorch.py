@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
-from flashoptim_jax import pytorch
+from flashoptim_jax.conversion import pytorch
 
 SHAPES = {"0.weight": (5, 13), "0.bias": (5,), "2.weight": (2, 5)}
 KEYS = {"adamw": {"mu": "exp_avg", "nu": "exp_avg_sq"}, "lion": {"mu": "exp_avg"},

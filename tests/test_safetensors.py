@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
-from flashoptim_jax import safetensors as module
+from flashoptim_jax.conversion import safetensors as module
 
 BITS = pytest.mark.parametrize("bits", [24, 32, None])
 

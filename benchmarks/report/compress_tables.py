@@ -1,7 +1,8 @@
 """Tables of docs/compress.md.
 
-The codecs from ``flashoptim_jax.buffers``, the others from the JSON files of
-``compress_loss.py``, ``compress_convergence.py`` and ``compress_temporaries.py``.
+The codecs from ``flashoptim_jax.compression.moment_table``, the others from the JSON
+files of ``compress_loss.py``, ``compress_convergence.py`` and
+``compress_temporaries.py``.
 """
 
 import math
@@ -9,7 +10,7 @@ import math
 from benchmarks import record
 from benchmarks.report import tables
 from benchmarks.support.optax_optimizers import OPTIMIZERS
-from flashoptim_jax import buffers
+from flashoptim_jax.compression import moment_table
 
 # Why a field is in float32.
 REASONS = {
@@ -41,7 +42,7 @@ REASONS = {
 def codecs():
   """Which code a field is kept in."""
   by_codec = {}
-  for field, codec in buffers.CODECS.items():
+  for field, codec in moment_table.CODECS.items():
     by_codec.setdefault(codec, []).append(f"`{field}`")
   rows = [(f"`{codec}`", ", ".join(names)) for codec, names in by_codec.items()]
   return tables.markdown(("codec", "fields"), rows)

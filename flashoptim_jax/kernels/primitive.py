@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flashoptim_jax.kernels import dispatch
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf, UpdateSpec, result_types
 from flashoptim_jax.rules import Scalars
 from flashoptim_jax.storage import codec
@@ -125,11 +124,14 @@ def _shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
 
 
 def run(
-    eqns: Sequence[core.JaxprEqn], values: Sequence[Sequence[Any]]
+    update: Callable[..., list[UpdatedLeaf]],
+    eqns: Sequence[core.JaxprEqn],
+    values: Sequence[Sequence[Any]],
 ) -> list[list[Any]]:
   """Carries out bound updates, as many together as can be.
 
   Args:
+    update: :func:`flashoptim_jax.kernels.dispatch.update_leaves`.
     eqns: The updates.
     values: Their operands' values: whole leaves, or slices of them.
 
@@ -153,7 +155,7 @@ def run(
         spec = sharding.spec[len(_shape(eqns[i])) - leaf.param.ndim :]
         shardings[leaf.path] = sharding.update(spec=PartitionSpec(*spec))
       scalars = values[i][treedef.num_leaves :]
-    updated = dispatch.update_leaves(
+    updated = update(
         launch.spec,
         leaves,
         dict(launch.numbers) | dict(zip(launch.names, scalars, strict=True)),

@@ -65,16 +65,15 @@ as if nothing were rounded (straight through); codes refuse to be differentiated
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flashoptim_jax.storage.options import Storage
+from flashoptim_jax.storage.options import Kind, Storage
 
-Kind = Literal["first", "second"]
 CODE_DTYPE = {"first": jnp.int8, "second": jnp.uint8}
 SCALE_DTYPE = jnp.bfloat16
 LEVELS = {"first": 127.0, "second": 255.0}  # the largest codes

@@ -13,10 +13,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import aliasing
-from flashoptim_jax.storage import codec, host_memory, nnx_metadata, partition_specs
+from flashoptim_jax.storage import (
+  aliasing,
+  codec,
+  host_memory,
+  nnx_metadata,
+  partition_specs,
+)
 from flashoptim_jax.storage import state as state_lib
-from flashoptim_jax.storage.options import Storage
+from flashoptim_jax.storage.options import Kind, Storage
 from flashoptim_jax.storage.state import CompressedState, Format
 
 
@@ -25,7 +30,7 @@ def encode_leaf(
     old_scale: jax.Array | None,
     rounding: codec.MomentRounding,
     *,
-    kind: codec.Kind,
+    kind: Kind,
     storage: Storage,
 ) -> tuple[jax.Array, jax.Array]:
   """:func:`flashoptim_jax.storage.codec.encode`; codes are sharded as x is."""
@@ -42,7 +47,7 @@ def encode_leaf(
 
 
 def decode_leaf(
-    codes: jax.Array, scale: jax.Array, *, kind: codec.Kind, storage: Storage
+    codes: jax.Array, scale: jax.Array, *, kind: Kind, storage: Storage
 ) -> jax.Array:
   """:func:`flashoptim_jax.storage.codec.decode`; moments are sharded as their codes."""
   own = jax.typeof(codes).sharding

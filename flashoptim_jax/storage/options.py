@@ -4,6 +4,9 @@ import dataclasses
 import math
 from typing import Literal
 
+# Of moments: running averages of gradients, or of their squares.
+Kind = Literal["first", "second"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Storage:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flashoptim_jax import aliasing, paths
-from flashoptim_jax.storage import codec, host_memory
+from flashoptim_jax import paths
+from flashoptim_jax.storage import aliasing, codec, host_memory
 from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.storage.state import AnyState, CompressedState
 

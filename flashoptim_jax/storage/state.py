@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from flashoptim_jax import paths
 from flashoptim_jax.storage import codec, nnx_metadata, partition_specs
-from flashoptim_jax.storage.options import Storage
+from flashoptim_jax.storage.options import Kind, Storage
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -33,7 +33,7 @@ class Format:
   """
 
   optimizer: str
-  moments: tuple[tuple[str, codec.Kind], ...]
+  moments: tuple[tuple[str, Kind], ...]
   storage: Storage
 
   def __post_init__(self):
@@ -151,7 +151,7 @@ class StoredMoment(NamedTuple):
   """
 
   name: str
-  kind: codec.Kind
+  kind: Kind
   values: Any
   scales: Any
 

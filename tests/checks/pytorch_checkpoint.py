@@ -24,7 +24,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 import flashoptim_jax as fo
 from benchmarks import record
-from flashoptim_jax import pytorch
+from flashoptim_jax.conversion import pytorch
 
 STEPS = 20
 LIMIT = 8  # of differences, in units of float32's precision: a few roundings

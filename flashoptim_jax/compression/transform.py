@@ -11,9 +11,10 @@ import optax
 from jax import lax
 from optax._src import base
 
-from flashoptim_jax import aliasing, buffers, paths, sequential
+from flashoptim_jax import paths
+from flashoptim_jax.compression import groupwise, moment_table
 from flashoptim_jax.kernels import primitive
-from flashoptim_jax.storage import codec, host_memory
+from flashoptim_jax.storage import aliasing, codec, host_memory
 from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.storage.moments import call_now, decode_inner, encode_inner
 from flashoptim_jax.storage.options import Storage
@@ -38,7 +39,7 @@ def compress(
     tx: optax.GradientTransformation,
     storage: Storage = _DEFAULT_STORAGE,
     *,
-    codecs: Mapping[str, buffers.Codec] | None = None,
+    codecs: Mapping[str, moment_table.Codec] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Companded 8-bit moments and split master weights around a transformation.
 
@@ -49,9 +50,9 @@ def compress(
 
   Which arrays of a state are moments, and how they are companded, is decided by
   the name of their field (``mu``, ``nu``, ``trace``, ...), see
-  :mod:`flashoptim_jax.buffers`. All others stay as they are: counts, keys,
-  scalars, factored statistics, copies of the parameters, sums that never decay,
-  and fields that the table lacks.
+  :mod:`flashoptim_jax.compression.moment_table`. All others stay as they are:
+  counts, keys, scalars, factored statistics, copies of the parameters, sums that
+  never decay, and fields that the table lacks.
 
   Under :func:`jax.jit` XLA fuses decoding, the transformation and encoding.
   :func:`flashoptim_jax.adamw`, ``adam``, ``lion`` and ``sgd`` do the same with
@@ -94,7 +95,7 @@ def compress(
   if isinstance(tx, optax.MultiSteps):
     tx = tx.gradient_transformation()
   tx = optax.with_extra_args_support(tx)
-  buffers.check_codecs(codecs)
+  moment_table.check_codecs(codecs)
 
   form_for = _forms(tx, storage, codecs or {})
 
@@ -191,7 +192,7 @@ def compress(
       results, new_state = update(*args)
     else:
       groups, of_state = _groups(state, params)
-      results, new_state = sequential.run(update, args, groups, of_state)
+      results, new_state = groupwise.run(update, args, groups, of_state)
     new_state = host_memory.move_like(new_state, state)
     if request is not None:
       results = request.make(
@@ -208,10 +209,10 @@ def compress(
 def _forms(
     tx: optax.GradientTransformation,
     storage: Storage,
-    codecs: Mapping[str, buffers.Codec],
+    codecs: Mapping[str, moment_table.Codec],
 ) -> Callable[[Any, Any], Format]:
   """A function from parameters and a transformation's state to its format."""
-  general_fields = functools.cache(lambda: buffers.general_fields(tx.init))
+  general_fields = functools.cache(lambda: moment_table.general_fields(tx.init))
 
   @functools.cache
   def warn_once(others):
@@ -224,11 +225,11 @@ def _forms(
 
   def form_for(params, inner):
     fields = general_fields()
-    if fields is None or not buffers.known_moments(fields, codecs):
-      fields = buffers.fields_for(params, inner)
+    if fields is None or not moment_table.known_moments(fields, codecs):
+      fields = moment_table.fields_for(params, inner)
     if fields.others:
       warn_once(fields.others)
-    return Format("compress", buffers.find_moments(fields, codecs), storage)
+    return Format("compress", moment_table.find_moments(fields, codecs), storage)
 
   return form_for
 

@@ -9,7 +9,7 @@ whole leaf or, where the operations allow it, on slices of a stacked leaf.
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +21,7 @@ from jax.extend.core import primitives
 from flashoptim_jax import paths
 from flashoptim_jax.jaxprs import interpret
 from flashoptim_jax.jaxprs.interpret import shape, variables
-from flashoptim_jax.kernels import primitive
-from flashoptim_jax.update import step
-from flashoptim_jax.update.transform import DEFERRED
+from flashoptim_jax.kernels import dispatch, primitive
 
 _DEFERRED = (primitive.update_p, primitive.call_p)
 # Of operands whose elements are all equal they make such arrays.
@@ -75,7 +73,7 @@ class _Equation(NamedTuple):
 
 
 class Leafwise:
-  """``flashoptim_jax.step`` of a transformation, by leaf.
+  """A step of an optimizer, by leaf.
 
   Leaves of the parameters, and arrays of the state, go by their positions in
   the flattened trees.
@@ -85,10 +83,14 @@ class Leafwise:
     owned: For each leaf, the arrays of the state that belong to it.
   """
 
-  def __init__(
-      self, tx: optax.GradientTransformation, params: Any, opt_state: Any
-  ):
-    """Traces the step.
+  def __init__(self, step: Callable[..., Any], params: Any, opt_state: Any):
+    """Traces a step.
+
+    Args:
+      step: ``(gradients, state, parameters) -> (parameters, state)``, with updates of
+        flash optimizers that are deferred.
+      params: Parameters, of which only types matter, as of the state.
+      opt_state: The optimizer's state.
 
     Raises:
       ValueError: If the update of some leaf needs another's gradient,
@@ -96,10 +98,7 @@ class Leafwise:
     """
     _refuse(opt_state)
     paths.require_arrays(params)
-    extra = {DEFERRED: True}
-    traced = jax.make_jaxpr(
-        lambda grads, state, params: step.step(tx, grads, state, params, **extra)
-    )(params, opt_state, params)
+    traced = jax.make_jaxpr(step)(params, opt_state, params)
     self._closed = interpret.inline(traced)
     jaxpr = self._closed.jaxpr
     self.names = [paths.name(p) for p, _ in jax.tree.leaves_with_path(params)]
@@ -365,7 +364,7 @@ class Leafwise:
       others = (eqn for eqn in eqns if eqn.primitive is not primitive.update_p)
       interpret.walk(others, env, rule)
       values = [self._read(env, eqn.invars, axes) for eqn in updates]
-      results = iter(primitive.run(updates, values))
+      results = iter(primitive.run(dispatch.update_leaves, updates, values))
       interpret.walk(updates, env, lambda *_, results=results: next(results))
     return (
         self._read(env, (self._new_params[leaf] for leaf in leaves), axes),

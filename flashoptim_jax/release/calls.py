@@ -21,8 +21,11 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-from flashoptim_jax import paths, uses
-from flashoptim_jax.leafwise import Leafwise
+from flashoptim_jax import paths
+from flashoptim_jax.release import uses
+from flashoptim_jax.release.leafwise import Leafwise
+from flashoptim_jax.update.step import step as apply_step
+from flashoptim_jax.update.transform import DEFERRED
 
 # What a step returns: itself, but for reverse-mode differentiation.
 _result_p = core.Primitive("released_result")
@@ -106,10 +109,11 @@ def value_and_release(
   """
   if isinstance(tx, optax.MultiSteps):
     tx = tx.gradient_transformation()
+  later = functools.partial(apply_step, tx, **{DEFERRED: True})
 
   @functools.wraps(loss_fn)
   def step(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any, Any]:
-    leafwise = Leafwise(tx, params, opt_state)
+    leafwise = Leafwise(later, params, opt_state)
 
     def record(params):
       with _Recorder(params) as recorder:

@@ -29,7 +29,7 @@ import optax
 from jax.tree_util import KeyPath
 
 from flashoptim_jax.paths import param_path
-from flashoptim_jax.storage import codec
+from flashoptim_jax.storage.options import Kind
 from flashoptim_jax.storage.state import dotted
 
 Codec = Literal["first_moment", "second_moment", "float32"]
@@ -70,7 +70,7 @@ CODECS: dict[str, Codec] = {
 
 _SMALL = 64  # Elements of an array that may as well be in float32.
 
-_KINDS: dict[str, codec.Kind | None] = {
+_KINDS: dict[str, Kind | None] = {
     "first_moment": "first",
     "second_moment": "second",
     "float32": None,
@@ -102,7 +102,7 @@ class Fields(NamedTuple):
 
 def find_moments(
     fields: Fields, codecs: Mapping[str, Codec]
-) -> tuple[tuple[str, codec.Kind], ...]:
+) -> tuple[tuple[str, Kind], ...]:
   """The moments of a transformation's state, and how they are companded.
 
   Args:
@@ -127,7 +127,7 @@ def find_moments(
 
 def known_moments(
     fields: Fields, codecs: Mapping[str, Codec]
-) -> tuple[tuple[str, codec.Kind], ...]:
+) -> tuple[tuple[str, Kind], ...]:
   """The same, where ``codecs`` may have fields that are not in the state."""
   found = []
   for path, names in fields.names.items():

@@ -1,0 +1,1 @@
+"""States and weights from and for other formats. Not public."""

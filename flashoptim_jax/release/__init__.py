@@ -1,0 +1,1 @@
+"""Gradient release: updates inside the backward pass. Not public."""
