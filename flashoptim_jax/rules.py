@@ -41,10 +41,10 @@ class Moment(NamedTuple):
   gain: str
   decay: str
 
-  def update(self, grad: jax.Array, moment: jax.Array, h: Scalars) -> jax.Array:
+  def update(self, grad: jax.Array, moment: jax.Array, scalars: Scalars) -> jax.Array:
     """The average after one more gradient."""
     power = grad if self.kind == "first" else grad * grad
-    return h[self.gain] * power + h[self.decay] * moment
+    return scalars[self.gain] * power + scalars[self.decay] * moment
 
 
 class Rule(NamedTuple):
@@ -66,29 +66,29 @@ class Rule(NamedTuple):
   nesterov: bool = False
 
 
-def _adam(grad, old, new, h: Scalars):
+def _adam(grad, old, new, scalars: Scalars):
   del grad, old
   mu, nu = new
-  mu_hat = mu * _inverse(h["mu_correction"])
-  return mu_hat / _adam_denominator(mu_hat, nu, h)
+  mu_hat = mu * _inverse(scalars["mu_correction"])
+  return mu_hat / _adam_denominator(mu_hat, nu, scalars)
 
 
-def _nadam(grad, old, new, h: Scalars):
+def _nadam(grad, old, new, scalars: Scalars):
   del old
   mu, nu = new
-  mu_hat = mu * _inverse(h["mu_correction_next"])
-  grad_hat = grad * _inverse(h["mu_correction"])
-  numerator = h["b1"] * mu_hat + h["one_minus_b1"] * grad_hat
-  return numerator / _adam_denominator(numerator, nu, h)
+  mu_hat = mu * _inverse(scalars["mu_correction_next"])
+  grad_hat = grad * _inverse(scalars["mu_correction"])
+  numerator = scalars["b1"] * mu_hat + scalars["one_minus_b1"] * grad_hat
+  return numerator / _adam_denominator(numerator, nu, scalars)
 
 
-def _adam_denominator(numerator, nu, h: Scalars):
-  root = jnp.sqrt(nu * _inverse(h["nu_correction"]) + h["eps_root"])
-  if LEAST_ROOT in h:
+def _adam_denominator(numerator, nu, scalars: Scalars):
+  root = jnp.sqrt(nu * _inverse(scalars["nu_correction"]) + scalars["eps_root"])
+  if LEAST_ROOT in scalars:
     # The errors of two quantised moments don't go together. Whatever they are, the
     # quotient stays in the bounds of exact ones.
-    root = jnp.maximum(root, jnp.abs(numerator * h[LEAST_ROOT]))
-  return root + h["eps"]
+    root = jnp.maximum(root, jnp.abs(numerator * scalars[LEAST_ROOT]))
+  return root + scalars["eps"]
 
 
 def _inverse(correction: Any) -> Any:
@@ -96,23 +96,23 @@ def _inverse(correction: Any) -> Any:
   return 1.0 / correction
 
 
-def _lion(grad, old, new, h: Scalars):
+def _lion(grad, old, new, scalars: Scalars):
   del new
-  return jnp.sign(h["one_minus_b1"] * grad + h["b1"] * old[0])
+  return jnp.sign(scalars["one_minus_b1"] * grad + scalars["b1"] * old[0])
 
 
-def _heavy_ball(grad, old, new, h: Scalars):
-  del grad, old, h
+def _heavy_ball(grad, old, new, scalars: Scalars):
+  del grad, old, scalars
   return new[0]
 
 
-def _nesterov(grad, old, new, h: Scalars):
+def _nesterov(grad, old, new, scalars: Scalars):
   del old
-  return grad + h["momentum"] * new[0]
+  return grad + scalars["momentum"] * new[0]
 
 
-def _gradient(grad, old, new, h: Scalars):
-  del old, new, h
+def _gradient(grad, old, new, scalars: Scalars):
+  del old, new, scalars
   return grad
 
 

@@ -18,8 +18,8 @@ from flashoptim_jax.storage.options import Storage
 from flashoptim_jax.storage.state import CompressedState, FlashState, Format
 
 
-def _serialize(form: Format) -> bytes:
-  return json.dumps(dataclasses.asdict(form)).encode()
+def _serialize(state_format: Format) -> bytes:
+  return json.dumps(dataclasses.asdict(state_format)).encode()
 
 
 def _deserialize(serialized: bytes) -> Format:

@@ -79,10 +79,10 @@ class Inspection:
     ]
     if not self.states:
       lines += ["Saved without flashoptim_jax.checkpoint: storage unknown.", ""]
-    for path, form in self.states.items():
-      storage = ", ".join(f"{k}={v!r}" for k, v in form["storage"].items())
+    for path, state_format in self.states.items():
+      storage = ", ".join(f"{k}={v!r}" for k, v in state_format["storage"].items())
       lines.append(
-          f"{path}: flashoptim_jax.{form['optimizer']}, step"
+          f"{path}: flashoptim_jax.{state_format['optimizer']}, step"
           f" {self.counts.get(path, 'unknown')}, Storage({storage})"
       )
     components: dict[str, list[Array]] = {}
@@ -188,12 +188,13 @@ def _find(path: pathlib.Path) -> pathlib.Path:
 
 
 def _component(name: str, states: Mapping[str, Mapping[str, Any]]) -> str:
-  for state, form in states.items():
+  for state, state_format in states.items():
     prefix = "" if state == "<root>" else f"{state}/"
     if name.startswith(prefix):
       field, _, rest = name.removeprefix(prefix).partition("/")
       if field == "inner":  # of compress
-        moments = tuple(moment.replace(".", "/") for moment, _ in form["moments"])
+        names = (moment for moment, _ in state_format["moments"])
+        moments = tuple(moment.replace(".", "/") for moment in names)
         return "moments" if rest.startswith(moments) else "other"
       return _COMPONENTS.get(field, "other")
   return name.split("/", maxsplit=1)[0]

@@ -65,8 +65,8 @@ def describe(tree: Any) -> Description:
   formats = [(p, node.format) for p, node in nodes if state_lib.is_flash_state(node)]
   paths.require_distinct(((p, paths.name(p)) for p, _ in formats), "optimizer state")
   states = {
-      paths.name(path): json.loads(json.dumps(dataclasses.asdict(form)))
-      for path, form in formats
+      paths.name(path): json.loads(json.dumps(dataclasses.asdict(state_format)))
+      for path, state_format in formats
   }
   return Description(states, paths.arrays(tree))
 
@@ -171,8 +171,8 @@ def check(found: Description, target: Any) -> None:
     wanted = Description(wanted.states, paths.arrays(_as_stored(target)))
     found = Description({}, _canonical(found.arrays), described=False)
     states = {
-        path: form
-        for path, form in wanted.states.items()
+        path: state_format
+        for path, state_format in wanted.states.items()
         if f"{path}/count".removeprefix("<root>/") in found.arrays
     }
   part = wanted.states.items() <= states.items()
@@ -324,11 +324,12 @@ def _advice(found: _ARRAY | None, wanted: _ARRAY | None) -> str:
   return "Restore the dtypes that were saved and call flashoptim_jax.cast_params."
 
 
-def _text(form: Mapping[str, Any] | None) -> str:
-  if form is None:
+def _text(state_format: Mapping[str, Any] | None) -> str:
+  if state_format is None:
     return "no flash optimizer's state"
-  storage = ", ".join(f"{k}={v!r}" for k, v in form["storage"].items())
-  return f"the state of flashoptim_jax.{form['optimizer']} with Storage({storage})"
+  storage = ", ".join(f"{k}={v!r}" for k, v in state_format["storage"].items())
+  optimizer = state_format["optimizer"]
+  return f"the state of flashoptim_jax.{optimizer} with Storage({storage})"
 
 
 def _digest(content: Any) -> str:
@@ -376,10 +377,11 @@ def _read_description(handler: Any, directory: Any) -> Description:
 def _from_json(content: Mapping[str, Any]) -> Description:
   """A description; raises some exception if it is none."""
   states = {}
-  for path, form in content["states"].items():
-    _require_texts(form["optimizer"], *itertools.chain(*form["moments"]))
-    storage = dict(form["storage"])
-    states[path] = form | {"storage": storage | (_LATER_OPTIONS | storage)}
+  for path, state_format in content["states"].items():
+    moments = itertools.chain(*state_format["moments"])
+    _require_texts(state_format["optimizer"], *moments)
+    storage = dict(state_format["storage"])
+    states[path] = state_format | {"storage": storage | (_LATER_OPTIONS | storage)}
   arrays = {}
   for path, (shape, dtype) in content["arrays"].items():
     _require_texts(dtype)

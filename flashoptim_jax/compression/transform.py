@@ -97,7 +97,7 @@ def compress(
   tx = optax.with_extra_args_support(tx)
   moment_table.check_codecs(codecs)
 
-  form_for = _forms(tx, storage, codecs or {})
+  format_of = _formats(tx, storage, codecs or {})
 
   def init_inner(params):
     inner = tx.init(jax.tree.map(_initial_master, params))
@@ -110,23 +110,23 @@ def compress(
       return optax_counterpart.Counterpart(init_inner(params))
     correction = state_lib.zero_correction(params, storage)
     inner = init_inner(params)
-    form = form_for(params, inner)
+    state_format = format_of(params, inner)
     # XLA would spend its time on encoding the zeros of whole leaves itself.
     inner = state_lib.map_subtrees(
         lambda _, moment: lax.optimization_barrier(moment),
         inner,
-        dict(form.moments),
+        dict(state_format.moments),
     )
     inner = aliasing.apart(inner, params)  # Some keep the parameters themselves.
-    return encode_inner(inner, jnp.zeros([], jnp.int32), correction, form)
+    return encode_inner(inner, jnp.zeros([], jnp.int32), correction, state_format)
 
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
       raise ValueError(base.NO_PARAMS_MSG)
     state_lib.check_params(params)
     layout = jax.eval_shape(init_inner, params)
-    form = form_for(params, layout)
-    _check_state(state, params, layout, form)
+    state_format = format_of(params, layout)
+    _check_state(state, params, layout, state_format)
     treedef: Any = jax.tree.structure(params)
     request = new_params_request(extra_args, params)
     passed_on = {k: v for k, v in extra_args.items() if k not in _OWN_ARGUMENTS}
@@ -176,7 +176,7 @@ def compress(
           inner,
           optax.safe_increment(state.count),
           correction,
-          form,
+          state_format,
           rounding,
           old=state,
           call=call,
@@ -206,7 +206,7 @@ def compress(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _forms(
+def _formats(
     tx: optax.GradientTransformation,
     storage: Storage,
     codecs: Mapping[str, moment_table.Codec],
@@ -223,7 +223,7 @@ def _forms(
         stacklevel=4,
     )
 
-  def form_for(params, inner):
+  def format_of(params, inner):
     fields = general_fields()
     if fields is None or not moment_table.known_moments(fields, codecs):
       fields = moment_table.fields_for(params, inner)
@@ -231,7 +231,7 @@ def _forms(
       warn_once(fields.others)
     return Format("compress", moment_table.find_moments(fields, codecs), storage)
 
-  return form_for
+  return format_of
 
 
 def _gradients(grads: Any, params: Any) -> list[jax.Array]:
@@ -304,25 +304,25 @@ def _refuse_flash_states(inner: Any) -> None:
     )
 
 
-def _check_state(state: Any, params: Any, layout: Any, form: Format) -> None:
+def _check_state(state: Any, params: Any, layout: Any, state_format: Format) -> None:
   """Raises a ValueError unless a state is that of ``compress`` for ``params``."""
   if not isinstance(state, CompressedState):
     raise ValueError(
         f"The optimizer state is a {type(state).__name__}; expected a"
         " CompressedState, as compress(...).init returns."
     )
-  if state.format != form:
+  if state.format != state_format:
     raise ValueError(
         f"The optimizer state was made by {state.format}, with the moments"
-        f" {state.format.moments}; this transformation is {form}, with the"
-        f" moments {form.moments}."
+        f" {state.format.moments}; this transformation is {state_format}, with the"
+        f" moments {state_format.moments}."
     )
   expected = jax.eval_shape(
       lambda params, inner: encode_inner(
           inner,
           jnp.zeros([], jnp.int32),
-          state_lib.zero_correction(params, form.storage),
-          form,
+          state_lib.zero_correction(params, state_format.storage),
+          state_format,
           old=state,
       ),
       params,

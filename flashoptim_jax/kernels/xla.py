@@ -406,14 +406,14 @@ def _moment(spec, moment: Moment, grad, stored, scalars) -> jax.Array:
 
 def _master(spec: UpdateSpec, leaf: Leaf, scalars: Scalars) -> jax.Array:
   """The new master weights, float32 or float64."""
-  h = _as_float32(scalars)
+  hyperparams = _as_float32(scalars)
   if not leaf.quantized:
-    h = {name: value for name, value in h.items() if name != LEAST_ROOT}
+    hyperparams = {n: value for n, value in hyperparams.items() if n != LEAST_ROOT}
   grad = leaf.grad.astype(jnp.float32)
   pairs = list(zip(spec.rule.moments, leaf.moments, strict=True))
   old = [_decoded(spec, moment, stored) for moment, stored in pairs]
   new = [_moment(spec, moment, grad, stored, scalars) for moment, stored in pairs]
-  direction = spec.rule.direction(grad, old, new, h)
+  direction = spec.rule.direction(grad, old, new, hyperparams)
 
   master = codec.merge(leaf.param, leaf.correction)
   direction = direction.astype(master.dtype)

@@ -125,18 +125,19 @@ _encode_to_nearest = jax.jit(
 )
 
 
-def encode_fields(values: dict[str, Any], form: Format) -> dict[str, Any]:
+def encode_fields(values: dict[str, Any], state_format: Format) -> dict[str, Any]:
   """The fields of a :class:`FlashState` that hold moments, given those in floats."""
   fields: dict[str, Any] = {}
-  for name, kind in form.moments:
+  storage = state_format.storage
+  for name, kind in state_format.moments:
     moment = jax.tree.map(
         lambda leaf: jnp.asarray(leaf).astype(jnp.float32), values[name]
     )
-    if form.storage.quantizes_moments:
+    if storage.quantizes_moments:
       moment, fields[f"{name}_scale"] = _encode_tree(
-          functools.partial(_encode_to_nearest, kind=kind, storage=form.storage),
+          functools.partial(_encode_to_nearest, kind=kind, storage=storage),
           moment,
-          form.storage,
+          storage,
       )
     fields[name] = moment
   return fields
@@ -152,7 +153,7 @@ def encode_inner(
     inner: Any,
     count: jax.Array,
     correction: Any,
-    form: Format,
+    state_format: Format,
     rounding: codec.Rounding | None = None,
     *,
     old: CompressedState | None = None,
@@ -164,12 +165,12 @@ def encode_inner(
     inner: The state, its moments in floats.
     count: Updates done so far.
     correction: The corrections of the parameters.
-    form: What to store, and how.
+    state_format: What to store, and how.
     rounding: How scales and codes are rounded, by default to the nearest.
     old: The state before, whose moments in floats stay so. By default, shapes decide.
     call: Calls the functions that do it for an array, as :func:`call_now` does.
   """
-  kinds, storage, new_scales = dict(form.moments), form.storage, {}
+  kinds, storage, new_scales = dict(state_format.moments), state_format.storage, {}
 
   def encode(name, moment):
     kind, key = kinds[name], state_lib.scale_name(name)
@@ -190,7 +191,7 @@ def encode_inner(
 
   if storage.quantizes_moments:
     inner = state_lib.map_subtrees(encode, inner, kinds)
-  return CompressedState(count, inner, new_scales, correction, form)
+  return CompressedState(count, inner, new_scales, correction, state_format)
 
 
 def decode_inner(

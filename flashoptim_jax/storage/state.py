@@ -53,18 +53,18 @@ def register_with_flax(serialization: Any) -> None:
   if serialization is None or serialization.is_serializable(Format):
     return
 
-  def to_state_dict(form: Format) -> dict[str, Any]:
+  def to_state_dict(state_format: Format) -> dict[str, Any]:
     # A key, not a value: it stays a node without leaves.
-    return {json.dumps(dataclasses.asdict(form)): {}}
+    return {json.dumps(dataclasses.asdict(state_format)): {}}
 
-  def from_state_dict(form: Format, state: Any) -> Format:
+  def from_state_dict(state_format: Format, state: Any) -> Format:
     found = _format_in(state)
-    if found != form:
+    if found != state_format:
       raise ValueError(
           f"The state dict at {serialization.current_path()!r} was made by"
-          f" {_with_moments(found)}; this state is of {_with_moments(form)}."
+          f" {_with_moments(found)}; this state is of {_with_moments(state_format)}."
       )
-    return form
+    return state_format
 
   serialization.register_serialization_state(
       Format, to_state_dict, from_state_dict
@@ -82,10 +82,10 @@ def _format_in(state: Any) -> Any:
     return state
 
 
-def _with_moments(form: Any) -> str:
-  if not isinstance(form, Format):
-    return f"{form!r}"
-  return f"{form} and the moments {form.moments}"
+def _with_moments(state_format: Any) -> str:
+  if not isinstance(state_format, Format):
+    return f"{state_format!r}"
+  return f"{state_format} and the moments {state_format.moments}"
 
 
 class FlashState(NamedTuple):
@@ -242,13 +242,13 @@ def check_params(params: Any) -> None:
       )
 
 
-def init(params: Any, form: Format) -> FlashState:
+def init(params: Any, state_format: Format) -> FlashState:
   """The state before the first update: all zeros.
 
   ``params`` may hold arrays, ``jax.ShapeDtypeStruct``s or Optax's placeholder.
   """
   check_params(params)
-  storage = form.storage
+  storage = state_format.storage
 
   def values(param, kind):
     quantized = storage.quantizes(jnp.shape(param))
@@ -260,14 +260,14 @@ def init(params: Any, form: Format) -> FlashState:
 
   absent = optax.MaskedNode()
   fields = dict.fromkeys(("mu", "mu_scale", "nu", "nu_scale"), absent)
-  for name, kind in form.moments:
+  for name, kind in state_format.moments:
     fields[name] = jax.tree.map(functools.partial(values, kind=kind), params)
     if storage.quantizes_moments:
       fields[f"{name}_scale"] = nnx_metadata.fitted(scales())
   return FlashState(
       count=jnp.zeros([], jnp.int32),
       correction=zero_correction(params, storage),
-      format=form,
+      format=state_format,
       **fields,
   )
 

@@ -120,7 +120,7 @@ class NewParams:
 
 def flash_transformation(
     rule: Rule,
-    form: Format,
+    state_format: Format,
     scalars: Callable[[jax.Array], Scalars],
     *,
     plain: Callable[[], optax.GradientTransformation],
@@ -132,7 +132,7 @@ def flash_transformation(
 
   Args:
     rule: The arithmetic.
-    form: What the state holds.
+    state_format: What the state holds.
     scalars: Gives the rule's hyperparameters, ``learning_rate`` and
       ``weight_decay`` for a count of updates done so far.
     plain: Makes the transformation of Optax's that this one stands for.
@@ -152,13 +152,13 @@ def flash_transformation(
   def init_fn(params):
     if optax_counterpart.wanted():
       return optax_counterpart.Counterpart(plain().init(params))
-    return state_lib.init(params, form)
+    return state_lib.init(params, state_format)
 
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
       raise ValueError(base.NO_PARAMS_MSG)
     request = new_params_request(extra_args, params)
-    leaves = _leaves(updates, state, params, form)
+    leaves = _leaves(updates, state, params, state_format)
     if request is None:
       leaves = list(map(_with_update_dtype, leaves))
     flags = _decay_flags(mask, params) if decay else [False] * len(leaves)
@@ -171,7 +171,7 @@ def flash_transformation(
     given = extra_args.get(PARAM_SHARDINGS, {})
     known = [given.get(path) for path, _ in jax.tree.leaves_with_path(params)]
     updated = update(
-        UpdateSpec(rule, form.storage, implementation, request is not None),
+        UpdateSpec(rule, state_format.storage, implementation, request is not None),
         leaves,
         {**scalars(state.count), **codec.rounding_scalars(state.count)},
         {
@@ -189,7 +189,7 @@ def flash_transformation(
           (leaf.correction for leaf in leaves),
           (leaf.correction for leaf in updated),
       )
-    return treedef.unflatten(results), _new_state(state, treedef, updated, form)
+    return treedef.unflatten(results), _new_state(state, treedef, updated, state_format)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -205,21 +205,21 @@ def new_params_request(
 
 
 def _leaves(
-    grads: Any, state: FlashState, params: Any, form: Format
+    grads: Any, state: FlashState, params: Any, state_format: Format
 ) -> list[Leaf]:
   """Lines up gradients, parameters and state; raises a ValueError if it can't."""
   if not isinstance(state, FlashState):
     raise ValueError(
         f"The optimizer state is a {type(state).__name__}; expected a"
-        f" FlashState, as {form.optimizer}(...).init returns."
+        f" FlashState, as {state_format.optimizer}(...).init returns."
     )
-  if state.format != form:
+  if state.format != state_format:
     raise ValueError(
         f"The optimizer state was made by {state.format}; this transformation is"
-        f" {form}."
+        f" {state_format}."
     )
   state_lib.check_params(params)
-  storage = form.storage
+  storage = state_format.storage
   # Kernels know leaves, and their shardings, by these names.
   named = [
       (name, jnp.asarray(leaf))
@@ -239,7 +239,7 @@ def _leaves(
   corrections = field("correction")
   moments = [
       (kind, name, field(name), field(f"{name}_scale"))
-      for name, kind in form.moments
+      for name, kind in state_format.moments
   ]
   leaves = []
   for i, (path, param) in enumerate(named):
@@ -348,20 +348,20 @@ def _new_state(
     state: FlashState,
     treedef: Any,
     updated: list[UpdatedLeaf],
-    form: Format,
+    state_format: Format,
 ) -> FlashState:
   absent = optax.MaskedNode()
   fields = {}
-  for i, (name, _) in enumerate(form.moments):
+  for i, (name, _) in enumerate(state_format.moments):
     fields[name] = treedef.unflatten([leaf.moments[i][0] for leaf in updated])
-    if form.storage.quantizes_moments:
+    if state_format.storage.quantizes_moments:
       # Leaves that are not quantised keep their zeros.
       old = treedef.flatten_up_to(getattr(state, f"{name}_scale"))
       fields[f"{name}_scale"] = treedef.unflatten([
           zeros if leaf.moments[i][1] is None else leaf.moments[i][1]
           for leaf, zeros in zip(updated, old, strict=True)
       ])
-  if form.storage.master_bits is not None:
+  if state_format.storage.master_bits is not None:
     fields["correction"] = treedef.unflatten([
         absent if leaf.correction is None else leaf.correction
         for leaf in updated
