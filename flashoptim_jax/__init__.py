@@ -1,4 +1,9 @@
-"""Optax optimizers with 8-bit moments and 24-bit master weights."""
+"""Optax optimizers with 8-bit moments and 24-bit master weights.
+
+The names in ``__all__`` are public, with the modules ``checkpoint`` and ``flax``, and
+``planning`` and ``models`` as far as the API reference has them. Everything else may
+change without notice.
+"""
 
 from flashoptim_jax import serialization
 from flashoptim_jax.compression.transform import compress
@@ -64,6 +69,10 @@ __all__ = [
     "value_and_release",
     "with_shardings",
 ]
+
+
+def __dir__() -> list[str]:
+  return sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str):

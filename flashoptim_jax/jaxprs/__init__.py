@@ -1,1 +1,1 @@
-"""Traced programs, JAX's jaxprs: interpreted, rewritten and taken apart."""
+"""Traced programs, JAX's jaxprs: interpreted, rewritten and taken apart. Not public."""

@@ -1,4 +1,4 @@
-"""The fused update of leaves: one module per backend, and the choice of one.
+"""The fused update of leaves, one module per backend. Not public.
 
 * ``base``: the contract, what a backend is given, gives back and has to offer.
 * ``dispatch``: the table of backends, and which of them updates a leaf.

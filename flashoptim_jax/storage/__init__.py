@@ -1,1 +1,1 @@
-"""How parameters and optimizer state are stored, and what the format is."""
+"""How parameters and optimizer state are stored, and what the format is. Not public."""

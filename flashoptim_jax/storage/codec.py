@@ -1,7 +1,7 @@
 """The storage format: companded moments and split master weights.
 
 Every other part of the package, kernels included, either calls this module or
-is tested against it.
+is tested against it. One file, since what encodes, decodes and rounds is read together.
 
 Moments. A leaf is cut into groups of ``group_size`` along its group axis; the
 last group may be shorter. A group has one scale ``s``, in bfloat16, and each
@@ -26,7 +26,7 @@ be lost, and so would every one after it. A number is cut off after a threshold 
 0 and 1 place was added to it, and the thresholds move with the count of updates
 (:func:`rounding_of`) such that the mean over updates is right. Scales and codes of
 either kind of moment and master weights have thresholds of their own, for their errors
-not to go together. ``benchmarks/companding.py`` measures it.
+not to go together. ``benchmarks/quality/companding.py`` measures it.
 
 Codes of v are at least 1 where their group has a scale: v must not decode to zero
 before m does, for an update divides m by the root of v. In "root", m's level below 1 is
