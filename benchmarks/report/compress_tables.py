@@ -117,7 +117,6 @@ def convergence():
   return f"{converged} of {len(runs)} converge. The others:\n\n{table}"
 
 
-
 def memory():
   """Temporaries of a step, those of the most first."""
   found = record.load("compress_memory.json")
