@@ -16,7 +16,7 @@ has the states of ``optax`` and ``optax.contrib``. What is kept as it is, and wh
 * statistics that are small already (Adafactor's ``v_row`` and ``v_col``, SM3's
   ``mu``, NovoGrad's ``nu``).
 
-``benchmarks/compress_convergence.py`` measures what the table's choices do.
+``benchmarks/quality/compress_convergence.py`` measures what the table's choices do.
 """
 
 import math
