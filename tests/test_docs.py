@@ -7,11 +7,10 @@ import json
 import pathlib
 import re
 
-import pages
-
 import flashoptim_jax as fo
 from benchmarks import record
 from benchmarks.report import figures, plots, tables
+from tests.support import pages
 
 ROOT = pages.ROOT
 
@@ -76,7 +75,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_every_test_that_is_named_exists():
-  tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+  tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
   for page in pages.PAGES:
     for name in re.findall(r"`(test_\w+)`", page.read_text()):
       assert f"def {name}(" in tests, f"{page.name} names {name}"

@@ -2,29 +2,17 @@
 
 import functools
 
-import cases
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from cases import every_optimizer
 from flax import nnx
 
 import flashoptim_jax as fo
+from tests.support import cases
+from tests.support.cases import every_optimizer, raises
 
 SHAPES = {"kernel": ((4, 64), jnp.bfloat16), "bias": ((33,), jnp.bfloat16)}
-
-
-def raises(*parts, error=ValueError):
-  """The block raises exactly ``error``, with all of ``parts`` in its message."""
-
-  def check(exception):
-    assert type(exception) is error
-    message = str(exception)
-    assert not [part for part in parts if str(part) not in message], message
-    return True
-
-  return pytest.RaisesExc(error, check=check)
 
 
 def model():
@@ -48,38 +36,6 @@ def refused(tx, grads, state, params, *parts):
 
 
 # Options.
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "expected"),
-    [
-        ("master_bits", 16, "24, 32, None"),
-        ("master_bits", "24", "24, 32, None"),
-        ("master_bits", True, "24, 32, None"),
-        ("moment_bits", 4, "8, 32"),
-        ("moment_bits", None, "8, 32"),
-        ("group_size", 0, "int of at least 1"),
-        ("group_size", -32, "int of at least 1"),
-        ("group_size", 32.0, "int of at least 1"),
-        ("group_size", True, "int of at least 1"),
-        ("min_quantized_size", -1, "int of at least 0"),
-        ("min_quantized_size", 0.0, "int of at least 0"),
-        ("min_quantized_size", False, "int of at least 0"),
-        ("companding", "linear", "'root', 'paper'"),
-        ("companding", None, "'root', 'paper'"),
-    ],
-)
-def test_storage_options(option, value, expected):
-  with raises(f"Storage.{option} is {value!r}", expected):
-    fo.Storage(**{option: value})
-
-
-def test_storage_is_frozen_and_hashable():
-  assert hash(fo.Storage()) == hash(fo.Storage(group_size=32))
-  with pytest.raises(AttributeError):
-    fo.Storage().group_size = 64
-  with raises("unexpected keyword argument 'bits'", error=TypeError):
-    fo.Storage(bits=8)
 
 
 @pytest.mark.parametrize("storage", ["root", 8, None, {"moment_bits": 8}])

@@ -4,7 +4,6 @@ import itertools
 import subprocess
 import sys
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
+from tests.support import cases
 
 _RNG = np.random.default_rng(0)
 X = jnp.asarray(_RNG.normal(size=(64, 32)), jnp.bfloat16)

@@ -1,16 +1,13 @@
 """Several processes, as several hosts would be, and more devices than here."""
 
 import os
-import pathlib
 import pickle
 import socket
 import subprocess
 import sys
 
-import cases
-import test_sharding
+from tests.support import cases, meshes
 
-TESTS = pathlib.Path(__file__).parent
 TIMEOUT = 600  # seconds
 
 
@@ -34,7 +31,7 @@ def free_address() -> str:
 def test_processes_equal_one(tmp_path):
   processes, name = 4, "lion"
   file = tmp_path / "result.pickle"
-  common = [sys.executable, TESTS / "multihost_worker.py", free_address()]
+  common = [sys.executable, "-m", "tests.support.multihost_worker", free_address()]
   workers = [
       subprocess.Popen(
           [*common, str(processes), str(i), name, file],
@@ -44,9 +41,9 @@ def test_processes_equal_one(tmp_path):
   ]
   assert [worker.wait(TIMEOUT) for worker in workers] == [0] * processes
   actual = pickle.loads(file.read_bytes())
-  cases.assert_equal(actual, test_sharding.alone(name), test_sharding.STEPS)
+  cases.assert_equal(actual, meshes.alone(name), meshes.STEPS)
 
 
 def test_parameter_smaller_than_the_mesh(tmp_path):
-  command = [sys.executable, TESTS / "gate_worker.py", tmp_path]
+  command = [sys.executable, "-m", "tests.support.gate_worker", tmp_path]
   subprocess.run(command, env=environment(32), timeout=TIMEOUT, check=True)

@@ -4,7 +4,6 @@ import doctest
 import importlib
 import importlib.resources
 import inspect
-import os
 import pathlib
 import pkgutil
 import subprocess
@@ -16,6 +15,7 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
+from tests.support.processes import python
 
 ROOT = pathlib.Path(__file__).parent.parent
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -24,20 +24,6 @@ OPTIONAL = (
     "flax", "orbax", "safetensors", "torch", "triton", "jax_triton", "matplotlib",
     "libtpu",
 )
-
-
-def python(code: str) -> str:
-  """What a fresh interpreter prints."""
-  env = dict(os.environ, JAX_PLATFORMS="cpu")
-  result = subprocess.run(
-      [sys.executable, "-c", code],
-      env=env,
-      capture_output=True,
-      text=True,
-      check=False,
-  )
-  assert result.returncode == 0, result.stderr
-  return result.stdout
 
 
 def test_import_starts_no_backend_and_needs_no_extras():

@@ -2,7 +2,6 @@
 
 import functools
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from flashoptim_jax.rules import ADAM, Moment, Rule
 from flashoptim_jax.storage import codec
 from flashoptim_jax.storage.state import Format
 from flashoptim_jax.update.transform import flash_transformation
+from tests.support import cases
 
 
 def _clipped(grad, old, new, h):

@@ -6,12 +6,7 @@ expect. Weights are in float32 where the moments alone are looked at.
 
 import functools
 import itertools
-import os
-import pathlib
-import subprocess
-import sys
 
-import cases
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -22,6 +17,8 @@ from hypothesis import strategies as st
 
 import flashoptim_jax as fo
 from flashoptim_jax.storage.state import is_flash_state
+from tests.support import cases
+from tests.support.processes import worker
 
 LR = 2.0**-10
 GROUP = 32
@@ -429,23 +426,10 @@ def test_strict_dtype_promotion(name, dtype):
     fo.check_numerics(params, state, LR)
 
 
-def worker(*arguments):
-  script = pathlib.Path(__file__).with_name("stability_worker.py")
-  done = subprocess.run(
-      [sys.executable, script, *arguments],
-      capture_output=True,
-      text=True,
-      check=False,
-      env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-  )
-  assert done.returncode == 0, done.stderr[-4000:]
-  return done.stdout
-
-
 def test_finite_numbers_raise_nothing_where_jax_looks_for_nans():
-  assert int(worker("debug")) > 10
+  assert int(worker("stability_worker", "debug")) > 10
 
 
 def test_steps_that_are_not_jitted_keep_no_memory():
   """Per call, less than what makes 20 MiB of a thousand."""
-  assert float(worker("memory")) < 20 * 2**20 / 1000
+  assert float(worker("stability_worker", "memory")) < 20 * 2**20 / 1000

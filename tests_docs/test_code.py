@@ -2,7 +2,8 @@
 
 import nbformat
 import pytest
-from pages import NOTEBOOKS, PAGES, blocks
+
+from tests.support.pages import NOTEBOOKS, PAGES, blocks
 
 PAGES_WITH_CODE = [page for page in PAGES if any(blocks(page.read_text()))]
 

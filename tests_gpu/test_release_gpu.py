@@ -1,6 +1,6 @@
 """Gradient release with the Triton kernel, against the ordinary step, on a GPU.
 
-    python -m pytest tests_gpu/test_release.py -n 0
+    python -m pytest tests_gpu/test_release_gpu.py -n 0
 """
 
 import functools
@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPTIMIZERS, STORAGES
-from test_release import MODELS, batch, released, value_and_grad
 
 import flashoptim_jax as fo
 from flashoptim_jax import kernels
 from flashoptim_jax.kernels import triton as launches
+from tests.support.cases import OPTIMIZERS, STORAGES
+from tests.support.release_models import MODELS, batch, released, value_and_grad
 
 STEPS = 20
 SHARE_OF_CODES = 1e-4

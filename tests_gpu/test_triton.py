@@ -13,18 +13,18 @@ dtype of gradient and parameter, within one unit of that; float32 moments bit fo
 import functools
 import re
 
-import cases
 import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import OPTIMIZERS, QUANTIZED, STORAGES
 
 import flashoptim_jax as fo
 from flashoptim_jax import kernels
 from flashoptim_jax.kernels import triton as launches
+from tests.support import cases
+from tests.support.cases import OPTIMIZERS, QUANTIZED, STORAGES
 
 STEPS = 50
 SHARE_OF_CODES = 1e-4

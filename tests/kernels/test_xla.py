@@ -1,8 +1,8 @@
-"""Leaves that XLA updates in batches on a GPU."""
+"""Leaves that XLA updates in batches on a GPU, and large ones on a CPU."""
 
+import functools
 import math
 
-import cases
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +10,8 @@ import pytest
 from flashoptim_jax import rules
 from flashoptim_jax.kernels import xla
 from flashoptim_jax.kernels.base import Leaf, UpdateSpec
+from tests.support import cases
+from tests.support.cases import some_cases
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 WHOLE = {  # Without partial groups, and small.
@@ -118,3 +120,19 @@ def test_batches_are_limited(limits, expected, monkeypatch):
   alone = cases.train(tx, params, steps=1)
   cases.update_as_on("gpu", monkeypatch, devices=1)
   cases.assert_same(cases.train(tx, params, steps=1), alone)
+
+
+@some_cases
+def test_large_leaves_on_one_device(name, storage, monkeypatch):
+  """On one device that is a CPU they have a path of their own."""
+  tx = cases.make(name, storage)
+  params = cases.tree({"w": ((4, 1 << 14), jnp.bfloat16)})
+  grads, state = cases.grads_like(params), tx.init(params)
+  for function in (cases.step, cases.update):
+    results = []
+    for least in (params["w"].size, params["w"].size + 1):
+      monkeypatch.setattr(xla, "_OUTLINED_FROM", least)
+      jitted = jax.jit(functools.partial(function, tx))
+      new_params, new_state = jitted(grads, state, params)
+      results.append(jitted(grads, new_state, new_params))
+    cases.assert_equal(*results, steps=2)

@@ -136,6 +136,11 @@ def tree(shapes=None, seed: int = 0, low: float = 0.5, dtype=None):
   return result
 
 
+def small(seed: int = 0):
+  """Two leaves of random parameters."""
+  return tree(SMALL_SHAPES, seed)
+
+
 # Trees of two leaves whose keys, joined by slashes, are the same.
 TWINS = {
     "slash": lambda x, y: {"a": {"b": x}, "a/b": y},
@@ -358,3 +363,21 @@ def assert_same_types(actual, desired):
       jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True
   ):
     assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def raises(*parts, error=ValueError):
+  """The block raises exactly ``error``, with all of ``parts`` in its message."""
+
+  def check(exception):
+    assert type(exception) is error
+    message = str(exception)
+    assert not [part for part in parts if str(part) not in message], message
+    return True
+
+  return pytest.RaisesExc(error, check=check)
+
+
+def arguments(tx, shapes=None):
+  """Of a step: gradients, state and parameters."""
+  params = tree(shapes)
+  return grads_like(params), tx.init(params), params

@@ -1,13 +1,12 @@
 """Trains and checkpoints a gate that has fewer rows than there are devices.
 
-Usage: gate_worker.py FOLDER
+Usage: python -m tests.support.gate_worker FOLDER
 """
 
 import functools
 import pathlib
 import sys
 
-import cases
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -15,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
+from tests.support import cases
 
 SHAPES = {"gate": ((8, 128), jnp.bfloat16)}
 TX = cases.make("adamw")

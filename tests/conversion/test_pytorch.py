@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import cases
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,6 +11,7 @@ import pytest
 
 import flashoptim_jax as fo
 from flashoptim_jax.conversion import pytorch
+from tests.support import cases
 
 SHAPES = {"0.weight": (5, 13), "0.bias": (5,), "2.weight": (2, 5)}
 KEYS = {"adamw": {"mu": "exp_avg", "nu": "exp_avg_sq"}, "lion": {"mu": "exp_avg"},

@@ -1,6 +1,6 @@
 """Checks what changes a whole process.
 
-Usage: stability_worker.py debug|memory
+Usage: python -m tests.support.stability_worker debug|memory
 
 ``debug`` runs everything on finite numbers where JAX raises for NaNs and infinities,
 and prints how many cases it had. ``memory`` takes steps that are not jitted, and prints
@@ -12,12 +12,12 @@ import gc
 import pathlib
 import sys
 
-import cases
 import jax
 import jax.numpy as jnp
 import optax
 
 import flashoptim_jax as fo
+from tests.support import cases
 
 SHAPES = {"matrix": ((9, 50), jnp.bfloat16), "norm": ((5,), jnp.float32)}
 

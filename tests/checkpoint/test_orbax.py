@@ -5,19 +5,19 @@ import functools
 import json
 import multiprocessing
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from checks import checkpoint_faults
-from checks import checkpoint_resume as resume
 from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
 from flashoptim_jax.checkpoint import inspection, orbax
+from tests.checks import checkpoint_faults
+from tests.checks import checkpoint_resume as resume
+from tests.support import cases
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,8 @@ It compiles for real GPUs, and does in Triton's interpreter what the XLA path do
 """
 
 import importlib.util
-import pathlib
 import platform
 import re
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from flashoptim_jax import Storage
 from flashoptim_jax.kernels import triton as launches
 from flashoptim_jax.storage import codec
+from tests.support.processes import worker
 
 # Triton has no wheels for other machines; there the kernel can't run either.
 if not (sys.platform == "linux" and platform.machine() == "x86_64"):
@@ -154,12 +153,7 @@ def test_memory_is_read_in_wide_words():
 
 def test_equals_xla_in_the_interpreter():
   """Codes, scales and float32 moments bit for bit; masters within one unit."""
-  worker = pathlib.Path(__file__).with_name("triton_worker.py")
-  done = subprocess.run(
-      [sys.executable, worker], capture_output=True, text=True, check=False
-  )
-  assert done.returncode == 0, done.stderr
-  assert int(done.stdout) > 8
+  assert int(worker("triton_worker")) > 8
 
 
 def test_triton_is_installed():

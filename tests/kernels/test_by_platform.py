@@ -1,19 +1,18 @@
 """The choice of a kernel, by where the update runs and not by what is there."""
 
 import functools
-import logging
 import types
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import update_as_on
 
 import flashoptim_jax as fo
 from flashoptim_jax.kernels import dispatch, mosaic_tpu, triton
 from flashoptim_jax.kernels.by_platform import Place
+from tests.support import cases
+from tests.support.cases import arguments
 
 SHAPES = {
     "matrix": ((4, 64), jnp.bfloat16),
@@ -22,11 +21,6 @@ SHAPES = {
 }
 LARGE = SHAPES | {"matrix": ((64, 1024), jnp.bfloat16)}  # Enough for the TPU kernel.
 FUNCTIONS = {"step": cases.step, "update": cases.update}
-
-
-def arguments(tx, shapes=None):
-  params = cases.tree(shapes or SHAPES)
-  return cases.grads_like(params), tx.init(params), params
 
 
 @pytest.fixture
@@ -94,7 +88,7 @@ def test_arrays_on_a_cpu_beside_a_gpu(how, function, gpu_machine, places):
 def test_triton_is_in_programs_for_gpus_alone(platforms, count, gpu_machine):
   """A launch for each of the leaves, whose rows are aligned in different ways."""
   tx = cases.make("adamw")
-  traced = jax.jit(functools.partial(fo.step, tx)).trace(*arguments(tx))
+  traced = jax.jit(functools.partial(fo.step, tx)).trace(*arguments(tx, SHAPES))
   text = traced.lower(lowering_platforms=tuple(platforms)).as_text()
   assert text.count("@triton_kernel_call") == count
 
@@ -112,7 +106,7 @@ def test_lowers_for_a_platform_that_is_not_there(platform, places):
 
 def test_one_program_for_several_platforms(places):
   tx = cases.make("adamw")
-  step, args = jax.jit(functools.partial(fo.step, tx)), arguments(tx)
+  step, args = jax.jit(functools.partial(fo.step, tx)), arguments(tx, SHAPES)
   exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(*args)
   assert sorted(places) == ["cpu", "gpu", "tpu"]
   cases.assert_equal(jax.jit(exported.call)(*args), step(*args), 1)
@@ -128,21 +122,6 @@ def test_kernels_are_traced_for_their_platform_alone(monkeypatch):
   jax.jit(functools.partial(fo.step, tx)).lower(*arguments(tx, LARGE))
 
 
-@pytest.mark.parametrize("where", ["mesh", "no mesh"])
-def test_a_kernel_asked_for_is_refused_elsewhere(where):
-  tx = cases.make("adamw", implementation="triton")
-  args = arguments(tx)
-  if where == "mesh":
-    mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    args = jax.device_put(args, sharding)
-  refused = pytest.raises(ValueError, match=r"'bias'.*'triton'.*runs on 'cpu'")
-  with refused:
-    fo.step(tx, *args)
-  with refused:
-    jax.jit(functools.partial(fo.step, tx))(*args)
-
-
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("implementation", [None, "mosaic_tpu"])
 def test_is_differentiable(implementation, wrap):
@@ -156,21 +135,3 @@ def test_is_differentiable(implementation, wrap):
 
   found = wrap(jax.grad(total))({"w": jnp.full((2, 32), 2.0)})
   np.testing.assert_array_equal(found["w"], np.full((2, 32), -0.5))
-
-
-def test_a_missing_package_is_said_once(monkeypatch, caplog):
-  update_as_on("gpu", monkeypatch, devices=1)
-  monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
-  dispatch._log_once.cache_clear()
-  caplog.set_level(logging.INFO, "flashoptim_jax")
-  for name in ("sgd", "lion"):
-    tx = cases.make(name)
-    cases.train(tx, {"w": jnp.ones(3)})
-  (record,) = caplog.records
-  assert record.levelno == logging.WARNING
-  for part in ("'triton' is not used", "not installed", "'cuda12'", "'cuda13'"):
-    assert part in record.message
-  dispatch._log_once.cache_clear()
-  tx = cases.make("lion", implementation="xla")
-  cases.train(tx, {"w": jnp.ones(3)})
-  assert len(caplog.records) == 1

@@ -3,7 +3,6 @@
 import shutil
 import sys
 
-import cases
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,6 +12,7 @@ import pytest
 import flashoptim_jax as fo
 from flashoptim_jax import __main__ as command
 from flashoptim_jax.checkpoint import inspection
+from tests.support import cases
 
 TX = optax.chain(optax.clip(1.0), fo.adamw(1e-3, storage=cases.QUANTIZED))
 

@@ -2,12 +2,7 @@
 
 import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
 
-import cases
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -15,10 +10,15 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from checks import compress_lossless
 from jax.sharding import AxisType
 from optax import contrib
-from test_sharding import (
+
+import flashoptim_jax as fo
+from benchmarks.support import optax_optimizers
+from benchmarks.support.optax_optimizers import OPTIMIZERS
+from tests.checks import compress_lossless
+from tests.support import cases
+from tests.support.meshes import (
   COLLECTIVE,
   CUT_SHAPES,
   CUT_SPECS,
@@ -29,12 +29,6 @@ from test_sharding import (
   shardings_on,
   with_manual_axes,
 )
-
-import flashoptim_jax as fo
-from benchmarks.memory import compress_temporaries
-from benchmarks.support import optax_optimizers
-from benchmarks.support.optax_optimizers import OPTIMIZERS
-from flashoptim_jax.compression import transform as compression
 
 LOSSLESS = fo.Storage(master_bits=32, moment_bits=32)
 def test_every_export_is_listed():
@@ -248,45 +242,6 @@ def test_init_that_needs_real_parameters(tx, same):
     cases.assert_within_units(actual[name], leaf, 2, jnp.float32, None)
 
 
-def test_arrays_that_nothing_is_known_of_are_named_once():
-  def init(params):
-    return {"padded": jnp.zeros((2, sum(map(jnp.size, jax.tree.leaves(params)))))}
-
-  tx = fo.compress(optax.chain(
-      optax.GradientTransformation(init, lambda grads, state, _=None: (grads, state)),
-      optax.flatten(optax.adam(1e-2)),
-  ))
-  params = cases.tree(cases.SMALL_SHAPES)
-  with pytest.warns(UserWarning, match=r"keeps '0.padded'.* in float32") as caught:
-    for _ in range(2):
-      state = tx.init(params)
-  assert len(caught) == 1
-  assert [name for name, _ in state.format.moments] == ["1.0.mu", "1.0.nu"]
-
-
-def test_codecs():
-  params = cases.tree(cases.SMALL_SHAPES)
-  tx = fo.compress(
-      optax.adam(1e-2), cases.QUANTIZED, codecs={"ScaleByAdamState.nu": "float32"}
-  )
-  state = tx.init(params)
-  assert state.format.moments == (("0.mu", "first"),)
-  assert optax.tree.get(state, "nu")["bias"].dtype == jnp.float32
-  tx = fo.compress(
-      optax.MultiSteps(optax.sgd(1e-2), 2),
-      cases.QUANTIZED,
-      codecs={"acc_grads": "first_moment"},
-  )
-  assert optax.tree.get(tx.init(params), "acc_grads")["bias"].dtype == jnp.int8
-  tx = fo.compress(
-      optax.adagrad(1e-2),
-      cases.QUANTIZED,
-      codecs={"sum_of_squares": "second_moment"},
-  )
-  sums = fo.moments(tx.init(params))["sum_of_squares"]
-  np.testing.assert_allclose(sums["matrix"], 0.1, rtol=2**-7)  # its initial value
-
-
 def test_errors():
   params = cases.tree(cases.SMALL_SHAPES)
   with pytest.raises(ValueError, match=r"codecs\['nu'\] is 'second'; expected one"):
@@ -324,82 +279,6 @@ def test_odd_leaves(shape):
   params = {"x": jnp.ones(shape, jnp.bfloat16), "none": {}}
   params, state = fo.step(tx, params, tx.init(params), params)
   assert params["x"].shape == fo.moments(state)["mu"]["x"].shape == shape
-
-
-# Many leaves.
-
-
-@pytest.mark.parametrize(
-    "tx",
-    [
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)),
-        contrib.prodigy(),
-        optax.noisy_sgd(1e-2, key=0),
-    ],
-    ids=["clip", "prodigy", "noise"],
-)
-def test_leaf_by_leaf_is_all_at_once(tx, monkeypatch):
-  """Taken apart, a computation is the same."""
-  params = cases.tree({f"{i}": ((256, 512), jnp.bfloat16) for i in range(3)})
-  grads = cases.grads_like(params)
-  compressed = fo.compress(tx, LOSSLESS)
-  state = compressed.init(params)
-  actual = fo.to_fp32(*fo.step(compressed, grads, state, params))
-  monkeypatch.setattr(compression, "_SMALL", 1 << 30)
-  desired = fo.to_fp32(*fo.step(compressed, grads, state, params))
-  for key, leaf in desired.items():
-    cases.assert_within_units(actual[key], leaf, 1, jnp.float32, None)
-
-
-# With the temporaries that a step may take, in float32 copies of the largest leaf.
-@pytest.mark.parametrize(
-    ("tx", "most"),
-    [
-        (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), 2),
-        (contrib.prodigy(), 3),
-        (optax.lamb(1e-2), 2),
-        (contrib.muon(1e-2), 3),
-        # Random bits alone take 4.
-        (optax.chain(optax.novograd(1e-2), optax.noisy_sgd(1e-2, key=0)), 5),
-    ],
-    ids=["clip", "prodigy", "lamb", "muon", "novograd, noise"],
-)
-def test_leaf_by_leaf_takes_few_temporaries(tx, most, monkeypatch):
-  """Taken apart, a computation is the same, with few temporaries."""
-  tx = fo.compress(tx, cases.QUANTIZED)
-  params = cases.tree({name: ((64, 256), jnp.bfloat16) for name in "abc"})
-  grads = cases.grads_like(params)
-  state = tx.init(params)
-  desired = fo.step(tx, grads, state, params)
-  # With several devices, XLA's CPU backend is not told the order.
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
-  monkeypatch.setattr(compression, "_SMALL", 1)
-  step = jax.jit(functools.partial(fo.step, tx), donate_argnums=(1, 2))
-  compiled = step.lower(grads, state, params).compile()
-  planned = compiled.memory_analysis().temp_size_in_bytes
-  assert planned <= most * 4 * params["a"].size
-  actual = compiled(grads, *jax.tree.map(lambda x: x.copy(), (state, params)))
-  cases.assert_masters_close(
-      fo.to_fp32(*actual), fo.to_fp32(*desired), params, 24, 1
-  )
-  cases.assert_same(fo.moments(actual[1]), fo.moments(desired[1]))
-
-
-def test_no_float32_copy_of_the_tree(tmp_path):
-  """Temporaries, in float32 copies of the largest leaf, of a 12-layer model."""
-  # With one device: what XLA's CPU backend needs to be told costs communication
-  # with several.
-  command = [sys.executable, compress_temporaries.__file__, "--output", tmp_path]
-  subprocess.run(
-      [*command, "--only", "clip, adamw"],
-      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-      check=True,
-  )
-  found = json.loads((tmp_path / "compress_memory.json").read_text())
-  assert found["tree"] > 30
-  measured = found["optimizers"]["clip, adamw"]["compressed"]
-  assert measured["all_in_place"]
-  assert measured["temporaries"] <= 3
 
 
 # Sharded.

@@ -1,6 +1,5 @@
-"""Precision in and out, memory planning and diagnostics."""
+"""Precision in and out."""
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,80 +7,8 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
-from benchmarks.support.leaf_sets import llama3_8b
-
-PARAMS = {
-    "embed": {"table": (40, 64)},
-    "layers": [
-        {"kernel": (7, 50), "norm": {"scale": (50,)}},
-        {"kernel": (7, 50), "norm": {"scale": (50,)}},
-    ],
-    "head": {"kernel": (40, 64), "bias": ()},
-}
-
-
-def is_shape(x):
-  return isinstance(x, tuple)
-
-
-def draw(seed=0):
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(
-      lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32),
-      PARAMS,
-      is_leaf=is_shape,
-  )
-
-
-def labels(params):
-  names = {"embed": "lion", "layers": "adamw", "head": "plain"}
-  return {
-      key: jax.tree.map(lambda _, key=key: names[key], subtree)
-      for key, subtree in params.items()
-  }
-
-
-def not_head(params):
-  return {
-      key: jax.tree.map(lambda _, key=key: key != "head", subtree)
-      for key, subtree in params.items()
-  }
-
-
-def nestings(storage):
-  adamw = fo.adamw(1e-2, storage=storage)
-  return {
-      "alone": adamw,
-      "chain": optax.chain(optax.clip_by_global_norm(1.0), adamw),
-      "masked": optax.masked(adamw, not_head),
-      "inject": optax.inject_hyperparams(fo.adamw)(1e-2, storage=storage),
-      "partition": optax.chain(
-          optax.clip(1.0),
-          optax.partition(
-              {
-                  "adamw": optax.chain(optax.clip(0.5), adamw),
-                  "lion": optax.inject_hyperparams(fo.lion)(
-                      1e-3, storage=storage
-                  ),
-                  "plain": optax.sgd(1e-2),
-              },
-              labels,
-          ),
-      ),
-      "multi-steps": optax.MultiSteps(adamw, 2),
-  }
-
-
-# Leaves that have no flash optimizer in these.
-WITHOUT = {"masked": "head", "partition": "head"}
-every_nesting = pytest.mark.parametrize("nesting", nestings(cases.QUANTIZED))
-
-
-def by_path(tree):
-  return {
-      jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-      for path, leaf in jax.tree.leaves_with_path(tree)
-  }
+from tests.support import cases
+from tests.support.nestings import WITHOUT, by_path, draw, every_nesting, nestings
 
 
 @every_nesting
@@ -228,52 +155,6 @@ def test_float16_round_trip():
     assert (error <= np.maximum(2.0**-18 * np.abs(x), 2.0**-32)).all()
 
 
-def moment_paths(nesting):
-  without = WITHOUT.get(nesting, "none")
-  mu = {path for path in by_path(draw()) if not path.startswith(without)}
-  nu = {p for p in mu if nesting != "partition" or p.startswith("layers")}
-  return mu, nu
-
-
-@every_nesting
-def test_moments_are_found_in_any_nesting(nesting):
-  params = draw()
-  found = fo.moments(nestings(cases.QUANTIZED)[nesting].init(params))
-  assert set(found) == {"mu", "nu"}
-  for name, paths in zip(("mu", "nu"), moment_paths(nesting), strict=True):
-    assert set(by_path(found[name])) == paths
-    for path, moment in by_path(found[name]).items():
-      assert moment.dtype == jnp.float32
-      assert moment.shape == by_path(params)[path].shape
-      assert not moment.any()
-
-
-@pytest.mark.parametrize("nesting", ["partition", "multi-steps"])
-def test_moments_are_decoded(nesting):
-  """Against the same run with float32 moments: within the codes' steps."""
-  grads = draw(1)
-  found = {}
-  for bits in (8, 32):
-    tx = nestings(fo.Storage(moment_bits=bits, min_quantized_size=0))[nesting]
-    params, state = fo.from_fp32(tx, draw())
-    for _ in range(2):  # optax.MultiSteps updates at the second.
-      params, state = jax.jit(lambda g, s, p, tx=tx: fo.step(tx, g, s, p))(
-          grads, state, params
-      )
-    found[bits] = fo.moments(state)
-  for name, root in (("mu", np.abs), ("nu", np.sqrt)):
-    exact = by_path(found[32][name])
-    for path, moment in by_path(found[8][name]).items():
-      a, b = root(np.asarray(moment)), root(np.asarray(exact[path]))
-      assert np.max(np.abs(a - b)) <= 0.03 * np.max(b)
-
-
-def test_moments_of_sgd():
-  params = draw()
-  assert fo.moments(fo.sgd(0.1).init(params)) == {}
-  assert set(fo.moments(fo.sgd(0.1, 0.9).init(params))) == {"mu"}
-
-
 @pytest.mark.parametrize("function", [
     lambda state, params: fo.to_fp32(params, state),
     lambda state, params: fo.moments(state),
@@ -295,68 +176,3 @@ def test_a_state_of_other_parameters_is_an_error():
   del other["embed"]
   with pytest.raises(ValueError, match="embed/table"):
     fo.to_fp32(other, state)
-
-
-# Memory.
-
-
-def test_llama_3_8b_takes_5_13_bytes_per_parameter():
-  params = {
-      name: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-      for name, shape in llama3_8b().items()
-  }
-  report = fo.memory_report(fo.adamw(1e-3), params)
-  assert report.num_params == 8_030_261_248
-  assert report.bytes_per_param <= 5.13
-  assert report.params == 2 * report.num_params
-  assert report.correction == report.num_params
-  assert report.moments == 2 * report.num_params
-  assert report.total_bytes_per_param <= 7.13
-  usual = report.baseline
-  assert usual["params"] + usual["moments"] == 12 * report.num_params
-  text = str(report)
-  for part in ("8,030,261,248", "params", "correction", "moments", "scales",
-               "gradients", "total", "optax.adamw", "5.125"):
-    assert part in text
-
-
-@pytest.mark.parametrize("storage", [
-    cases.QUANTIZED,
-    fo.Storage(master_bits=32, moment_bits=32),
-    fo.Storage(master_bits=None, companding="paper", min_quantized_size=0),
-    fo.Storage(group_size=8, min_quantized_size=0),
-], ids=["24-8", "32-32", "none-8", "groups-of-8"])
-@every_nesting
-def test_report_is_what_a_real_state_takes(nesting, storage):
-  tx = nestings(storage)[nesting]
-  params, state = fo.from_fp32(tx, draw(), keep="*norm*")
-  report = fo.memory_report(tx, params)
-
-  def nbytes(tree):
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-  assert report.params == report.gradients == nbytes(params)
-  assert report.state == nbytes(state)
-  assert report.total == 2 * nbytes(params) + nbytes(state)
-  is_flash = lambda node: isinstance(node, fo.FlashState)  # noqa: E731
-  flash = [n for n in jax.tree.leaves(state, is_leaf=is_flash) if is_flash(n)]
-  assert report.correction == sum(nbytes(s.correction) for s in flash)
-  assert report.moments == sum(nbytes((s.mu, s.nu)) for s in flash)
-  assert report.scales == sum(nbytes((s.mu_scale, s.nu_scale)) for s in flash)
-  assert report.bytes_per_param == pytest.approx(
-      (nbytes(params) + nbytes(state)) / report.num_params
-  )
-  float32 = fo.cast_params(params, jnp.float32)
-  plain = optax.adamw(1e-3).init(float32)
-  assert sum(report.baseline.values()) == 2 * nbytes(float32) + nbytes(plain)
-
-
-def test_report_of_any_transformation_and_of_nothing():
-  params = draw()
-  report = fo.memory_report(optax.adam(1e-3), params)
-  assert report.correction == report.moments == 0
-  assert report.other == 8 * report.num_params + 4
-  empty = fo.memory_report(fo.adamw(1e-3), {})
-  assert empty.num_params == 0
-  assert empty.bytes_per_param == 4  # The count.
-  str(empty)

@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
 from flashoptim_jax.conversion import safetensors as module
+from tests.support import cases
 
 BITS = pytest.mark.parametrize("bits", [24, 32, None])
 

@@ -2,7 +2,6 @@
 
 import functools
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
+from tests.support import cases
 
 EXACT = fo.Storage(32, 32)
 SCHEDULE = optax.linear_schedule(2.0**-7, 2.0**-9, 10)

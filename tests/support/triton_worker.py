@@ -1,6 +1,6 @@
 """Runs the Triton kernel in Triton's interpreter, beside the XLA path.
 
-Usage: triton_worker.py
+Usage: python -m tests.support.triton_worker
 
 Fails unless codes, scales and float32 moments are the same bit for bit, and master
 weights within a unit; prints the number of cases.
@@ -15,7 +15,6 @@ import os
 
 os.environ |= {"TRITON_INTERPRET": "1", "XLA_FLAGS": "--xla_cpu_max_isa=AVX"}
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +26,7 @@ import flashoptim_jax as fo
 from flashoptim_jax.kernels import triton as launches
 from flashoptim_jax.kernels import triton_kernel
 from flashoptim_jax.storage import codec
+from tests.support import cases
 
 SHAPES = {"rows": (8, 64), "ragged": (3, 50), "stack": (2, 3, 32), "vector": (33,)}
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32

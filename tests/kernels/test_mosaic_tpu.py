@@ -8,7 +8,6 @@ import platform
 import subprocess
 import sys
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 
 import flashoptim_jax as fo
 from flashoptim_jax.storage.state import flash_states
+from tests.support import cases
 
 STEPS = 3
 # Interpret mode compiles slowly, so each leaf has something that no other has:
@@ -110,7 +110,7 @@ def test_says_why_it_cannot(params, kwargs, reason):
 )
 def test_compiles_for_tpus():
   # In a process of its own: libtpu is loaded by one process at a time.
-  script = pathlib.Path(__file__).parent / "checks" / "tpu_compile.py"
+  script = pathlib.Path(__file__).parents[1] / "checks" / "tpu_compile.py"
   found = subprocess.run(
       [sys.executable, script, "--quick"],
       capture_output=True,

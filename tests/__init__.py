@@ -1,0 +1,1 @@
+"""Tests, and in `support` and `checks` what they share and sample."""
