@@ -5,8 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import flashoptim_jax as fo
+from flashoptim_jax import optimizers
 from flashoptim_jax.kernels import dispatch, triton
 from flashoptim_jax.kernels.base import Leaf, UpdateSpec
 from flashoptim_jax.rules import ADAM, Moment, Rule
@@ -50,8 +53,61 @@ def make(rule, implementation=None):
   )
 
 
+def _sign(grad, old, new, scalars):
+  del grad, old, scalars
+  return jnp.sign(new[0])
+
+
+SIGNUM = Rule("signum", (Moment("mu", "first", "one_minus_b1", "b1"),), _sign)
+
+
+def signum(learning_rate, b1=0.75, *, storage, implementation=None):
+  """A factory as the guide for contributors asks for."""
+
+  def scalars(count):
+    del count
+    return {"b1": b1, "one_minus_b1": 1 - b1}
+
+  return optimizers._transformation(
+      SIGNUM,
+      scalars,
+      learning_rate,
+      plain=lambda: optax.signum(learning_rate, b1),
+      storage=storage,
+      implementation=implementation,
+  )
+
+
 def params():
   return cases.tree({"w": ((5, 168), jnp.bfloat16)})
+
+
+def test_a_new_optimizer_follows_optax():
+  tx = signum(2.0**-7, storage=cases.STORAGES["32/32"])
+  plain = optax.signum(2.0**-7, 0.75)
+  new, state = params(), tx.init(params())
+  expected = fo.to_fp32(new, state)
+  moments = plain.init(expected)
+  for i in range(3):
+    grads = cases.grads_like(params(), i)
+    new, state = fo.step(tx, grads, state, new)
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+    expected, moments = cases.update(plain, grads, moments, expected)
+  mu = fo.moments(state)["mu"]["w"]
+  cases.assert_within_units(mu, moments[0].ema["w"], 3, jnp.float32, None)
+  cases.assert_masters_close(fo.to_fp32(new, state), expected, params(), 32, 3)
+
+
+@pytest.mark.parametrize("storage", ["root", "paper", "32/32"])
+def test_a_new_optimizer_is_on_every_backend_or_refused(storage):
+  def train(implementation=None):
+    storage_ = cases.STORAGES[storage]
+    tx = signum(2.0**-7, storage=storage_, implementation=implementation)
+    return cases.train(tx, params(), 3, cases.jitted_step)
+
+  cases.assert_equal(train("mosaic_tpu"), train("xla"), 3)
+  with pytest.raises(ValueError, match=r"'triton'.*the rule 'signum'"):
+    train("triton")
 
 
 def test_tpu_kernel_equals_xla():
