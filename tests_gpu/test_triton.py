@@ -176,18 +176,21 @@ def test_odd_shapes(via):
   assert all(jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 40])
-def test_many_leaves_share_launches(count):
+@pytest.mark.parametrize(
+    ("count", "storage"),
+    [*((count, QUANTIZED) for count in (1, 2, 15, 16, 17, 40)), (60, fo.Storage())],
+)
+def test_many_leaves_share_launches(count, storage):
   shapes = [(i % 5 + 1, 32 * (i % 3 + 1)) for i in range(count)]
   keys = jax.random.split(jax.random.key(0), count)
   params = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
-  fused = fo.adamw(1e-2, storage=QUANTIZED, implementation="triton")
-  plain = fo.adamw(1e-2, storage=QUANTIZED, implementation="xla")
+  fused = fo.adamw(1e-2, storage=storage, implementation="triton")
+  plain = fo.adamw(1e-2, storage=storage, implementation="xla")
   params, state = fo.from_fp32(fused, params)
   grads = jax.tree.map(lambda p: p * 2, params)
   ours = jax.jit(functools.partial(fo.step, fused))(grads, state, params)
   reference = jax.jit(functools.partial(fo.step, plain))(grads, state, params)
-  found = differences(ours, reference, BF16, QUANTIZED)
+  found = differences(ours, reference, BF16, storage)
   assert {kind: float(value) for kind, value in found.items() if value > 1} == {}
 
 
@@ -244,6 +247,21 @@ def test_bad_gradients_as_in_xla(bad, storage):
     results.append(jax.device_get(finite))
   jax.tree.map(np.testing.assert_array_equal, *results)
   assert results[0][0]["w"].sum() == 4 * 96 - 32
+
+
+@pytest.mark.parametrize("storage", ["root", "32/32"])
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_zeros_set_from_outside_as_in_xla(zero, storage):
+  """Their corrections, of either sign, belong to what they were before."""
+  results = []
+  for options in ({}, {"implementation": "xla"}):
+    tx = fo.sgd(1e-3, storage=STORAGES[storage], **options)
+    params, state = fo.from_fp32(tx, random_tree(0, F32, 1.0))
+    params = jax.tree.map(lambda p: jnp.full_like(p, zero), params)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    params, state = jax.jit(functools.partial(fo.step, tx))(grads, state, params)
+    results.append(jax.device_get(fo.to_fp32(params, state)))
+  cases.assert_same(*results)
 
 
 def test_updates_in_place():

@@ -34,11 +34,16 @@ GROUP_SIZE = 32
 # With twice as many, a step of 150 leaves takes 1 to 4 % less on an H100, but Triton
 # takes about twice as long to compile the kernel.
 _MOST_LEAVES = 32
+# Small leaves with float32 moments, whose launches take longer than their work: their
+# pointers fit into 4 KB, all that CUDA before 12.1 has room for.
+_MOST_SMALL_LEAVES = 56
+_SMALL_BELOW = 1 << 16
 # Updates below this size are added to parameters in kernels for several of them.
 _MERGED_BELOW = 1 << 22
 _DTYPES = ("bfloat16", "float16", "float32")
 # Stands for a gain of 0: beside it, a gradient counts for nothing.
 _LEAST_GAIN = 2.0**-60
+_TINY = 2.0**-126  # the smallest normal float32
 _INSTALL = (
     "The extras 'cuda12' and 'cuda13' have what is missing: for JAX with CUDA 13, pip"
     " install 'flashoptim-optax[cuda13]'."
@@ -109,8 +114,9 @@ def update(
     # The largest are first: XLA, which adds the smallest updates first, then finds
     # them in the cache.
     members.sort(key=lambda i: xla_fusion.by_size(leaves[i]), reverse=True)
-    for start in range(0, len(members), _MOST_LEAVES):
-      chunk = members[start : start + _MOST_LEAVES]
+    most = _MOST_SMALL_LEAVES if launch.small else _MOST_LEAVES
+    for start in range(0, len(members), most):
+      chunk = members[start : start + most]
       results = launch([leaves[i] for i in chunk], packed)
       updated.update(zip(chunk, results, strict=True))
   results = [updated[i] for i in range(len(leaves))]
@@ -142,8 +148,8 @@ def adam_scalars(h: Scalars, nesterov: bool) -> dict[str, jax.Array]:
   """Scalars of the kernel for Adam's rules with quantised moments.
 
   It computes the averages in multiples of their gains, ``m' = g + mu_carry · m`` and
-  ``v' = g² + (nu_carry_root · sqrt(v))²``, and the direction as ``direction_scaling ·
-  (m' + grad_share · g) / (sqrt(v' + scaled_eps_root) + scaled_eps)``.
+  ``v' = g² + (nu_carry_root · sqrt(v))²``, and the step as ``(m' + grad_share · g) /
+  (root_pace · sqrt(v' + scaled_eps_root) + eps_pace)``.
   """
   gains = ("one_minus_b1", "one_minus_b2")
   mu_unit, nu_unit = (
@@ -158,16 +164,21 @@ def adam_scalars(h: Scalars, nesterov: bool) -> dict[str, jax.Array]:
     scaling = jnp.maximum(scaling, _LEAST_GAIN)
     grad_share = h["one_minus_b1"] * h["mu_scaling"] / scaling
   direction_scaling = scaling / root_unit
+  pace = -jnp.asarray(h["learning_rate"], jnp.float32) * direction_scaling
+  # Without a learning rate a step is 0, as something over infinity.
+  still = jnp.abs(pace) < _TINY
+  root_pace = jnp.where(still, _TINY, 1.0 / pace)
+  eps_pace = jnp.where(still, jnp.inf, h["eps"] / root_unit * root_pace)
   return {
       "mu_carry": h["b1"] / mu_unit,
       "mu_unit": mu_unit,
       "nu_carry_root": jnp.sqrt(h["b2"] / nu_unit),
       "nu_unit": nu_unit,
       "grad_share": grad_share,
-      "scaled_eps": h["eps"] / root_unit,
+      "root_pace": root_pace,
+      "eps_pace": eps_pace,
       "scaled_eps_root": h["eps_root"] / root_unit**2,
       "scaled_least_root": h[LEAST_ROOT] * direction_scaling,
-      "direction_scaling": direction_scaling,
   }
 
 
@@ -187,11 +198,15 @@ def _launch_of(spec: UpdateSpec, leaf: Leaf, scalars: Scalars) -> "_Launch":
   names = tuple(moment.name for moment in spec.rule.moments)
   arrays = _arrays(leaf, names)
   length = _row_length(leaf)
+  small = not leaf.quantized and length < _SMALL_BELOW
+  # Words of 16 bytes are enough for small leaves to share launches.
+  alignment = min(length & -length, 8 if small else GROUP_SIZE)
   return _Launch(
       spec,
       leaf.decay,
       not _is_zero(scalars.get("eps_root", 0.0)),
-      min(length & -length, GROUP_SIZE),
+      small,
+      alignment,
       tuple((name, array.dtype.name) for name, array in arrays.items()),
   )
 
@@ -207,11 +222,15 @@ def _row_length(leaf: Leaf) -> int:
 
 
 class _Launch(NamedTuple):
-  """What leaves that share a launch have in common."""
+  """What leaves that share a launch have in common.
+
+  ``small``: Whether they have float32 moments and few parameters.
+  """
 
   spec: UpdateSpec
   decay: bool
   has_eps_root: bool
+  small: bool
   alignment: int
   dtypes: tuple[tuple[str, str], ...]
 

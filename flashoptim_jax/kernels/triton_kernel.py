@@ -21,18 +21,24 @@ def _is_portable() -> bool:
 if _is_portable():
   from flashoptim_jax.kernels.triton_portable import (
     divide,
+    merge,
     pin,
     quiet,
+    round_half_up,
     saturate,
     saturate_biased,
+    second_byte,
   )
 else:
   from flashoptim_jax.kernels.triton_ptx import (
     divide,
+    merge,
     pin,
     quiet,
+    round_half_up,
     saturate,
     saturate_biased,
+    second_byte,
   )
 
 # Positions of the hyperparameters in the kernel's first argument.
@@ -55,10 +61,10 @@ SCALARS = (
     "nu_carry_root",
     "nu_unit",
     "grad_share",
-    "scaled_eps",
+    "root_pace",
+    "eps_pace",
     "scaled_eps_root",
     "scaled_least_root",
-    "direction_scaling",
     "master_rounding",
     "first_scale_rounding",
     "first_code_rounding",
@@ -98,10 +104,10 @@ _MU_UNIT = tl.constexpr(14)
 _NU_CARRY_ROOT = tl.constexpr(15)
 _NU_UNIT = tl.constexpr(16)
 _GRAD_SHARE = tl.constexpr(17)
-_SCALED_EPS = tl.constexpr(18)
-_SCALED_EPS_ROOT = tl.constexpr(19)
-_SCALED_LEAST_ROOT = tl.constexpr(20)
-_DIRECTION_SCALING = tl.constexpr(21)
+_ROOT_PACE = tl.constexpr(18)
+_EPS_PACE = tl.constexpr(19)
+_SCALED_EPS_ROOT = tl.constexpr(20)
+_SCALED_LEAST_ROOT = tl.constexpr(21)
 _MASTER_ROUNDING = tl.constexpr(22)
 # Of first moments; those of second moments follow.
 _SCALE_ROUNDING = tl.constexpr(23)
@@ -123,17 +129,25 @@ def _bits(x):
 
 
 @triton.jit
+def _larger(x, y):
+  """The larger of two numbers, NaN if one is."""
+  return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _group_largest(x, unit, old_scale, SIGNED: tl.constexpr):
   """Largest magnitude of each row times ``unit``, NaN where the row holds one.
 
   Limited where that of one half of the row stands out from the other half's and from
   the row's old scale.
   """
-  bits = (_bits(x) & 0x7FFFFFFF).to(tl.int32)
-  runs = tl.reshape(bits, (x.shape[0], _GROUP // (2 * _HALF_RUN), 2, _HALF_RUN))
-  halves = tl.max(tl.max(runs, axis=3), axis=1)
-  largest = tl.max(halves, axis=1).to(tl.float32, bitcast=True) * unit
-  other = tl.min(halves, axis=1).to(tl.float32, bitcast=True) * unit
+  if SIGNED:
+    x = tl.abs(x)
+  runs = tl.reshape(x, (x.shape[0], _GROUP // (2 * _HALF_RUN), 2, _HALF_RUN))
+  # Of floats: the instruction takes magnitudes by itself.
+  halves = tl.reduce(tl.reduce(runs, 3, _larger), 1, _larger)
+  largest = tl.reduce(halves, 1, _larger) * unit
+  other = tl.min(halves, axis=1) * unit  # Whatever it is beside a NaN.
   old = old_scale.to(tl.float32)
   if SIGNED:
     limit = tl.maximum(other, old) * _LARGEST_RATIO
@@ -153,6 +167,12 @@ def _inverse(s):
 
 
 @triton.jit
+def _inverse_root(s):
+  """1 / sqrt(s), and 0 where s is 0; no root is too large or small for `divide`."""
+  return tl.where(s == 0, 0.0, divide(1.0, tl.sqrt(s)))
+
+
+@triton.jit
 def _round_scale(scale, rounding):
   """To bfloat16; a finite scale stays finite."""
   bits = tl.minimum(_bits(scale).to(tl.int32) + rounding, 0x7F7FFFFF)
@@ -162,20 +182,23 @@ def _round_scale(scale, rounding):
 
 @triton.jit
 def _decode(codes, scale, carry, SIGNED: tl.constexpr, ROOT: tl.constexpr):
-  """Signed moments times ``carry``, or roots of second moments times ``carry``."""
+  """Signed moments times ``carry``, or roots of second moments times ``carry``.
+
+  In two factors, for the caller to multiply: each element's and its group's.
+  """
   c = codes.to(tl.float32)
   s = scale.to(tl.float32)
   if ROOT:
     if SIGNED:
-      x = c * tl.abs(c) * (s * (1.0 / 16129.0) * carry)[:, None]
+      x, factor = c * tl.abs(c), s * (1.0 / 16129.0) * carry
     else:
-      x = c * c * (s * (1.0 / 65025.0) * carry)[:, None]
+      x, factor = c * c, s * (1.0 / 65025.0) * carry
   elif SIGNED:
     y = c * (1.0 / 127.0)
-    x = divide(y, 2.0 - tl.abs(y)) * (s * carry)[:, None]
+    x, factor = divide(y, 2.0 - tl.abs(y)), s * carry
   else:
-    x = c * (s * (1.0 / 255.0) * carry)[:, None]
-  return x
+    x, factor = c, s * (1.0 / 255.0) * carry
+  return x, factor[:, None]
 
 
 @triton.jit
@@ -207,28 +230,32 @@ def _encode(
   levels: tl.constexpr = 127.0 if SIGNED else 255.0
   slack = tl.load(roundings + _SLACK_ROUNDING)
   unit = unit if SIGNED else tl.sqrt(unit)
+  # A code is `level * share + threshold`, in one instruction.
   if ROOT:
-    factor = (levels * slack * _inverse(tl.sqrt(scale)) * tl.sqrt(unit))[:, None]
-    level = tl.sqrt(tl.abs(x) if SIGNED else root) * factor
+    factor = (levels * slack * _inverse_root(scale) * tl.sqrt(unit))[:, None]
     if SIGNED:
-      level *= tl.minimum(level, 1.0)
+      level = tl.sqrt(tl.abs(x)) * factor
+      share = tl.minimum(level, 1.0)
+    else:
+      level, share = tl.sqrt(root), factor
   else:
     factor = (slack * _inverse(scale) * unit)[:, None]
     if SIGNED:
       ratio = tl.abs(x) * factor
-      level = levels * divide(2.0 * ratio, 1.0 + ratio)
+      level, share = divide(2.0 * ratio, 1.0 + ratio), levels
     else:
-      level = levels * (root * factor)
+      level, share = root * factor, levels
   threshold = tl.load(roundings + _CODE_ROUNDING)
-  # What is beyond the largest is left to `saturate`. A NaN gives some code or other, in
-  # a group whose scale is NaN.
   if SIGNED:
     level = (_bits(level) | (_bits(x) & 0x80000000)).to(tl.float32, bitcast=True)
     # Positive, for the conversion to cut off downwards.
-    code = tl.maximum(level + (threshold + 128.0), 1.0).to(tl.int32)
+    threshold += 128.0
+    least = 1.0
   else:
-    code = tl.maximum(level + threshold, 1.0)
-    code = tl.where(factor > 0, code, 0.0).to(tl.int32)
+    least = tl.where(factor > 0, 1.0, 0.0)
+  # What is beyond the largest is left to `saturate`. A NaN gives some code or other, in
+  # a group whose scale is NaN.
+  code = tl.maximum(tl.fma(level, share, threshold), least).to(tl.int32)
   return code, _round_scale(scale, tl.load(roundings + _SCALE_ROUNDING).to(tl.int32))
 
 
@@ -248,7 +275,10 @@ def _unit_float16(param, MASTER_BITS: tl.constexpr):
 
 @triton.jit
 def _advance(param, correction, master, step, threshold, MASTER_BITS: tl.constexpr):
-  """Master weights after a step, rounded to 24 bits by a threshold."""
+  """Master weights after a step, rounded to 24 bits by a threshold.
+
+  The bits below them are left, for those who store it to cut off.
+  """
   if MASTER_BITS != 24:
     moved = master + step
   elif param.dtype == tl.float16:
@@ -259,7 +289,6 @@ def _advance(param, correction, master, step, threshold, MASTER_BITS: tl.constex
     place = (threshold - _HALF_OF_FLOAT32) * (2.0**-15)
     binade = (_bits(master + step) & 0xFF800000).to(tl.float32, bitcast=True)
     moved = master + tl.fma(binade, place, step)
-    moved = (_bits(moved) & 0xFFFFFF00).to(tl.float32, bitcast=True)
   return moved
 
 
@@ -271,11 +300,8 @@ def _merge(param, correction, MASTER_BITS: tl.constexpr):
     unit = _unit_float16(param, MASTER_BITS)
     master = param.to(tl.float32) + correction.to(tl.float32) * unit
   else:
-    p = param.to(tl.int16, bitcast=True).to(tl.int32)
-    rest = correction.to(tl.int32)
-    rest = tl.where((p & 0x7FFF) == 0, tl.maximum(rest, 0), rest)
-    shift: tl.constexpr = 8 if MASTER_BITS == 24 else 0
-    master = ((p << 16) + (rest << shift)).to(tl.float32, bitcast=True)
+    bits = merge(param.to(tl.int16, bitcast=True), correction)
+    master = bits.to(tl.float32, bitcast=True)
   return master
 
 
@@ -292,10 +318,7 @@ def _residual_float16(master, param, MASTER_BITS: tl.constexpr):
 
 @triton.jit
 def _split(master, dtype: tl.constexpr, MASTER_BITS: tl.constexpr):
-  """Parameters, and corrections as the low bits of int32.
-
-  At 24 bits, what is below them in ``master`` is 0.
-  """
+  """Parameters, and corrections as the low bits of integers."""
   if MASTER_BITS == 0:
     param = master.to(dtype)
     rest = tl.zeros_like(master).to(tl.int32)
@@ -303,10 +326,9 @@ def _split(master, dtype: tl.constexpr, MASTER_BITS: tl.constexpr):
     param = master.to(dtype)
     rest = _residual_float16(master, param, MASTER_BITS)
   else:
-    # What is added must not carry a NaN away.
-    bits = quiet(_bits(master))
-    param = ((bits + 0x8000) >> 16).to(tl.uint16).to(dtype, bitcast=True)
-    rest = (bits >> (32 - MASTER_BITS)).to(tl.int32)
+    # Beside a parameter that is NaN any correction will do.
+    param = round_half_up(master)
+    rest = second_byte(master) if MASTER_BITS == 24 else _bits(master)
   return param, rest
 
 
@@ -359,7 +381,8 @@ def _update_groups(
     arrays: Pointers to the leaf's arrays, in the order of ``ARRAYS``.
     block: Index of the block of groups.
     num_groups: Groups of the leaf.
-    row_length: Length of the group axis, in units of ALIGNMENT.
+    row_length: Length of the group axis, in units of ALIGNMENT; that of the whole
+      leaf where moments are float32.
     ALIGNMENT: A power of two that divides every leaf's row length, at most 32.
       At 32 no row ends in a partial group.
     RULE: The rule's name.
@@ -382,6 +405,12 @@ def _update_groups(
     base = first * _GROUP
     at = local[:, None] * _GROUP + lanes
     inside = in_leaf[:, None] & (lanes < _GROUP)
+  elif not COMPRESSED:
+    # A single row.
+    base = first * _GROUP
+    at = local[:, None] * _GROUP + lanes
+    inside = at < row_length.to(tl.int64) * ALIGNMENT - base
+    inside = tl.max_constancy(inside, [1, ALIGNMENT])
   else:
     base = 0
     length = row_length * ALIGNMENT
@@ -401,24 +430,30 @@ def _update_groups(
     correction = 0
   else:
     correction = tl.load(correction_ptr + at, mask=inside, other=0)
-  g = g_stored.to(tl.float32)
-  master = _merge(param, correction, MASTER_BITS)
-
   if RULE != "sgd":
     mu_ptr = arrays[3] + base
     mu_scale_ptr = arrays[4] + first
     mu = tl.load(mu_ptr + at, mask=inside, other=0)
     if COMPRESSED:
       mu_scale = tl.load(mu_scale_ptr + local, mask=in_leaf, other=0.0)
-      mu_carry = tl.load(scalars + _MU_CARRY) if IN_UNITS else 1.0
-      mu = _decode(mu, mu_scale, mu_carry, True, ROOT)
   if RULE == "adam":
     nu_ptr = arrays[5] + base
     nu_scale_ptr = arrays[6] + first
     nu = tl.load(nu_ptr + at, mask=inside, other=0)
     if COMPRESSED:
       nu_scale = tl.load(nu_scale_ptr + local, mask=in_leaf, other=0.0)
-      nu = _decode(nu, nu_scale, tl.load(scalars + _NU_CARRY_ROOT), False, ROOT)
+  # No load moves below a barrier. Without it the compiler puts off half of them until
+  # the first have come, to save registers: memory would be waited for twice.
+  tl.debug_barrier()
+
+  g = g_stored.to(tl.float32)
+  master = _merge(param, correction, MASTER_BITS)
+  if RULE != "sgd" and COMPRESSED:
+    mu_carry = tl.load(scalars + _MU_CARRY) if IN_UNITS else 1.0
+    mu, mu_factor = _decode(mu, mu_scale, mu_carry, True, ROOT)
+  if IN_UNITS:
+    nu_carry = tl.load(scalars + _NU_CARRY_ROOT)
+    nu, nu_factor = _decode(nu, nu_scale, nu_carry, False, ROOT)
 
   rate = -tl.load(scalars + _LEARNING_RATE)
   decay = rate * tl.load(scalars + _WEIGHT_DECAY)
@@ -429,7 +464,8 @@ def _update_groups(
     # In multiples of the gains, see `triton.adam_scalars`.
     mu_unit = tl.load(scalars + _MU_UNIT)
     nu_unit = tl.load(scalars + _NU_UNIT)
-    mu = g + mu
+    mu = tl.fma(mu, mu_factor, g)
+    nu *= nu_factor
     nu = tl.fma(g, g, nu * nu)
     nu_root = tl.sqrt(nu)
     numerator = mu
@@ -439,8 +475,8 @@ def _update_groups(
     if EPS_ROOT:
       root = tl.sqrt(nu + tl.load(scalars + _SCALED_EPS_ROOT))
     root = tl.maximum(root, tl.abs(numerator) * tl.load(scalars + _SCALED_LEAST_ROOT))
-    direction = divide(numerator, root + tl.load(scalars + _SCALED_EPS))
-    rate *= tl.load(scalars + _DIRECTION_SCALING)
+    root_pace = tl.load(scalars + _ROOT_PACE)
+    step = divide(numerator, tl.fma(root, root_pace, tl.load(scalars + _EPS_PACE)))
   elif RULE == "adam":
     one_minus_b1 = tl.load(scalars + _ONE_MINUS_B1)
     mu = one_minus_b1 * g + tl.load(scalars + _B1) * mu
@@ -454,10 +490,14 @@ def _update_groups(
     nu_hat = nu * tl.load(scalars + _NU_SCALING) + tl.load(scalars + _EPS_ROOT)
     direction = divide(mu_hat, tl.sqrt(nu_hat) + tl.load(scalars + _EPS))
   elif RULE == "lion":
+    if COMPRESSED:
+      mu *= mu_factor
     c = tl.load(scalars + _ONE_MINUS_B1) * g + tl.load(scalars + _B1) * mu
     direction = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, c))
     mu = tl.load(scalars + _ONE_MINUS_B2) * g + tl.load(scalars + _B2) * mu
   elif RULE == "momentum":
+    if COMPRESSED:
+      mu *= mu_factor
     momentum = tl.load(scalars + _MOMENTUM)
     mu = tl.load(scalars + _ONE_MINUS_DAMPENING) * g + momentum * mu
     direction = g + momentum * mu if NESTEROV else mu
@@ -465,7 +505,8 @@ def _update_groups(
     tl.static_assert(RULE == "sgd", "unknown rule")
     direction = g
 
-  step = rate * direction
+  if not IN_UNITS:
+    step = rate * direction
   if DECAY:
     step = tl.fma(decay, master, step)
   threshold = tl.load(scalars + _MASTER_ROUNDING)

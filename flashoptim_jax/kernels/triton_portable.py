@@ -35,6 +35,30 @@ def quiet(bits):
 
 
 @triton.jit
+def merge(param, correction):
+  """Bits of master weights, as uint32, given those of a bfloat16, as int16."""
+  p = param.to(tl.int32)
+  rest = correction.to(tl.int32)
+  rest = tl.where((p & 0x7FFF) == 0, tl.maximum(rest, 0), rest)
+  if correction.dtype == tl.int8:
+    rest <<= 8
+  return ((p << 16) + rest).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def round_half_up(x):
+  """From float32 to bfloat16; what lies halfway is rounded away from zero."""
+  bits = quiet(x.to(tl.uint32, bitcast=True)) + 0x8000
+  return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def second_byte(x):
+  """Of float32 numbers, the second-lowest byte, as int8."""
+  return (x.to(tl.uint32, bitcast=True) >> 8).to(tl.int8)
+
+
+@triton.jit
 def pin(pointer, LEAF: tl.constexpr):
   """The same pointer."""
   return pointer

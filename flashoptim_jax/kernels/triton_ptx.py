@@ -13,6 +13,41 @@ _PACK_UINT8 = tl.constexpr(_PACK.format("cvt.pack.sat.u8.s32.b32"))
 _PACK_BIASED = tl.constexpr(
     _PACK_UINT8.value.removesuffix("}") + "xor.b32 $0, $0, 0x80808080; }"
 )
+_ROUND_HALF_UP = tl.constexpr("""{
+  .reg .b32 low, high;
+  prmt.b32 low, $1, $1, 0x3211;
+  prmt.b32 high, $2, $2, 0x3211;
+  cvt.rn.bf16x2.f32 $0, high, low;
+}""")
+_SECOND_BYTE = tl.constexpr("""{
+  .reg .b32 low, high;
+  prmt.b32 low, $1, $2, 0x0051;
+  prmt.b32 high, $3, $4, 0x0051;
+  prmt.b32 $0, low, high, 0x5410;
+}""")
+# For four elements: their parameters are in $4 and $5, their corrections in $6. First
+# corrections are taken from zeros which they would take to the other side of zero. What
+# is zero as bfloat16 is so as float16, which older GPUs compare, too. A digit of prmt's
+# last operand picks a byte of the others, or (8 more) a byte full of its sign.
+_MERGE_INT8 = tl.constexpr("""{
+  .reg .b32 low, high, zero, negative, rest;
+  mov.b32 zero, 0;
+  set.eq.u32.f16x2 low, $4, zero;
+  set.eq.u32.f16x2 high, $5, zero;
+  prmt.b32 zero, low, high, 0x7531;
+  prmt.b32 negative, $6, 0, 0xba98;
+  lop3.b32 rest, $6, zero, negative, 0x70;
+  prmt.b32 low, rest, 0, 0x8804;
+  mad.lo.u32 $0, $4, 0x10000, low;
+  prmt.b32 high, rest, 0, 0x9914;
+  and.b32 low, $4, 0xffff0000;
+  add.u32 $1, low, high;
+  prmt.b32 low, rest, 0, 0xaa24;
+  mad.lo.u32 $2, $5, 0x10000, low;
+  prmt.b32 high, rest, 0, 0xbb34;
+  and.b32 low, $5, 0xffff0000;
+  add.u32 $3, low, high;
+}""")
 
 
 @triton.jit
@@ -55,6 +90,47 @@ def quiet(bits):
   For results of arithmetic, which gives 0x7FFFFFFF for any NaN.
   """
   return tl.minimum(bits.to(tl.int32), 0x7FC00000).to(tl.uint32)
+
+
+@triton.jit
+def merge(param, correction):
+  """Bits of master weights, as uint32, given those of a bfloat16, as int16."""
+  if correction.dtype == tl.int8:
+    bits = tl.inline_asm_elementwise(
+        _MERGE_INT8,
+        "=r,=r,=r,=r,r,r,r",
+        [param, correction],
+        dtype=tl.uint32,
+        is_pure=True,
+        pack=4,
+    )
+  else:
+    p = param.to(tl.int32)
+    rest = correction.to(tl.int32)
+    rest = tl.where((p & 0x7FFF) == 0, tl.maximum(rest, 0), rest)
+    bits = ((p << 16) + rest).to(tl.uint32, bitcast=True)
+  return bits
+
+
+@triton.jit
+def round_half_up(x):
+  """From float32 to bfloat16; what lies halfway is rounded away from zero.
+
+  NVIDIA's conversion rounds it to even. It is given the second byte in place of the
+  lowest: half a place (0x8000) becomes more than that, what is less stays less, and
+  infinity, whose second byte is 0, stays infinity.
+  """
+  return tl.inline_asm_elementwise(
+      _ROUND_HALF_UP, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+  )
+
+
+@triton.jit
+def second_byte(x):
+  """Of float32 numbers, the second-lowest byte, as int8."""
+  return tl.inline_asm_elementwise(
+      _SECOND_BYTE, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4
+  )
 
 
 @triton.jit

@@ -145,6 +145,19 @@ def check_bound():
   assert (found <= 1.1 * cases.largest_steps(0.9, 0.95, False, steps)).all(), found
 
 
+def check_rest():
+  """Without a learning rate nothing moves, whatever the gradients."""
+  tx = fo.adam(0.0, storage=cases.STORAGES["root"], implementation="triton")
+  params = cases.tree({"zeros": ((2, 64), F32), "ones": ((2, 64), BF16)})
+  params["zeros"] = jnp.zeros_like(params["zeros"])
+  state = tx.init(params)
+  before = fo.to_fp32(params, state)
+  for size in (0.0, 1.0, 1e30):
+    grads = {name: jnp.full_like(param, size) for name, param in params.items()}
+    params, state = jax.jit(functools.partial(fo.step, tx))(grads, state, params)
+    cases.assert_same(fo.to_fp32(params, state), before)
+
+
 @triton.jit
 def store_residual(
     master, param, result, MASTER_BITS: tl.constexpr, SIZE: tl.constexpr
@@ -187,6 +200,7 @@ if __name__ == "__main__":
   for master_bits in (24, 32):
     check_residual(master_bits)
   check_bound()
+  check_rest()
   for case in CASES:
     check(*case)
   print(len(CASES))
