@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import flashoptim_jax as fo
-from flashoptim_jax import kernels
 from flashoptim_jax.kernels import triton as launches
+from flashoptim_jax.kernels.by_platform import Place
 from tests.support.cases import OPTIMIZERS, STORAGES
 from tests.support.release_models import MODELS, batch, released, value_and_grad
 
@@ -22,7 +22,7 @@ SHARE_OF_CODES = 1e-4
 
 @pytest.fixture(scope="module", autouse=True)
 def available():
-  reason = launches.unavailable(kernels.Place("gpu", 1, None))
+  reason = launches.unavailable(Place("gpu", 1, None))
   assert reason is None, f"This suite needs a GPU and jax-triton: {reason}."
 
 

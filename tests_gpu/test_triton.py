@@ -21,8 +21,8 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
-from flashoptim_jax import kernels
 from flashoptim_jax.kernels import triton as launches
+from flashoptim_jax.kernels.by_platform import Place
 from tests.support import cases
 from tests.support.cases import OPTIMIZERS, QUANTIZED, STORAGES
 
@@ -60,7 +60,7 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def available():
-  reason = launches.unavailable(kernels.Place("gpu", 1, None))
+  reason = launches.unavailable(Place("gpu", 1, None))
   assert reason is None, f"This suite needs a GPU and jax-triton: {reason}."
 
 
