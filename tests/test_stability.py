@@ -348,6 +348,25 @@ def test_small_steps_add_up(name, dtype, function):
       assert abs(found - expected) <= 0.02 * abs(expected) + spacing
 
 
+def test_small_steps_of_the_tpu_kernel_are_exact():
+  """A hundredth of a place is no whole number of float32's places."""
+  spacing = cases.spacing(1.0, np.dtype(jnp.bfloat16), 24)
+
+  def trained(implementation):
+    tx = fo.sgd(-0.01 * spacing, implementation=implementation)
+    params, state = fo.from_fp32(tx, jnp.full((8, 128), 1.5), "bfloat16")
+    grads = jnp.ones_like(params)
+
+    def step(carry, _):
+      return fo.step(tx, grads, carry[1], carry[0]), None
+
+    return fo.to_fp32(*jax.lax.scan(step, (params, state), length=1000)[0])
+
+  kernel, xla = map(jax.jit(trained, static_argnums=0), ("mosaic_tpu", "xla"))
+  np.testing.assert_array_equal(kernel, xla)
+  np.testing.assert_allclose(kernel - 1.5, 10 * spacing, atol=1.5 * spacing)
+
+
 # Parameters of different units, and small leaves.
 
 

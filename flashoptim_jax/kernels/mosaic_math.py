@@ -24,57 +24,58 @@ _LARGEST = 3.0e38
 _TINY = 2.0**-126
 
 
-def inverse_root(x: jax.Array) -> jax.Array:
-  """1 / sqrt(x), and a large finite number where x is 0."""
-  return jnp.minimum(lax.rsqrt(x), _LARGEST)
-
-
 class Multiples(NamedTuple):
-  """What the roots of this module come multiplied by, powers of two.
+  """What the roots of this module come multiplied by.
 
   Attributes:
-    signed_root: Of :func:`signed_root`.
+    inverse_root: Of :func:`inverse_root`, a power of two.
     root: Of the first of :func:`roots_of_square`.
     fourth_root: Of the second.
   """
 
-  signed_root: float
+  inverse_root: float
   root: float
   fourth_root: float
 
 
+# Of Newton's step for the fourth root, and what it leaves at the solution.
+_STEP = float(np.float32(7 / 3))
+_LEFT = _STEP - 1.0
+
+
 def multiples(has_fast_roots: bool) -> Multiples:
   """Those of a TPU whose ``lax.rsqrt`` costs one operation, or many."""
-  return Multiples(1.0, 1.0, 1.0) if has_fast_roots else Multiples(2.0, 16.0, 64.0)
+  if has_fast_roots:
+    return Multiples(1.0, 1.0, 1.0)
+  return Multiples(2.0, _LEFT**2, _LEFT)
 
 
-def signed_root(
-    x: jax.Array, magnitude: jax.Array, has_fast_roots: bool
-) -> jax.Array:
-  """``sign(x) * |x| ** (1/2)``, multiplied.
+def inverse_root(magnitude: jax.Array, has_fast_roots: bool) -> jax.Array:
+  """``magnitude ** (-1/2)``, multiplied; infinite or large where it is 0.
 
-  Where ``lax.rsqrt`` costs many operations, this is one Newton step for
-  ``g = |x| ** (-1/2)``, ``2 g <- g (3 - |x| g^2)``.
+  Where ``lax.rsqrt`` costs many operations, this is one Newton step,
+  ``2 g <- g (3 - |x| g^2)``.
   """
   if has_fast_roots:
-    return x * inverse_root(magnitude)
+    return lax.rsqrt(magnitude)
   guess = _power(magnitude, -0.5)
-  return (x * guess) * (3.0 - magnitude * (guess * guess))
+  return guess * (3.0 - magnitude * (guess * guess))
 
 
 def roots_of_square(x: jax.Array, has_fast_roots: bool) -> tuple[jax.Array, jax.Array]:
   """``x ** (1/2)`` and ``x ** (1/4)`` of a mean of squares, multiplied.
 
-  The Newton step is for ``g = x ** (-1/4)``, ``4 g <- g (5 - x g^4)``.
+  From a guess ``g = x ** (-1/4)``, ``x ** (1/4) = x g^3 (x g^4) ** (-3/4)``; the last
+  power is near that of 1, ``3/4 (7/3 - x g^4)``.
   """
   if has_fast_roots:
     fourth = lax.rsqrt(lax.rsqrt(x))
-    return fourth * fourth, fourth
-  guess = _power(x, -0.25)
-  squared = guess * guess
-  guess = guess * (5.0 - x * (squared * squared))
-  root = x * (guess * guess)
-  return root, root * guess
+  else:
+    guess = _power(x, -0.25)
+    squared = guess * guess
+    root = x * squared
+    fourth = (root * guess) * (_STEP - root * squared)
+  return fourth * fourth, fourth
 
 
 def _power(x: jax.Array, exponent: float) -> jax.Array:
@@ -256,7 +257,7 @@ class _Values:
     root = self.root(x)
     if root is None:
       value = self.read(x)
-      root = value * inverse_root(value), 1.0
+      root = value * jnp.minimum(lax.rsqrt(value), _LARGEST), 1.0
     self._set_magnitude(out, *root)
     return True
 

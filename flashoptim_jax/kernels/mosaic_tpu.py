@@ -39,12 +39,12 @@ from flashoptim_jax.kernels.base import Leaf, Unavailable, UpdatedLeaf, UpdateSp
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.kernels.mosaic_layout import axis_order
 from flashoptim_jax.kernels.mosaic_math import (
-  Known,
-  evaluate,
-  multiples,
-  reads_old_moments,
-  roots_of_square,
-  signed_root,
+    Known,
+    evaluate,
+    inverse_root,
+    multiples,
+    reads_old_moments,
+    roots_of_square,
 )
 from flashoptim_jax.rules import LEAST_ROOT, Rule, Scalars
 from flashoptim_jax.storage import codec
@@ -65,9 +65,11 @@ _NAN = 0x7FC00000
 # Added to a number below 2^22 it leaves its nearest integer in the low bits.
 _ROUND = 1.5 * 2.0**23
 _EVERY_SIGN = 0x80808080 - 2**32
+_ODD_BYTES = 0xFF00FF00 - 2**32
 _SIGN_AND_EXPONENT = 0xFF800000 - 2**32
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 _LEAST_GAIN = 2.0**-60
+_TILE_WORDS = 4  # rows of words in XLA's tiles of 16-bit arrays
 _CHUNK = 32
 _LEAST_ROWS = 8 * GROUP_SIZE  # whose scales fill a tile, where groups lie along rows
 
@@ -218,6 +220,18 @@ def _pack(numbers: Sequence[jax.Array], itemsize: int, interpret: bool) -> jax.A
   return lax.bitcast_convert_type(packed, jnp.int32)
 
 
+def _pack_second_bytes(numbers: Sequence[jax.Array], interpret: bool) -> jax.Array:
+  """A word of the second lowest bytes of four numbers."""
+  if interpret:
+    return _pack([_logical_shift(number, 8) for number in numbers], 1, interpret)
+  # Pairs are packed first, which saves half the shifts.
+  pairs = [
+      pltpu.bitcast(_logical_shift(_pack(numbers[i::2], 2, interpret), 8), jnp.int16)
+      for i in range(2)
+  ]
+  return pltpu.bitcast(pltpu.pack_elementwise(pairs, packed_dtype=jnp.int8), jnp.int32)
+
+
 def _round_bfloat16(bits: jax.Array) -> jax.Array:
   """Bits of a float32, rounded to bfloat16 in their high half; no NaNs."""
   return bits + 0x7FFF + (_logical_shift(bits, 16) & 1)
@@ -243,7 +257,10 @@ def _take_correction(word: jax.Array, k: int, itemsize: int) -> jax.Array:
   """Correction ``k`` of a word, as what is added to a parameter's bits."""
   if itemsize == 2:
     return _take(word, k, itemsize)
-  shifted = (word << 24 - 8 * k if k < 3 else word) >> 16
+  if k % 2:  # Rows 1 and 3 share the operation that masks the others.
+    word &= _ODD_BYTES
+    return (word << 16 if k == 1 else word) >> 16
+  shifted = word << 24 - 8 * k >> 16
   return shifted & -0x100 if k else shifted
 
 
@@ -280,7 +297,8 @@ class _Unit:
     is_root = self.plan.storage.companding == "root"
     if moment.kind == "first":
       encoder = jnp.sign(gain) * jnp.sqrt(jnp.abs(gain)) if is_root else gain
-      multiple = self.multiples.signed_root if is_root else 1.0
+      # Of what `_level` takes the smaller of it and a multiple.
+      multiple = 1.0 / self.multiples.inverse_root if is_root else 1.0
     else:
       decay, encoder = jnp.sqrt(decay), jnp.sqrt(gain)
       encoder = jnp.sqrt(encoder) if is_root else encoder
@@ -311,15 +329,20 @@ class _Unit:
     """Brings a unit of an array into scratch memory, as transposed words."""
     plan, ref, out = self.plan, self.inputs[field.name], self._next(field)
     per_tile = plan.words * field.itemsize
-    tiles = [
-        _words(ref[:, self._columns(unit, tile)]) for tile in range(plan.tiles)
-    ]
+    columns = [self._columns(unit, tile) for tile in range(plan.tiles)]
     if field.itemsize == 1:
-      out[0] = self._turn(_stack(tiles))
+      out[0] = self._turn(_stack([_words(ref[:, c]) for c in columns]))
       return
     stage = self.scratch[f"{field.name}_stage"]
-    for tile, words in enumerate(tiles):
-      stage[pl.ds(tile * per_tile, per_tile), :] = words
+    for tile, c in enumerate(columns):
+      if self._has_words(field):
+        # A tile of XLA's at a time. Registers would take two, which the compiler puts
+        # together in memory, and has everything after it wait for that.
+        for row in range(0, per_tile, _TILE_WORDS):
+          rows = pl.ds(tile * per_tile + row, _TILE_WORDS)
+          stage[rows, :] = ref.bitcast(jnp.int32)[row : row + _TILE_WORDS, c]
+      else:
+        stage[pl.ds(tile * per_tile, per_tile), :] = _words(ref[:, c])
     for i in range(field.itemsize):
       out[i] = self._turn(stage[pl.ds(i, _LANES, stride=field.itemsize), :])
 
@@ -346,14 +369,23 @@ class _Unit:
     per_tile = plan.words * field.itemsize
     stage = self.scratch[f"{field.name}_written"]
     for tile in range(plan.tiles):
-      part = stage[pl.ds(tile * per_tile, per_tile), :]
-      if field.itemsize == 2 and not (plan.interpret or plan.cut.leading):
+      columns = self._columns(unit, tile)
+      if self._has_words(field):
         # As words: the compiler would unpack and pack numbers to store them.
-        # Interpret mode has no rule for this before JAX 0.12, and Pallas can't
-        # do it to a block without its leading axes.
-        ref.bitcast(jnp.int32)[:, self._columns(unit, tile)] = part
+        for row in range(0, per_tile, _TILE_WORDS):
+          rows = pl.ds(tile * per_tile + row, _TILE_WORDS)
+          ref.bitcast(jnp.int32)[row : row + _TILE_WORDS, columns] = stage[rows, :]
       else:
-        ref[:, self._columns(unit, tile)] = _unwords(part, field.dtype)
+        part = stage[pl.ds(tile * per_tile, per_tile), :]
+        ref[:, columns] = _unwords(part, field.dtype)
+
+  def _has_words(self, field: _Field) -> bool:
+    """Whether the block of a 16-bit array can be read and written as words.
+
+    Interpret mode has no rule for this before JAX 0.12, and Pallas can't do it to a
+    block without its leading axes.
+    """
+    return field.itemsize == 2 and not (self.plan.interpret or self.plan.cut.leading)
 
   def word(self, name: str, k: int, rows) -> tuple[jax.Array, int]:
     """The words that hold row ``k`` of four, and their numbers' size."""
@@ -414,16 +446,16 @@ class _Unit:
   def old_scales(self, moment, step, unit) -> None:
     """Computes the factors by which a unit's codes are decoded.
 
-    Leaves the scales for ``new_scales`` where factors to encode by will be.
+    Leaves the scales for ``new_scales``, which limits new ones by them.
     """
     plan = self.plan
-    kept_for_limits = self.scratch[f"{moment.name}_encoder"]
+    old_scale = self.scratch[f"{moment.name}_old_scale"]
     if plan.cut.along_rows:
       ref = self.inputs[f"{moment.name}_scale"]
       decoder = self.scratch[f"{moment.name}_decoder"]
       for place, rows in self._scales_of_rows(ref, unit):
-        kept_for_limits[rows, :] = ref[place].astype(jnp.float32)
-      factor = codec.decode_factor(kept_for_limits[...], moment.kind, plan.storage)
+        old_scale[rows, :] = ref[place].astype(jnp.float32)
+      factor = codec.decode_factor(old_scale[...], moment.kind, plan.storage)
       decoder[...] = factor * self.units[moment.name][1]
       return
     kept = self.scratch[f"{moment.name}_scale"]
@@ -437,10 +469,12 @@ class _Unit:
         s = _as_float(_take_high(word, odd, 2))
         factor = codec.decode_factor(s, moment.kind, plan.storage)
         rows = pl.ds((2 * half + odd) * _GROUPS, _GROUPS)
-        kept_for_limits[rows, :] = s
-        self.scratch[f"{moment.name}_decoder"][rows, :] = (
-            factor * self.units[moment.name][1]
-        )
+        old_scale[rows, :] = s
+        multiple = self.units[moment.name][1]
+        if self._stays_in_place(moment, 2 * half + odd):
+          power = 2 if plan.storage.companding == "root" else 1  # of the code
+          multiple *= 2.0 ** (-8 * (2 * half + odd) * power)
+        self.scratch[f"{moment.name}_decoder"][rows, :] = factor * multiple
 
   def new_scales(self, moment, step, unit) -> None:
     """Makes scales of the groups' maxima, and factors by which to encode."""
@@ -457,11 +491,15 @@ class _Unit:
     multiple = jnp.abs(self.units[moment.name][0])
     halves = [half * multiple for half in halves]
     encoder = self.scratch[f"{moment.name}_encoder"]
-    largest = codec.limited_largest(halves, encoder[...], moment.kind)
+    old_scale = self.scratch[f"{moment.name}_old_scale"][...]
+    largest = codec.limited_largest(halves, old_scale, moment.kind)
     s = codec.scale_of_largest(largest, moment.kind)
     factor = codec.encode_factor(s, moment.kind, plan.storage, rounding.slack)
     factor *= self.units[moment.name][2]
     encoder[...] = factor
+    if moment.kind == "second":
+      last = jnp.where(factor > 0, _ROUND + 128.0, _ROUND + 127.0)
+      self.scratch[f"{moment.name}_last"][...] = last
     rounded = codec.round_scale(s, rounding.scale.astype(jnp.int32))
     if plan.cut.along_rows:
       ref = self.results[f"{moment.name}_scale"]
@@ -480,6 +518,14 @@ class _Unit:
         lanes = slice(tile * plan.words, (tile + 1) * plan.words)
         index = self._tile(step, unit, tile)
         kept[half, index, :, 0 : plan.words] = word[:, lanes]
+
+  def _stays_in_place(self, moment, k: int) -> bool:
+    """Whether codes of row ``k`` of four are not shifted down in their word.
+
+    They are multiples of a power of two then, which their factor makes up for: where
+    units are transposed, each of the four rows has groups of its own.
+    """
+    return self.plan.turned and moment.kind == "second" and k < _ROWS - 1
 
   def factor(self, moment, use: str, k: int, group) -> jax.Array:
     """What row ``k`` of four is multiplied by, for 32 rows of words."""
@@ -512,16 +558,7 @@ class _Unit:
       old, new, roots = [], [], {}
       for moment in plan.rule.moments:
         if plan.compressed:
-          word, itemsize = self.word(moment.name, k, rows)
-          code = _take(word, k, itemsize, moment.kind == "first")
-          old.append(
-              codec.decode_element(
-                  code.astype(jnp.float32),
-                  self.factor(moment, "decoder", k, group),
-                  moment.kind,
-                  plan.storage,
-              )
-          )
+          old.append(self._decoded(moment, k, rows, group))
         else:
           old.append(self.floats(moment.name, k, rows))
         if plan.units_of_gain:
@@ -540,13 +577,29 @@ class _Unit:
           key = moment.name, i if plan.cut.along_rows else k
           part = magnitude[8 * i : 8 * (i + 1)]
           largest[key] = jnp.maximum(largest[key], part) if key in largest else part
-        start = pl.multiple_of(k * _LANES + row, 8)
-        self.scratch[f"{moment.name}_root"][pl.ds(start, _CHUNK), :] = code_root
+        self._keep_for_codes(moment, k, row, code_root, new[-1])
       master = self._master(k, rows, grad, old, new, roots)
       for name, bits in self._split(k, rows, master).items():
         written[name].append(bits)
     for name, numbers in written.items():
       self._put(name, rows, numbers)
+
+  def _decoded(self, moment, k: int, rows, group) -> jax.Array:
+    word, itemsize = self.word(moment.name, k, rows)
+    if self._stays_in_place(moment, k):
+      code = word & (0xFF << 8 * k)
+    else:
+      code = _take(word, k, itemsize, moment.kind == "first")
+    factor = self.factor(moment, "decoder", k, group)
+    return codec.decode_element(
+        code.astype(jnp.float32), factor, moment.kind, self.plan.storage
+    )
+
+  def _keep_for_codes(self, moment, k: int, row, root, value) -> None:
+    rows = pl.ds(pl.multiple_of(k * _LANES + row, 8), _CHUNK)
+    self.scratch[f"{moment.name}_root"][rows, :] = root
+    if moment.kind == "first":
+      self.scratch[f"{moment.name}_value"][rows, :] = value
 
   def _inside(self, step, unit, row) -> list[jax.Array]:
     """Whether elements lie inside the leaf, for each row of four."""
@@ -567,10 +620,9 @@ class _Unit:
     is_root = self.plan.storage.companding == "root"
     if moment.kind == "first":
       magnitude = jnp.abs(value)
-      scaled = signed_root(value, magnitude, fast) if is_root else value
-      return magnitude, None, scaled
-    # An infinity would make a NaN of its root.
-    value = jnp.minimum(value, _LARGEST)
+      return magnitude, None, inverse_root(magnitude, fast) if is_root else value
+    if not fast:  # An infinity would make a NaN of its root.
+      value = jnp.minimum(value, _LARGEST)
     root, fourth_root = roots_of_square(value, fast)
     return value, root, fourth_root if is_root else root
 
@@ -589,29 +641,42 @@ class _Unit:
       self._encode_rows(moment, group, row)
 
   def _encode_rows(self, moment, group, row) -> None:
-    levels = codec.LEVELS[moment.kind]
+    rounding = codec.moment_rounding(self.h, moment.kind).code - 0.5
+    if moment.kind == "second":
+      rounding = rounding - 128.0
     numbers = []
     for k in range(_ROWS):
-      start = pl.multiple_of(k * _LANES + row, 8)
-      root = self.scratch[f"{moment.name}_root"][pl.ds(start, _CHUNK), :]
-      factor = self.factor(moment, "encoder", k, group)
-      level = root * factor
-      if self.plan.storage.companding == "paper":
-        if moment.kind == "first":
-          level = levels * (2.0 * level / (1.0 + jnp.abs(level)))
-        else:
-          level = levels * level
-      elif moment.kind == "first":
-        level = level * jnp.minimum(jnp.abs(level), 1.0)
-      level = level + (codec.moment_rounding(self.h, moment.kind).code - 0.5)
-      # Where there is a scale, second moments have codes of at least 1.
-      is_second = moment.kind == "second"
-      least = jnp.minimum(factor * _LARGEST, 1.0) if is_second else -levels
-      level = jnp.clip(level, least, levels)
+      rows = pl.ds(pl.multiple_of(k * _LANES + row, 8), _CHUNK)
+      level, place = self._level(moment, k, group, rows)
+      last: Any = _ROUND * place
+      if moment.kind == "second":
+        # From 1 to 255, and 0 where the scale is 0. Around 0, clamping is one
+        # operation; what is added last makes up for the 128, in groups of scale 0
+        # for 127.
+        last = self.factor(moment, "last", k, group)
+      level = jnp.clip(level + rounding * place, -127.0 * place, 127.0 * place)
       # A NaN's low bits are zero.
-      numbers.append(_as_bits(level + _ROUND))
+      numbers.append(_as_bits(level + last))
     word = _pack(numbers, 1, self.plan.interpret)
     self.scratch[f"{moment.name}_codes"][0, pl.ds(row, _CHUNK), :] = word
+
+  def _level(self, moment, k, group, rows) -> tuple[jax.Array, float]:
+    """What is rounded to codes, and what one code is of it."""
+    root = self.scratch[f"{moment.name}_root"][rows, :]
+    factor = self.factor(moment, "encoder", k, group)
+    levels = codec.LEVELS[moment.kind]
+    if self.plan.storage.companding == "paper":
+      level = root * factor
+      if moment.kind == "first":
+        return levels * (2.0 * level / (1.0 + jnp.abs(level))), 1.0
+      return levels * level, 1.0
+    if moment.kind == "second":
+      return root * factor, 1.0
+    # The level is value / sqrt(|value|) · factor and, where that is below 1, its
+    # square, value · factor · factor: it takes the smaller of the two.
+    value = self.scratch[f"{moment.name}_value"][rows, :]
+    level = value * jnp.minimum(root, jnp.abs(factor)) * factor
+    return level, self.multiples.inverse_root**2
 
   def _master(self, k, rows, grad, old, new, roots) -> jax.Array:
     plan, h = self.plan, self.h
@@ -649,14 +714,12 @@ class _Unit:
     step = (rate * factor) * direction
     if plan.decay:
       step = step + (rate * decay) * master
-    return master + step
-
-  @property
-  def _threshold(self):
-    """What is added to the bits of a master weight before they are cut off."""
-    if self.plan.storage.master_bits == 32:
-      return 0
-    return (self.h["master_rounding"] * 256.0).astype(jnp.int32)
+    if correction is None:
+      return master + step
+    # As `codec.advance`; `_split` cuts it off.
+    binade = _as_float(_as_bits(master + step) & _SIGN_AND_EXPONENT)
+    threshold = (h["master_rounding"] - codec.HALF_OF_FLOAT32) * 2.0**-15
+    return master + (step + binade * threshold)
 
   @property
   def _is_coarse(self) -> bool:
@@ -694,12 +757,12 @@ class _Unit:
       return bits
     if "correction" not in self.fields:
       return _round_bfloat16(bits)
-    return bits + (self._threshold + 0x8000)
+    return bits + 0x8000
 
   def _residual(self, bits, produced) -> jax.Array:
     """As ``codec.residual``, from the bits of float32 numbers."""
     discarded = 8 if self.plan.storage.master_bits == 24 else 0
-    top = _logical_shift(bits + self._threshold, discarded)
+    top = _logical_shift(bits, discarded)
     produced = _logical_shift(produced & _HIGH_HALF, discarded)
     magnitude = 2 ** (31 - discarded) - 1
     lowest = -(2 ** (15 - discarded))
@@ -719,13 +782,12 @@ class _Unit:
       at = 0 if itemsize == 4 else 16
     per_word = _ROWS // itemsize
     for i in range(itemsize):
-      part = [
-          _logical_shift(number, at)
-          for number in numbers[i * per_word : (i + 1) * per_word]
-      ]
-      word = _pack(part, itemsize, self.plan.interpret)
+      part = numbers[i * per_word : (i + 1) * per_word]
       if at == 8:
-        word = word ^ _EVERY_SIGN
+        word = _pack_second_bytes(part, self.plan.interpret) ^ _EVERY_SIGN
+      else:
+        part = [_logical_shift(number, at) for number in part]
+        word = _pack(part, itemsize, self.plan.interpret)
       self.scratch[name][i, rows, :] = word
 
 
@@ -811,13 +873,15 @@ def _kernel(plan: _Plan, names, written, dtypes, *refs) -> None:
       block.flush(field, u)
 
   # A unit's codes have to wait for its scales, and everything for the transpose
-  # unit; so this encodes and flushes the unit before and reads the one after.
+  # unit; so this encodes and flushes the unit before and reads the one after. Scales
+  # come first: they are found in memory by an index, so the compiler has their loads
+  # wait for what was stored before.
   def unit(u, carry):
+    for moment in moments:
+      block.old_scales(moment, step, u)
     encode(jnp.maximum(u - 1, 0))
     for field in fields.values():
       block.read(field, jnp.minimum(u + 1, units - 1))
-    for moment in moments:
-      block.old_scales(moment, step, u)
     each_group(lambda group: block.update(step, u, group))
     for field in others:
       block.write(field, u)
@@ -863,10 +927,16 @@ def _scratch(plan: _Plan, dtypes, written) -> dict[str, Any]:
       shapes |= {
           f"{moment.name}_decoder": ((_ROWS * _GROUPS, _LANES), jnp.float32),
           f"{moment.name}_encoder": ((_ROWS * _GROUPS, _LANES), jnp.float32),
+          f"{moment.name}_old_scale": ((_ROWS * _GROUPS, _LANES), jnp.float32),
           f"{moment.name}_max": ((8 * _ROWS * _GROUPS, _LANES), jnp.float32),
           f"{moment.name}_codes": ((1, _LANES, _LANES), jnp.int32),
           f"{moment.name}_root": ((_ROWS * _LANES, _LANES), jnp.float32),
       }
+      # What only one kind has.
+      if moment.kind == "first":
+        shapes[f"{moment.name}_value"] = shapes[f"{moment.name}_root"]
+      else:
+        shapes[f"{moment.name}_last"] = shapes[f"{moment.name}_encoder"]
   return shapes
 
 
