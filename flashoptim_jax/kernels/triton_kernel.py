@@ -1,7 +1,8 @@
 """The fused update as a Triton kernel; launched by :mod:`.triton`.
 
 The twin of :mod:`flashoptim_jax.storage.codec`, :mod:`flashoptim_jax.rules` and the XLA
-path: change them together.
+path: change them together. One file, since Triton takes a kernel's functions from the
+globals of the module that calls them.
 """
 
 import triton
