@@ -147,6 +147,17 @@ def inline(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
   return rewrite(closed, enter_calls)
 
 
+def prune(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+  """The same program without equations that nothing comes of."""
+  needed = {var for var in closed.jaxpr.outvars if not isinstance(var, core.Literal)}
+  kept = []
+  for eqn in reversed(closed.jaxpr.eqns):
+    if eqn.effects or not needed.isdisjoint(eqn.outvars):
+      kept.append(eqn)
+      needed.update(variables(eqn))
+  return closed.replace(jaxpr=closed.jaxpr.replace(eqns=kept[::-1]))
+
+
 def variables(eqn: core.JaxprEqn) -> list[core.Var]:
   """The variables that an equation reads."""
   return [var for var in eqn.invars if not isinstance(var, core.Literal)]

@@ -99,7 +99,7 @@ class Leafwise:
     _refuse(opt_state)
     paths.require_arrays(params)
     traced = jax.make_jaxpr(step)(params, opt_state, params)
-    self._closed = interpret.inline(traced)
+    self._closed = interpret.prune(interpret.inline(traced))
     jaxpr = self._closed.jaxpr
     self.names = [paths.name(p) for p, _ in jax.tree.leaves_with_path(params)]
     self._state_names = [

@@ -201,6 +201,22 @@ def test_effects_in_order(inline):
   assert seen == expected
 
 
+def test_prune_keeps_results_and_effects():
+  said = []
+
+  def f(x):
+    unused = jnp.sin(x)
+    jnp.cos(unused)
+    jax.debug.callback(said.append, x * 3)
+    return x + 1, 2.0, x
+
+  closed = interpret.prune(jax.make_jaxpr(f)(1.0))
+  assert sorted(names(closed)) == ["add", "debug_callback", "mul"]
+  assert interpret.evaluate(closed, [1.0]) == [2.0, 2.0, 1.0]
+  jax.effects_barrier()
+  assert said == [3.0]
+
+
 def test_references():
   expected = with_reference(X)
   closed = jax.make_jaxpr(with_reference)(X)

@@ -37,6 +37,7 @@ CHAINS = {
         lambda params: {name: "ba"[name == "stack"] for name in params},
     ),
     "optax": optax.sgd(0.5, 0.9),
+    "unused": sgd(optax.stateless(lambda u, _: (optax.tree.norm(u), u)[1])),
     "frozen after": optax.chain(
         fo.sgd(0.5), optax.freeze({"stack": True, "norm": False, "top": False})
     ),
