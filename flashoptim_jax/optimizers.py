@@ -71,7 +71,7 @@ def adamw(
       a function that makes one from the params.
     nesterov: Whether to use Nesterov momentum (NAdamW).
     decouple_lr: Whether weight decay ignores the learning rate but for its
-      schedule: λ·α_t/α_0 per step in place of λ·α_t, α_0 being the schedule's
+      schedule: λ·α_t/α_0 per step instead of λ·α_t, α_0 being the schedule's
       value at step 0.
     storage: How the state is stored.
     implementation: ``"xla"``, ``"mosaic_tpu"``, ``"triton"``, or None for the

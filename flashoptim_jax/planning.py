@@ -355,7 +355,7 @@ def _notes(
   in_flight, _ = stacked.hosted_bytes()
   yield (
       "With layers stacked for jax.lax.scan, state on the host has"
-      f" {in_flight / 2**30:.2f} GiB in flight in place of"
+      f" {in_flight / 2**30:.2f} GiB in flight instead of"
       f" {offloaded.in_flight / 2**30:.2f}."
   )
 

@@ -92,7 +92,7 @@ def _adam_denominator(numerator, nu, scalars: Scalars):
 
 
 def _inverse(correction: Any) -> Any:
-  """Once a step, in place of a division for each element."""
+  """Once a step, instead of a division for each element."""
   return 1.0 / correction
 
 

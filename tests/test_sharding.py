@@ -166,7 +166,7 @@ def test_state_in_host_memory(kind, name):
     new_params, state = compiled(grads, state, new_params)
     jax.tree.map(
         lambda leaf, sharding: leaf.sharding.memory_kind == sharding.memory_kind
-        or pytest.fail(f"{leaf.sharding} in place of {sharding}"),
+        or pytest.fail(f"{leaf.sharding} instead of {sharding}"),
         state,
         placed,
     )

@@ -69,7 +69,7 @@ STOPPED = (30, 100)  # steps after gradients have stopped
 
 
 class Case(NamedTuple):
-  """What a run simulates; ``heavy`` is Student's t in place of the normal."""
+  """What a run simulates; ``heavy`` is Student's t instead of the normal."""
 
   sigma: float
   b2: float

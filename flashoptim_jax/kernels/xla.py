@@ -146,7 +146,7 @@ def _update(
       _first_pass(spec, leaf, scalars, gpu) for leaf in _sharing_kernels(leaves)
   ]
   # Without it a GPU keeps what the passes share in memory, or fuses them into
-  # a kernel with poor access patterns: 4.9 ms in place of 1.7 for 268 M
+  # a kernel with poor access patterns: 4.9 ms instead of 1.7 for 268 M
   # parameters on an H100.
   leaves, largest = lax.optimization_barrier((leaves, largest))
   updated = [

@@ -216,7 +216,7 @@ def subtree(tree: Any, name: str) -> Any:
 def map_subtrees(
     f: Callable[[str, Any], Any], tree: Any, names: Collection[str]
 ) -> Any:
-  """A tree with ``f(name, part)`` in place of its parts at dotted paths."""
+  """A tree with ``f(name, part)`` instead of its parts at dotted paths."""
   return jax.tree.map_with_path(
       lambda path, node: f(dotted(path), node) if dotted(path) in names else node,
       tree,
