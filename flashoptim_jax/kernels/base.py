@@ -14,6 +14,10 @@ from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.storage.options import Storage
 
+GROUP_SIZE = 32  # of all kernels
+# Stands for a gain of 0: beside it, a gradient counts for nothing.
+LEAST_GAIN = 2.0**-60
+
 # Pairs of values and scale, in the rule's order; the scale is None, and the values are
 # no codes, where the moment is float32.
 Moments = tuple[tuple[Any, Any], ...]
