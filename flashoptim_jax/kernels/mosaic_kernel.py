@@ -41,8 +41,8 @@ from flashoptim_jax.kernels.mosaic_math import (
     inverse_root,
     roots_of_square,
 )
-from flashoptim_jax.kernels.mosaic_plan import Field, Plan, scratch_shapes
-from flashoptim_jax.kernels.mosaic_scales import CHUNK, ROUND, Scales
+from flashoptim_jax.kernels.mosaic_plan import Field, Plan, is_scale, scratch_shapes
+from flashoptim_jax.kernels.mosaic_scales import ROUND, Scales
 from flashoptim_jax.kernels.mosaic_words import (
     EVERY_SIGN,
     HIGH_HALF,
@@ -66,31 +66,25 @@ _SIGN_AND_EXPONENT = 0xFF800000 - 2**32
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
-def kernel(plan: Plan, names, written, dtypes, *refs) -> None:
+def kernel(plan: Plan, scalars: Any, *refs: Any) -> None:
   """One grid step: updates a block.
 
   Args:
     plan: How the leaf is updated.
-    names: Names of the arrays that are read.
-    written: Names of those that are written.
-    dtypes: Dtypes of the arrays that are read.
-    *refs: The scalars, then what is read, what is written, and scratch memory.
+    scalars: The hyperparameters.
+    *refs: What is read, what is written, and scratch memory.
   """
-  scalars, refs = refs[0], refs[1:]
-  first_result, first_scratch = len(names), len(names) + len(written)
-  inputs = dict(zip(names, refs[:first_result], strict=True))
-  results = dict(zip(written, refs[first_result:first_scratch], strict=True))
-  kept = scratch_shapes(plan, dtypes, written)
-  scratch = dict(zip(kept, refs[first_scratch:], strict=True))
-  fields = {n: Field(n, dtypes[n]) for n in names if not n.endswith("_scale")}
-  source = {"update": "grad"}
-  outputs = {
-      n: Field(n, dtypes[source.get(n, n)])
-      for n in written
-      if not n.endswith("_scale")
-  }
-  moments = plan.rule.moments if plan.compressed else ()
-  averages = {moment.name for moment in plan.rule.moments}
+  first_result = len(plan.dtypes)
+  first_scratch = first_result + len(plan.written)
+  inputs = dict(zip(plan.dtypes, refs[:first_result], strict=True))
+  results = dict(zip(plan.written, refs[first_result:first_scratch], strict=True))
+  scratch = dict(zip(scratch_shapes(plan), refs[first_scratch:], strict=True))
+  fields, outputs = (
+      {name: Field(name, plan.dtype(name)) for name in names if not is_scale(name)}
+      for names in (plan.dtypes, plan.written)
+  )
+  moments = plan.spec.rule.moments if plan.compressed else ()
+  averages = {moment.name for moment in plan.spec.rule.moments}
   computed = {n: field for n, field in outputs.items() if n not in averages}
   h = {name: scalars[0, i] for i, name in enumerate(plan.hyperparameters)}
   h |= dict.fromkeys(plan.zeros, 0.0)
@@ -178,31 +172,18 @@ class _Elements:
 
   def update(self, step, unit, group) -> None:
     """Updates everything but the codes of 32 rows of a unit."""
+    plan = self.plan
+    row = pl.multiple_of(group * GROUP_SIZE, GROUP_SIZE)
+    rows = pl.ds(row, GROUP_SIZE)
     largest: dict[tuple[str, int], jax.Array] = {}  # by name and which group
-    for chunk in range(GROUP_SIZE // CHUNK):
-      row = pl.multiple_of(group * GROUP_SIZE + chunk * CHUNK, CHUNK)
-      self._update_rows(step, unit, group, row, largest)
-    for (name, which), parts in largest.items():
-      start = pl.multiple_of(self.scales.index(group, which) * 8, 8)
-      self.scratch[f"{name}_max"][pl.ds(start, 8), :] = parts
-
-  def _update_rows(self, step, unit, group, row, largest) -> None:
-    plan, h = self.plan, self.h
-    rows = pl.ds(row, CHUNK)
     written: dict[str, list[jax.Array]] = {name: [] for name in self.outputs}
     inside = self._inside(step, unit, row) if plan.ragged else None
     for k in range(WORD_ROWS):
       grad = self.block.floats("grad", k, rows)
       old, new, roots = [], [], {}
-      for moment in plan.rule.moments:
-        if plan.compressed:
-          old.append(self._decoded(moment, k, rows, group))
-        else:
-          old.append(self.block.floats(moment.name, k, rows))
-        if plan.units_of_gain:
-          new.append((grad if moment.kind == "first" else grad * grad) + old[-1])
-        else:
-          new.append(moment.update(grad, old[-1], h))
+      for moment in plan.spec.rule.moments:
+        old.append(self._old_moment(moment, k, rows, group))
+        new.append(self._new_moment(moment, grad, old[-1]))
         if not plan.compressed:
           self.scratch[moment.name][k, rows, :] = as_bits(new[-1])
           continue
@@ -211,7 +192,7 @@ class _Elements:
           roots[moment.name] = root
         if inside is not None:
           magnitude = jnp.where(inside[k], magnitude, 0.0)
-        for i in range(CHUNK // 8):
+        for i in range(GROUP_SIZE // 8):
           key = moment.name, i if plan.blocks.along_rows else k
           part = magnitude[8 * i : 8 * (i + 1)]
           largest[key] = jnp.maximum(largest[key], part) if key in largest else part
@@ -221,8 +202,13 @@ class _Elements:
         written[name].append(bits)
     for name, numbers in written.items():
       self._put(name, rows, numbers)
+    for (name, which), parts in largest.items():
+      start = pl.multiple_of(self.scales.index(group, which) * 8, 8)
+      self.scratch[f"{name}_max"][pl.ds(start, 8), :] = parts
 
-  def _decoded(self, moment, k: int, rows, group) -> jax.Array:
+  def _old_moment(self, moment, k: int, rows, group) -> jax.Array:
+    if not self.plan.compressed:
+      return self.block.floats(moment.name, k, rows)
     word, itemsize = self.block.word(moment.name, k, rows)
     if self.scales.stays_in_place(moment, k):
       code = word & (0xFF << 8 * k)
@@ -230,11 +216,16 @@ class _Elements:
       code = take(word, k, itemsize, moment.kind == "first")
     factor = self.scales.factor(moment, "decoder", k, group)
     return codec.decode_element(
-        code.astype(jnp.float32), factor, moment.kind, self.plan.storage
+        code.astype(jnp.float32), factor, moment.kind, self.plan.spec.storage
     )
 
+  def _new_moment(self, moment, grad, old) -> jax.Array:
+    if not self.plan.units_of_gain:
+      return moment.update(grad, old, self.h)
+    return (grad if moment.kind == "first" else grad * grad) + old
+
   def _keep_for_codes(self, moment, k: int, row, root, value) -> None:
-    rows = pl.ds(pl.multiple_of(k * LANES + row, 8), CHUNK)
+    rows = pl.ds(pl.multiple_of(k * LANES + row, 8), GROUP_SIZE)
     self.scratch[f"{moment.name}_root"][rows, :] = root
     if moment.kind == "first":
       self.scratch[f"{moment.name}_value"][rows, :] = value
@@ -242,7 +233,7 @@ class _Elements:
   def _inside(self, step, unit, row) -> list[jax.Array]:
     """Whether elements lie inside the leaf, for each row of four."""
     plan = self.plan
-    shape = (CHUNK, LANES)
+    shape = (GROUP_SIZE, LANES)
     number = lax.broadcasted_iota(jnp.int32, shape, 0) + row
     if plan.blocks.along_rows:
       first = self.first_row + WORD_ROWS * (number & (plan.words - 1))
@@ -255,7 +246,7 @@ class _Elements:
   def _roots(self, moment, value):
     """A moment's magnitude, its square root, and what its codes are made of."""
     fast = self.plan.has_fast_roots
-    is_root = self.plan.storage.companding == "root"
+    is_root = self.plan.spec.storage.companding == "root"
     if moment.kind == "first":
       magnitude = jnp.abs(value)
       return magnitude, None, inverse_root(magnitude, fast) if is_root else value
@@ -265,18 +256,14 @@ class _Elements:
     return value, root, fourth_root if is_root else root
 
   def encode(self, moment, group) -> None:
-    """Writes a group's codes."""
-    for chunk in range(GROUP_SIZE // CHUNK):
-      row = pl.multiple_of(group * GROUP_SIZE + chunk * CHUNK, CHUNK)
-      self._encode_rows(moment, group, row)
-
-  def _encode_rows(self, moment, group, row) -> None:
+    """Writes the codes of 32 rows of a unit."""
+    row = pl.multiple_of(group * GROUP_SIZE, GROUP_SIZE)
     rounding = codec.moment_rounding(self.h, moment.kind).code - 0.5
     if moment.kind == "second":
       rounding = rounding - 128.0
     numbers = []
     for k in range(WORD_ROWS):
-      rows = pl.ds(pl.multiple_of(k * LANES + row, 8), CHUNK)
+      rows = pl.ds(pl.multiple_of(k * LANES + row, 8), GROUP_SIZE)
       level, place = self._level(moment, k, group, rows)
       last: Any = ROUND * place
       if moment.kind == "second":
@@ -288,14 +275,14 @@ class _Elements:
       # A NaN's low bits are zero.
       numbers.append(as_bits(level + last))
     word = pack(numbers, 1, self.plan.interpret)
-    self.scratch[f"{moment.name}_codes"][0, pl.ds(row, CHUNK), :] = word
+    self.scratch[f"{moment.name}_codes"][0, pl.ds(row, GROUP_SIZE), :] = word
 
   def _level(self, moment, k, group, rows) -> tuple[jax.Array, float]:
     """What is rounded to codes, and what one code is of it."""
     root = self.scratch[f"{moment.name}_root"][rows, :]
     factor = self.scales.factor(moment, "encoder", k, group)
     levels = codec.LEVELS[moment.kind]
-    if self.plan.storage.companding == "paper":
+    if self.plan.spec.storage.companding == "paper":
       level = root * factor
       if moment.kind == "first":
         return levels * (2.0 * level / (1.0 + jnp.abs(level))), 1.0
@@ -320,9 +307,9 @@ class _Elements:
       h = {name: value for name, value in h.items() if name != LEAST_ROOT}
     if not self._is_coarse:
       if plan.units_of_gain:
-        pairs = zip(new, plan.rule.moments, strict=True)
+        pairs = zip(new, plan.spec.rule.moments, strict=True)
         new = [value * self.scales.units[moment.name].gain for value, moment in pairs]
-      direction = plan.rule.direction(grad, old, new, h)
+      direction = plan.spec.rule.direction(grad, old, new, h)
       return master + rate * (direction + decay * master if plan.decay else direction)
     scalars = {name: value for name, value in h.items() if name not in plan.zeros}
     zeros = dict.fromkeys(plan.zeros, 0.0)
@@ -333,10 +320,10 @@ class _Elements:
             roots.get(moment.name),
             1.0 / self.multiples.root,
         )
-        for moment, value in zip(plan.rule.moments, new, strict=True)
+        for moment, value in zip(plan.spec.rule.moments, new, strict=True)
     ]
     direction, factor = evaluate(
-        lambda *args: plan.rule.direction(*args[:-1], args[-1] | zeros),
+        lambda *args: plan.spec.rule.direction(*args[:-1], args[-1] | zeros),
         (grad, old, new, scalars),
         known,
         functools.partial(pl.reciprocal, approx=not plan.interpret),
@@ -354,7 +341,7 @@ class _Elements:
   @property
   def _is_coarse(self) -> bool:
     """Whether master weights have at most 24 bits."""
-    is_wide = "correction" in self.fields and self.plan.storage.master_bits == 32
+    is_wide = "correction" in self.fields and self.plan.spec.storage.master_bits == 32
     return self.fields["param"].itemsize == 2 and not is_wide
 
   def _split(self, k, rows, master) -> dict[str, jax.Array]:
@@ -362,11 +349,11 @@ class _Elements:
     bits = quiet(master)
     rounded = self._rounded(bits)
     corrected = "correction" in self.fields
-    if self.plan.new_params:
+    if self.plan.spec.new_params:
       written = {"param": rounded}
       if corrected:
         # At 24 bits it is the second byte, but for the sign, which `_put` flips.
-        is_24 = self.plan.storage.master_bits == 24
+        is_24 = self.plan.spec.storage.master_bits == 24
         written["correction"] = rounded if is_24 else bits
       return written
     if self.fields["param"].itemsize == 2:
@@ -391,7 +378,7 @@ class _Elements:
 
   def _residual(self, bits, produced) -> jax.Array:
     """As ``codec.residual``, from the bits of float32 numbers."""
-    discarded = 8 if self.plan.storage.master_bits == 24 else 0
+    discarded = 8 if self.plan.spec.storage.master_bits == 24 else 0
     top = logical_shift(bits, discarded)
     produced = logical_shift(produced & HIGH_HALF, discarded)
     magnitude = 2 ** (31 - discarded) - 1
@@ -407,7 +394,7 @@ class _Elements:
     """Writes four rows of numbers."""
     itemsize = self.outputs[name].itemsize
     if name == "correction":
-      at = 8 if itemsize == 1 and self.plan.new_params else 0
+      at = 8 if itemsize == 1 and self.plan.spec.new_params else 0
     else:
       at = 0 if itemsize == 4 else 16
     per_word = WORD_ROWS // itemsize

@@ -1,16 +1,15 @@
 """What is decided about a leaf before the kernel is traced."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from flashoptim_jax.kernels.base import GROUP_SIZE
+from flashoptim_jax.kernels.base import GROUP_SIZE, UpdateSpec
 from flashoptim_jax.kernels.mosaic_layout import GROUPS, LANES, SCALE_COLUMNS, Blocks
 from flashoptim_jax.kernels.mosaic_math import reads_old_moments
 from flashoptim_jax.kernels.mosaic_words import WORD_ROWS
-from flashoptim_jax.rules import Rule
-from flashoptim_jax.storage.options import Storage
 
 
 class Field(NamedTuple):
@@ -34,11 +33,10 @@ class Plan(NamedTuple):
   """How a leaf is updated. All static.
 
   Attributes:
-    rule: The optimizer's arithmetic.
-    storage: The state's storage.
-    compressed: Whether moments are codes and scales.
+    spec: What it has in common with other leaves.
     decay: Whether weight decay applies.
-    new_params: Whether parameters or updates are written.
+    dtypes: Dtypes of the arrays that are read, by name.
+    written: Names of the arrays that are written.
     hyperparameters: Names of the scalars, in the order in which they are passed.
     zeros: Names of the scalars that are known to be 0.
     blocks: How the leaf is cut into blocks.
@@ -46,16 +44,24 @@ class Plan(NamedTuple):
     interpret: Whether to run in interpret mode.
   """
 
-  rule: Rule
-  storage: Storage
-  compressed: bool
+  spec: UpdateSpec
   decay: bool
-  new_params: bool
+  dtypes: Mapping[str, Any]
+  written: tuple[str, ...]
   hyperparameters: tuple[str, ...]
   zeros: tuple[str, ...]
   blocks: Blocks
   has_fast_roots: bool
   interpret: bool
+
+  @property
+  def compressed(self) -> bool:
+    """Whether moments are codes and scales."""
+    return any(map(is_scale, self.dtypes))
+
+  def dtype(self, name: str) -> Any:
+    """The dtype of an array that is read or written."""
+    return self.dtypes[like(name)]
 
   @property
   def words(self) -> int:
@@ -87,7 +93,7 @@ class Plan(NamedTuple):
   def units_of_gain(self) -> bool:
     """Whether moments are computed in units of their gain, see `Scales.units`."""
     names = (*self.hyperparameters, *self.zeros)
-    return self.compressed and not reads_old_moments(self.rule, names)
+    return self.compressed and not reads_old_moments(self.spec.rule, names)
 
   @property
   def turned(self) -> bool:
@@ -95,22 +101,32 @@ class Plan(NamedTuple):
     return self.compressed and not self.blocks.along_rows
 
 
-def scratch_shapes(plan: Plan, dtypes, written) -> dict[str, Any]:
+def like(name: str) -> str:
+  """The array whose shape and dtype one has: an update those of the gradient."""
+  return "grad" if name == "update" else name
+
+
+def is_scale(name: str) -> bool:
+  """Whether an array is a moment's scales."""
+  return name.endswith("_scale")
+
+
+def scratch_shapes(plan: Plan) -> dict[str, Any]:
   """Scratch memory by name."""
-  names = [n for n in dtypes if not n.endswith("_scale")]
+  names = [name for name in plan.dtypes if not is_scale(name)]
   shapes: dict[str, Any] = {}
   for name in names:
-    size = jnp.dtype(dtypes[name]).itemsize
+    size = jnp.dtype(plan.dtypes[name]).itemsize
     shapes[name] = shapes[f"{name}_next"] = ((size, LANES, LANES), jnp.int32)
     if size > 1:
       shapes[f"{name}_stage"] = ((size * LANES, LANES), jnp.int32)
       shapes[f"{name}_written"] = shapes[f"{name}_stage"]
-  if "update" in written:
+  if "update" in plan.written:
     shapes["update"] = shapes["grad"]
     shapes["update_written"] = shapes["grad_stage"]
   shapes["stage"] = ((4 * LANES, LANES), jnp.int32)
   if plan.compressed:
-    for moment in plan.rule.moments:
+    for moment in plan.spec.rule.moments:
       if plan.turned:
         kept = (2, LANES // GROUPS, GROUPS, LANES)
         shapes[f"{moment.name}_scale"] = (kept, jnp.int32)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from flashoptim_jax.kernels.base import LEAST_GAIN
+from flashoptim_jax.kernels.base import GROUP_SIZE, LEAST_GAIN
 from flashoptim_jax.kernels.mosaic_block import Block
 from flashoptim_jax.kernels.mosaic_layout import GROUP_WORDS, GROUPS, LANES
 from flashoptim_jax.kernels.mosaic_math import multiples
@@ -29,7 +29,6 @@ from flashoptim_jax.storage import codec
 
 # Added to a number below 2^22 it leaves its nearest integer in the low bits.
 ROUND = 1.5 * 2.0**23
-CHUNK = 32
 
 
 class Unit(NamedTuple):
@@ -59,7 +58,7 @@ class Scales:
     self.scratch = block.scratch
     self.h = h
     self.multiples = multiples(self.plan.has_fast_roots)
-    moments = self.plan.rule.moments
+    moments = self.plan.spec.rule.moments
     self.units = {moment.name: self._unit_of(moment) for moment in moments}
 
   def _unit_of(self, moment) -> Unit:
@@ -73,7 +72,7 @@ class Scales:
     if fold:  # At 0, a number beside which a gradient counts for nothing.
       gain = jnp.where(jnp.abs(gain) < LEAST_GAIN, LEAST_GAIN, gain)
     decay = self.h[moment.decay] / gain if fold else 1.0
-    is_root = self.plan.storage.companding == "root"
+    is_root = self.plan.spec.storage.companding == "root"
     if moment.kind == "first":
       encoder = jnp.sign(gain) * jnp.sqrt(jnp.abs(gain)) if is_root else gain
       # Of what `_level` takes the smaller of it and a multiple.
@@ -142,7 +141,7 @@ class Scales:
       decoder = self.scratch[f"{moment.name}_decoder"]
       for place, rows in self._scales_of_rows(ref, unit):
         old_scale[rows, :] = ref[place].astype(jnp.float32)
-      factor = codec.decode_factor(old_scale[...], moment.kind, plan.storage)
+      factor = codec.decode_factor(old_scale[...], moment.kind, plan.spec.storage)
       decoder[...] = factor * self.units[moment.name].decoder
       return
     kept = self.scratch[f"{moment.name}_scale"]
@@ -154,12 +153,12 @@ class Scales:
       word = tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1)
       for odd in range(2):
         s = as_float(take_high(word, odd, 2))
-        factor = codec.decode_factor(s, moment.kind, plan.storage)
+        factor = codec.decode_factor(s, moment.kind, plan.spec.storage)
         rows = pl.ds((2 * half + odd) * GROUPS, GROUPS)
         old_scale[rows, :] = s
         multiple = self.units[moment.name].decoder
         if self.stays_in_place(moment, 2 * half + odd):
-          power = 2 if plan.storage.companding == "root" else 1  # of the code
+          power = 2 if plan.spec.storage.companding == "root" else 1  # of the code
           multiple *= 2.0 ** (-8 * (2 * half + odd) * power)
         self.scratch[f"{moment.name}_decoder"][rows, :] = factor * multiple
 
@@ -181,7 +180,7 @@ class Scales:
     old_scale = self.scratch[f"{moment.name}_old_scale"][...]
     largest = codec.limited_largest(halves, old_scale, moment.kind)
     s = codec.scale_of_largest(largest, moment.kind)
-    factor = codec.encode_factor(s, moment.kind, plan.storage, rounding.slack)
+    factor = codec.encode_factor(s, moment.kind, plan.spec.storage, rounding.slack)
     factor *= self.units[moment.name].encoder
     encoder[...] = factor
     if moment.kind == "second":
@@ -221,7 +220,7 @@ class Scales:
       rows = [ref[pl.ds(self.index(group, i), 1), :] for i in range(GROUPS)]
       shape = (GROUP_WORDS, LANES)
       return stack([jnp.broadcast_to(row, shape) for row in rows])
-    return jnp.broadcast_to(ref[pl.ds(self.index(group, k), 1), :], (CHUNK, LANES))
+    return jnp.broadcast_to(ref[pl.ds(self.index(group, k), 1), :], (GROUP_SIZE, LANES))
 
   @property
   def _halves(self) -> tuple[Sequence[int], Sequence[int]]:

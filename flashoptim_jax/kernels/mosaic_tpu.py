@@ -23,8 +23,8 @@ from flashoptim_jax.kernels.base import (
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.kernels.mosaic_kernel import kernel
 from flashoptim_jax.kernels.mosaic_layout import LANES, chip, cut_into_blocks
-from flashoptim_jax.kernels.mosaic_plan import Plan, scratch_shapes
-from flashoptim_jax.rules import Rule, Scalars
+from flashoptim_jax.kernels.mosaic_plan import Plan, is_scale, like, scratch_shapes
+from flashoptim_jax.rules import Scalars
 from flashoptim_jax.storage import codec
 
 _DTYPES = ("bfloat16", "float32")
@@ -85,45 +85,36 @@ def _update(
       name for name, value in scalars.items() if isinstance(value, float) and not value
   )
   hyper = tuple(name for name in scalars if name not in zeros)
-  packed = jnp.stack([jnp.asarray(scalars[n], jnp.float32) for n in hyper])[None]
-  arrays = _fields(spec.rule, leaf)
-  new = _call(spec, leaf.decay, hyper, zeros, interpret, packed, arrays)
-  return UpdatedLeaf(
-      new["param" if spec.new_params else "update"],
-      new.get("correction"),
-      tuple((new[m.name], new.get(f"{m.name}_scale")) for m in spec.rule.moments),
+  arrays = leaf.named_arrays(spec.rule)
+  written = spec.written(arrays)
+  if not spec.new_params:
+    written = *written, "update"
+  moved = [*arrays.values(), *(arrays[like(name)] for name in written)]
+  param = leaf.param
+  element_bytes = sum(a.size * a.dtype.itemsize for a in moved) / param.size
+  generation, _ = chip()
+  plan = Plan(
+      spec,
+      leaf.decay,
+      {name: array.dtype for name, array in arrays.items()},
+      written,
+      hyper,
+      zeros,
+      cut_into_blocks(param.shape, param.dtype.itemsize, element_bytes, leaf.quantized),
+      generation >= 6,
+      interpret,
   )
+  packed = jnp.stack([jnp.asarray(scalars[n], jnp.float32) for n in hyper])[None]
+  return UpdatedLeaf.from_named(spec, _call(plan, packed, arrays))
 
 
 def _call(
-    spec: UpdateSpec,
-    decay: bool,
-    hyper: tuple[str, ...],
-    zeros: tuple[str, ...],
-    interpret: bool,
-    packed: jax.Array,
-    arrays: dict[str, jax.Array],
+    plan: Plan, scalars: jax.Array, arrays: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
   """Calls the kernel; takes and gives a leaf's arrays by name."""
-  rule, storage, _, new_params = spec
   names = tuple(arrays)
-  written = [n for n in names if n != "grad" and (n != "param" or new_params)]
-  if not new_params:
-    written.append("update")
-  generation, vmem = chip()
-  source = {"update": "grad"}
-  moved = [*arrays.values(), *(arrays[source.get(n, n)] for n in written)]
-  param = arrays["param"]
-  element_bytes = sum(a.size * a.dtype.itemsize for a in moved) / param.size
-  compressed = any(name.endswith("_scale") for name in names)
-  plan = Plan(
-      rule, storage, compressed, decay, new_params, hyper, zeros,
-      cut_into_blocks(param.shape, param.dtype.itemsize, element_bytes, compressed),
-      generation >= 6, interpret,
-  )
   leading, rows = plan.blocks.leading, plan.blocks.rows
   block_rows, block_columns = plan.blocks.block_rows, plan.blocks.block_columns
-  dtypes = {n: a.dtype for n, a in arrays.items()}
   ordered = {n: a.transpose(plan.blocks.order) for n, a in arrays.items()}
   viewed = {n: a.reshape((*leading, -1, a.shape[-1])) for n, a in ordered.items()}
   # Where they share blocks of scales, a row's blocks come one after the other.
@@ -133,10 +124,10 @@ def _call(
 
   def block_spec(name):
     lead = (None,) * len(leading)
-    if name.endswith("_scale") and plan.blocks.along_rows:
+    if is_scale(name) and plan.blocks.along_rows:
       groups = min(block_rows // GROUP_SIZE, viewed[name].shape[-2])
       return pl.BlockSpec((*lead, groups, block_columns), lambda *i: i)
-    if name.endswith("_scale"):
+    if is_scale(name):
       lanes = min(LANES, viewed[name].shape[-1])
       return pl.BlockSpec(
           (*lead, block_rows, lanes), lambda *i: (*i[:-1], i[-1] // per)
@@ -144,44 +135,31 @@ def _call(
     return pl.BlockSpec((*lead, block_rows, block_columns), lambda *i: i)
 
   results = pl.pallas_call(
-      functools.partial(kernel, plan, names, tuple(written), dtypes),
+      functools.partial(kernel, plan),
       grid=(*leading, pl.cdiv(rows, block_rows), plan.steps),
       in_specs=[
           pl.BlockSpec(memory_space=pltpu.SMEM), *(block_spec(n) for n in names)
       ],
-      out_specs=[block_spec(source.get(n, n)) for n in written],
+      out_specs=[block_spec(like(n)) for n in plan.written],
       out_shape=[
-          jax.ShapeDtypeStruct(viewed[source.get(n, n)].shape, dtypes[source.get(n, n)])
-          for n in written
+          jax.ShapeDtypeStruct(viewed[like(n)].shape, plan.dtype(n))
+          for n in plan.written
       ],
       input_output_aliases={
-          1 + names.index(source.get(n, n)): i for i, n in enumerate(written)
+          1 + names.index(like(n)): i for i, n in enumerate(plan.written)
       },
       scratch_shapes=[
-          pltpu.VMEM(shape, dtype)
-          for shape, dtype in scratch_shapes(plan, dtypes, written).values()
+          pltpu.VMEM(shape, dtype) for shape, dtype in scratch_shapes(plan).values()
       ],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=semantics,
-          vmem_limit_bytes=vmem - (1 << 20),
+          vmem_limit_bytes=chip()[1] - (1 << 20),
       ),
-      interpret=interpret,
+      interpret=plan.interpret,
       name="flashoptim_update",
-  )(packed, *(viewed[n] for n in names))
-  back = sorted(range(param.ndim), key=plan.blocks.order.__getitem__)
+  )(scalars, *(viewed[n] for n in names))
+  back = sorted(range(len(plan.blocks.order)), key=plan.blocks.order.__getitem__)
   return {
-      n: a.reshape(ordered[source.get(n, n)].shape).transpose(back)
-      for n, a in zip(written, results, strict=True)
+      n: a.reshape(ordered[like(n)].shape).transpose(back)
+      for n, a in zip(plan.written, results, strict=True)
   }
-
-
-def _fields(rule: Rule, leaf: Leaf) -> dict[str, jax.Array]:
-  """The arrays of a leaf by name."""
-  arrays = {"grad": leaf.grad, "param": leaf.param}
-  if leaf.correction is not None:
-    arrays["correction"] = leaf.correction
-  for moment, (values, scale) in zip(rule.moments, leaf.moments, strict=True):
-    arrays[moment.name] = values
-    if scale is not None:
-      arrays[f"{moment.name}_scale"] = scale
-  return arrays

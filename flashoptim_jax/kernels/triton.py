@@ -185,21 +185,8 @@ def adam_scalars(h: Scalars, nesterov: bool) -> dict[str, jax.Array]:
   }
 
 
-def _arrays(leaf: Leaf, names: Sequence[str]) -> dict[str, jax.Array]:
-  """The arrays of a leaf by name, for a rule's moments' names."""
-  arrays = {"grad": leaf.grad, "param": leaf.param}
-  if leaf.correction is not None:
-    arrays["correction"] = leaf.correction
-  for name, (values, scale) in zip(names, leaf.moments, strict=True):
-    arrays[name] = values
-    if scale is not None:
-      arrays[f"{name}_scale"] = scale
-  return arrays
-
-
 def _launch_of(spec: UpdateSpec, leaf: Leaf, scalars: Scalars) -> "_Launch":
-  names = tuple(moment.name for moment in spec.rule.moments)
-  arrays = _arrays(leaf, names)
+  arrays = leaf.named_arrays(spec.rule)
   length = _row_length(leaf)
   small = not leaf.quantized and length < _SMALL_BELOW
   # Words of 16 bytes are enough for small leaves to share launches.
@@ -239,15 +226,14 @@ class _Launch(NamedTuple):
 
   def __call__(self, leaves: list[Leaf], scalars: jax.Array) -> list[UpdatedLeaf]:
     rule, storage, _, new_params = self.spec
-    moment_names = [moment.name for moment in rule.moments]
     tuned = _tuning()
     names = [name for name, _ in self.dtypes]
-    written = [n for n in names if n != "grad" and (n != "param" or new_params)]
+    written = self.spec.written(names)
     operands: list[Any] = [scalars, None]
     outputs: list[jax.ShapeDtypeStruct] = []
     aliases: dict[int, int] = {}
     for leaf in leaves:
-      arrays = _arrays(leaf, moment_names)
+      arrays = leaf.named_arrays(rule)
       for name in names:
         if name in written:
           aliases[len(operands)] = len(outputs)
@@ -258,7 +244,7 @@ class _Launch(NamedTuple):
     blocks, operands[1] = _layout(leaves, self.alignment, tuned["block_groups"])
     results = iter(
         _triton_call(
-            launcher(len(leaves), tuple(names), tuple(written), new_params),
+            launcher(len(leaves), tuple(names), written, new_params),
             operands,
             outputs,
             aliases,
@@ -282,14 +268,7 @@ class _Launch(NamedTuple):
     if not new_params:
       for arrays in new:
         arrays["update"] = next(results)
-    return [
-        UpdatedLeaf(
-            arrays["param" if new_params else "update"],
-            arrays.get("correction"),
-            tuple((arrays[n], arrays.get(f"{n}_scale")) for n in moment_names),
-        )
-        for arrays in new
-    ]
+    return [UpdatedLeaf.from_named(self.spec, arrays) for arrays in new]
 
 
 def _struct(array: jax.Array) -> jax.ShapeDtypeStruct:
