@@ -95,7 +95,7 @@ def measure(chip: str, optimizer: str, backend: str, shape: tuple[int, ...]) -> 
   import jax.numpy as jnp
 
   from benchmarks.support import tpu_ahead_of_time
-  from flashoptim_jax.kernels import mosaic_tpu
+  from flashoptim_jax.kernels.mosaic_layout import UNIT, cut_into_blocks
 
   bandwidth, clock, cores = CHIPS[chip]
   tx = tpu_ahead_of_time.OPTIMIZERS[optimizer](implementation=backend)
@@ -113,11 +113,13 @@ def measure(chip: str, optimizer: str, backend: str, shape: tuple[int, ...]) -> 
     counts = bundles_by_depth(dump)
     mesh = tpu_ahead_of_time.mesh(chip).abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):
-      cut = mosaic_tpu.cut(shape, 2, nbytes / math.prod(shape), optimizer != "sgd")
-    rows = math.prod(cut.leading) * math.ceil(cut.rows / cut.block_rows)
-    units = rows * math.ceil(cut.columns / (mosaic_tpu.UNIT // cut.block_rows))
-    steps = rows * math.ceil(cut.columns / cut.block_columns)
-    block = cut.block_rows * cut.block_columns
+      blocks = cut_into_blocks(
+          shape, 2, nbytes / math.prod(shape), optimizer != "sgd"
+      )
+    rows = math.prod(blocks.leading) * math.ceil(blocks.rows / blocks.block_rows)
+    units = rows * math.ceil(blocks.columns / (UNIT // blocks.block_rows))
+    steps = rows * math.ceil(blocks.columns / blocks.block_columns)
+    block = blocks.block_rows * blocks.block_columns
     vmem = round(2 * nbytes * block / math.prod(shape))
     loop = units * counts[2] / cores
     total = steps * counts[1] / cores + loop

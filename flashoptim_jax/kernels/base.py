@@ -5,7 +5,7 @@ put a line into the table of :mod:`flashoptim_jax.kernels.dispatch`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,6 +13,10 @@ import jax
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.storage.options import Storage
+
+GROUP_SIZE = 32  # of all kernels
+# Stands for a gain of 0: beside it, a gradient counts for nothing.
+LEAST_GAIN = 2.0**-60
 
 # Pairs of values and scale, in the rule's order; the scale is None, and the values are
 # no codes, where the moment is float32.
@@ -34,6 +38,11 @@ class UpdateSpec(NamedTuple):
   storage: Storage
   implementation: str | None
   new_params: bool
+
+  def written(self, names: Iterable[str]) -> tuple[str, ...]:
+    """Which of a leaf's arrays, by :meth:`Leaf.named_arrays`, are updated in place."""
+    kept = {"grad"} if self.new_params else {"grad", "param"}
+    return tuple(name for name in names if name not in kept)
 
 
 @jax.tree_util.register_dataclass
@@ -64,6 +73,17 @@ class Leaf:
     """Whether its moments are codes and scales."""
     return any(scale is not None for _, scale in self.moments)
 
+  def named_arrays(self, rule: Rule) -> dict[str, Any]:
+    """Its arrays by name, moments by the rule's: ``mu`` and ``mu_scale``."""
+    arrays = {"grad": self.grad, "param": self.param}
+    if self.correction is not None:
+      arrays["correction"] = self.correction
+    for moment, (values, scale) in zip(rule.moments, self.moments, strict=True):
+      arrays[moment.name] = values
+      if scale is not None:
+        arrays[f"{moment.name}_scale"] = scale
+    return arrays
+
   def replace(self, **changes: Any) -> "Leaf":
     """The leaf with other values of some attributes."""
     return dataclasses.replace(self, **changes)
@@ -92,6 +112,16 @@ class UpdatedLeaf(NamedTuple):
   result: Any
   correction: Any
   moments: Moments
+
+  @classmethod
+  def from_named(cls, spec: UpdateSpec, arrays: Mapping[str, Any]) -> "UpdatedLeaf":
+    """Of arrays named as in :meth:`Leaf.named_arrays`, or ``"update"``."""
+    names = [moment.name for moment in spec.rule.moments]
+    return cls(
+        arrays["param" if spec.new_params else "update"],
+        arrays.get("correction"),
+        tuple((arrays[name], arrays.get(f"{name}_scale")) for name in names),
+    )
 
 
 def result_types(leaf: Leaf, spec: UpdateSpec) -> UpdatedLeaf:

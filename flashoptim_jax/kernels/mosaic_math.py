@@ -19,9 +19,9 @@ from jax.extend import core
 
 from flashoptim_jax.jaxprs import interpret
 from flashoptim_jax.rules import Rule
+from flashoptim_jax.storage import codec
 
 _LARGEST = 3.0e38
-_TINY = 2.0**-126
 
 
 class Multiples(NamedTuple):
@@ -80,7 +80,7 @@ def roots_of_square(x: jax.Array, has_fast_roots: bool) -> tuple[jax.Array, jax.
 
 def _power(x: jax.Array, exponent: float) -> jax.Array:
   """A guess at ``x ** exponent``; a large finite number where x is 0."""
-  x = jnp.maximum(x, _TINY)
+  x = jnp.maximum(x, codec.TINY)
   log2 = getattr(lax, "log2", None)  # JAX before 0.12 has none.
   if log2 is None:
     return jnp.exp2(jnp.log(x) * (exponent / math.log(2.0)))

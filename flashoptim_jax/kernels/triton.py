@@ -25,12 +25,18 @@ import numpy as np
 
 from flashoptim_jax import rules
 from flashoptim_jax.kernels import xla_fusion
-from flashoptim_jax.kernels.base import Leaf, Unavailable, UpdatedLeaf, UpdateSpec
+from flashoptim_jax.kernels.base import (
+    GROUP_SIZE,
+    LEAST_GAIN,
+    Leaf,
+    Unavailable,
+    UpdatedLeaf,
+    UpdateSpec,
+)
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import LEAST_ROOT, Rule, Scalars
 from flashoptim_jax.storage import codec
 
-GROUP_SIZE = 32
 # With twice as many, a step of 150 leaves takes 1 to 4 % less on an H100, but Triton
 # takes about twice as long to compile the kernel.
 _MOST_LEAVES = 32
@@ -41,9 +47,6 @@ _SMALL_BELOW = 1 << 16
 # Updates below this size are added to parameters in kernels for several of them.
 _MERGED_BELOW = 1 << 22
 _DTYPES = ("bfloat16", "float16", "float32")
-# Stands for a gain of 0: beside it, a gradient counts for nothing.
-_LEAST_GAIN = 2.0**-60
-_TINY = 2.0**-126  # the smallest normal float32
 _INSTALL = (
     "The extras 'cuda12' and 'cuda13' have what is missing: for JAX with CUDA 13, pip"
     " install 'flashoptim-optax[cuda13]'."
@@ -153,7 +156,7 @@ def adam_scalars(h: Scalars, nesterov: bool) -> dict[str, jax.Array]:
   """
   gains = ("one_minus_b1", "one_minus_b2")
   mu_unit, nu_unit = (
-      jnp.maximum(jnp.asarray(h[name], jnp.float32), _LEAST_GAIN) for name in gains
+      jnp.maximum(jnp.asarray(h[name], jnp.float32), LEAST_GAIN) for name in gains
   )
   root_unit = jnp.sqrt(nu_unit * h["nu_scaling"])
   grad_share = 0.0
@@ -161,13 +164,13 @@ def adam_scalars(h: Scalars, nesterov: bool) -> dict[str, jax.Array]:
   if nesterov:
     scaling = mu_unit * h["b1"] * h["mu_scaling_next"]
     # Without a first moment, a share that it counts for nothing beside.
-    scaling = jnp.maximum(scaling, _LEAST_GAIN)
+    scaling = jnp.maximum(scaling, LEAST_GAIN)
     grad_share = h["one_minus_b1"] * h["mu_scaling"] / scaling
   direction_scaling = scaling / root_unit
   pace = -jnp.asarray(h["learning_rate"], jnp.float32) * direction_scaling
   # Without a learning rate a step is 0, as something over infinity.
-  still = jnp.abs(pace) < _TINY
-  root_pace = jnp.where(still, _TINY, 1.0 / pace)
+  still = jnp.abs(pace) < codec.TINY
+  root_pace = jnp.where(still, codec.TINY, 1.0 / pace)
   eps_pace = jnp.where(still, jnp.inf, h["eps"] / root_unit * root_pace)
   return {
       "mu_carry": h["b1"] / mu_unit,
@@ -182,21 +185,8 @@ def adam_scalars(h: Scalars, nesterov: bool) -> dict[str, jax.Array]:
   }
 
 
-def _arrays(leaf: Leaf, names: Sequence[str]) -> dict[str, jax.Array]:
-  """The arrays of a leaf by name, for a rule's moments' names."""
-  arrays = {"grad": leaf.grad, "param": leaf.param}
-  if leaf.correction is not None:
-    arrays["correction"] = leaf.correction
-  for name, (values, scale) in zip(names, leaf.moments, strict=True):
-    arrays[name] = values
-    if scale is not None:
-      arrays[f"{name}_scale"] = scale
-  return arrays
-
-
 def _launch_of(spec: UpdateSpec, leaf: Leaf, scalars: Scalars) -> "_Launch":
-  names = tuple(moment.name for moment in spec.rule.moments)
-  arrays = _arrays(leaf, names)
+  arrays = leaf.named_arrays(spec.rule)
   length = _row_length(leaf)
   small = not leaf.quantized and length < _SMALL_BELOW
   # Words of 16 bytes are enough for small leaves to share launches.
@@ -236,15 +226,14 @@ class _Launch(NamedTuple):
 
   def __call__(self, leaves: list[Leaf], scalars: jax.Array) -> list[UpdatedLeaf]:
     rule, storage, _, new_params = self.spec
-    moment_names = [moment.name for moment in rule.moments]
     tuned = _tuning()
     names = [name for name, _ in self.dtypes]
-    written = [n for n in names if n != "grad" and (n != "param" or new_params)]
+    written = self.spec.written(names)
     operands: list[Any] = [scalars, None]
     outputs: list[jax.ShapeDtypeStruct] = []
     aliases: dict[int, int] = {}
     for leaf in leaves:
-      arrays = _arrays(leaf, moment_names)
+      arrays = leaf.named_arrays(rule)
       for name in names:
         if name in written:
           aliases[len(operands)] = len(outputs)
@@ -255,7 +244,7 @@ class _Launch(NamedTuple):
     blocks, operands[1] = _layout(leaves, self.alignment, tuned["block_groups"])
     results = iter(
         _triton_call(
-            launcher(len(leaves), tuple(names), tuple(written), new_params),
+            launcher(len(leaves), tuple(names), written, new_params),
             operands,
             outputs,
             aliases,
@@ -279,14 +268,7 @@ class _Launch(NamedTuple):
     if not new_params:
       for arrays in new:
         arrays["update"] = next(results)
-    return [
-        UpdatedLeaf(
-            arrays["param" if new_params else "update"],
-            arrays.get("correction"),
-            tuple((arrays[n], arrays.get(f"{n}_scale")) for n in moment_names),
-        )
-        for arrays in new
-    ]
+    return [UpdatedLeaf.from_named(self.spec, arrays) for arrays in new]
 
 
 def _struct(array: jax.Array) -> jax.ShapeDtypeStruct:

@@ -12,6 +12,7 @@ import pytest
 
 from flashoptim_jax import Storage
 from flashoptim_jax.kernels import triton as launches
+from flashoptim_jax.kernels.base import GROUP_SIZE
 from flashoptim_jax.storage import codec
 from tests.support.processes import worker
 
@@ -106,7 +107,7 @@ def test_constants_are_the_codecs():
   from flashoptim_jax.kernels import triton_kernel
 
   of_kernel = {
-      "_GROUP": launches.GROUP_SIZE,
+      "_GROUP": GROUP_SIZE,
       "_TINY": codec.TINY,
       "_LARGEST_SECOND": codec.LARGEST_SECOND,
       "_HALF_RUN": codec.HALF_RUN,
@@ -117,7 +118,7 @@ def test_constants_are_the_codecs():
   assert found == of_kernel
   # For second moments it takes the square.
   assert codec.LARGEST_RATIO["second"] == codec.LARGEST_RATIO["first"] ** 2
-  assert Storage().group_size == launches.GROUP_SIZE
+  assert Storage().group_size == GROUP_SIZE
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
