@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
+from tests.support.tiers import slow_but
 
 SPACING = {  # Below half of it, at 1, a step is lost.
     ("bfloat16", 24): 2.0**-23,
@@ -34,7 +35,7 @@ def run(rate, sign, params, state, bits):
   return jax.lax.scan(step, (params, state), length=STEPS)[0]
 
 
-@pytest.mark.parametrize(("dtype", "bits"), SPACING)
+@pytest.mark.parametrize(("dtype", "bits"), slow_but(SPACING))
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_finds_the_leaves_that_stay_where_they_are(dtype, bits, sign):
   tx = fo.lion(1.0, storage=fo.Storage(master_bits=bits))

@@ -20,6 +20,7 @@ from flashoptim_jax import __main__ as command
 from flashoptim_jax import models, planning
 from tests.support.model_configs import HUGE, TINY, is_array, separate
 from tests.support.processes import python
+from tests.support.tiers import slow_but
 
 
 def largest(name, **others):
@@ -28,7 +29,7 @@ def largest(name, **others):
   return {**models.BUILT_IN[name], **sizes, **others}
 
 
-@pytest.mark.parametrize("name", models.BUILT_IN)
+@pytest.mark.parametrize("name", slow_but(models.BUILT_IN))
 def test_the_largest_sizes(name):
   """Plans come out, in a time that doesn't depend on the sizes."""
   described = largest(name, head_dim=HUGE, attention_bias=True)

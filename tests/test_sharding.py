@@ -22,6 +22,7 @@ from tests.support.meshes import (
   make_mesh,
   shardings_on,
 )
+from tests.support.tiers import slow_but
 
 
 def test_moves_where_shards_cut_groups():
@@ -47,7 +48,7 @@ def test_moves_where_shards_cut_groups():
       assert x.sharding.is_equivalent_to(place, x.ndim)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", slow_but(KINDS))
 @some_cases
 def test_state_of_sharded_params_is_sharded(name, storage, kind):
   """Without a word from the user."""
@@ -78,7 +79,9 @@ def nestings():
   }
 
 
-@pytest.mark.parametrize("nesting", list(nestings()))
+@pytest.mark.parametrize(
+    "nesting", slow_but(nestings(), "partition", "inject_hyperparams")
+)
 def test_state_shardings_through_wrappers(nesting):
   tx = nestings()[nesting]
   whole = cases.tree(SHAPES)

@@ -397,6 +397,7 @@ def test_a_changed_description(tmp_path):
     restore(tmp_path / "0", tree)
 
 
+@pytest.mark.slow
 def test_damaged_files(tmp_path):
   """Whatever is missing, cut short or flipped: an error or the very same tree."""
   tree = make_tree(TX)
@@ -419,11 +420,13 @@ def test_damaged_exports(tmp_path):
   assert report.refused > report.harmless
 
 
+@pytest.mark.slow
 def test_killed_while_exporting(tmp_path):
   report = checkpoint_faults.kill_exports(tmp_path, tries=1, seed=0)
   assert report.wrong == []
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path):
   """The last complete checkpoint is whole. A script does it more often."""
   report = checkpoint_faults.kill(tmp_path, tries=2, seed=0)

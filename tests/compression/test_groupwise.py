@@ -75,6 +75,7 @@ def test_leaf_by_leaf_takes_few_temporaries(tx, most, monkeypatch):
   cases.assert_same(fo.moments(actual[1]), fo.moments(desired[1]))
 
 
+@pytest.mark.slow
 def test_no_float32_copy_of_the_tree(tmp_path):
   """Temporaries, in float32 copies of the largest leaf, of a 12-layer model."""
   # With one device: what XLA's CPU backend needs to be told costs communication

@@ -29,6 +29,7 @@ from tests.support.meshes import (
   shardings_on,
   with_manual_axes,
 )
+from tests.support.tiers import slow_but
 
 LOSSLESS = fo.Storage(master_bits=32, moment_bits=32)
 def test_every_export_is_listed():
@@ -42,7 +43,7 @@ def test_every_export_is_listed():
 
 # The others: tests/checks/compress_lossless.py.
 @pytest.mark.parametrize(
-    "name", ["dpsgd", "momo", "muon"]
+    "name", slow_but(["dpsgd", "momo", "muon"], "dpsgd")
 )
 def test_lossless_storage_is_the_optimizer_itself(name):
   actual, desired, state, plain_state = compress_lossless.follow(name)
@@ -81,7 +82,9 @@ def test_lossless_state_starts_from_the_masters():
     ],
     ids=["adamw", "lion"],
 )
-@pytest.mark.parametrize("function", [cases.jitted_step, cases.jitted_update])
+@pytest.mark.parametrize(
+    "function", slow_but([cases.jitted_step, cases.jitted_update])
+)
 def test_agrees_with_the_flash_optimizer(plain, flash, function):
   params = cases.tree(cases.SMALL_SHAPES)
   compressed = cases.train(fo.compress(plain, cases.QUANTIZED), params, 3, function)
@@ -119,7 +122,7 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", slow_but(WRAPPED))
 def test_inside_of_compress(name):
   """Every moment under a wrapper is found, and the types of a state are stable."""
   tx = fo.compress(WRAPPED[name](), cases.QUANTIZED)
@@ -292,7 +295,7 @@ def sharded_step(tx, mesh, params, grads, state):
   return jax.device_get(compiled(*args)), compiled.as_text()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS))
 def test_sharded(kind):
   tx = fo.compress(optax.adamw(1e-2), cases.QUANTIZED)
   params = cases.tree(SHAPES)

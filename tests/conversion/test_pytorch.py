@@ -12,6 +12,7 @@ import pytest
 import flashoptim_jax as fo
 from flashoptim_jax.conversion import pytorch
 from tests.support import cases
+from tests.support.tiers import slow_but
 
 SHAPES = {"0.weight": (5, 13), "0.bias": (5,), "2.weight": (2, 5)}
 KEYS = {"adamw": {"mu": "exp_avg", "nu": "exp_avg_sq"}, "lion": {"mu": "exp_avg"},
@@ -89,7 +90,7 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("quantize", [True, False])
-@pytest.mark.parametrize("bits", [24, 32, None])
+@pytest.mark.parametrize("bits", slow_but([24, 32, None]))
 @pytest.mark.parametrize("name", KEYS)
 def test_decoding(name, bits, quantize):
   for dtype in (ml_dtypes.bfloat16, np.float16):

@@ -31,6 +31,7 @@ from tests.support.meshes import (
   train_sharded,
   with_manual_axes,
 )
+from tests.support.tiers import slow_but
 
 OPTIMIZERS = ["adamw", "adam", "nesterov", "lion"]
 
@@ -45,7 +46,10 @@ def combinations():
           yield name, mesh, kind
 
 
-@pytest.mark.parametrize(("name", "mesh", "kind"), list(combinations()))
+@pytest.mark.parametrize(
+    ("name", "mesh", "kind"),
+    slow_but(combinations(), ("adamw", "4x2", "explicit"), ("lion", "8", "auto")),
+)
 def test_update_stays_on_the_shard(name, mesh, kind):
   mesh = make_mesh(mesh, KINDS.get(kind, AxisType.Auto))
   tx = cases.make(name)
@@ -124,7 +128,7 @@ def kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("shapes", ["SHAPES", "CUT_SHAPES"])
-@pytest.mark.parametrize("kind", [*KINDS, "given"])
+@pytest.mark.parametrize("kind", slow_but([*KINDS, "given"]))
 def test_kernels_see_shards(kernel, kind, shapes):
   mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
   shapes_, specs = {

@@ -37,9 +37,10 @@ from tests.support.release_models import (
   value_and_grad,
   wide,
 )
+from tests.support.tiers import slow_but
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS, "tied"))
 def test_equals_the_ordinary_step(name):
   model, params = MODELS[name]
   with warnings.catch_warnings():
@@ -47,6 +48,7 @@ def test_equals_the_ordinary_step(name):
     assert_equals_ordinary(model, make("adamw"), params())
 
 
+@pytest.mark.slow
 def test_tpu_kernel():
   """In interpret mode, on slices of a stack."""
   tx = make("adamw", implementation="mosaic_tpu")
@@ -313,6 +315,7 @@ def test_sharded(kind, tx):
   assert_close(fo.to_fp32(*ours), fo.to_fp32(*ordinary))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tx", "layers"),
     # What compress needs for one layer weighs less beside more of them.

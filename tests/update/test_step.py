@@ -15,6 +15,7 @@ import flashoptim_jax as fo
 from flashoptim_jax.update.transform import NewParams
 from tests.support import cases
 from tests.support.cases import every_optimizer, small, some_cases
+from tests.support.tiers import slow_but
 
 
 @some_cases
@@ -176,7 +177,7 @@ def test_step_falls_back_where_wrappers_choose_or_accumulate(name, storage):
   )
 
 
-@pytest.mark.parametrize("plain", ["adamw", "sgd", "lion"])
+@pytest.mark.parametrize("plain", slow_but(["adamw", "sgd", "lion"]))
 def test_step_applies_plain_optax(plain):
   tx = cases.make_plain(plain)
   params = cases.tree()
