@@ -108,13 +108,13 @@ def test_dampening():
 
 @pytest.mark.parametrize(
     ("dtype", "advice"),
-    [
+    slow_but([
         ("int8", "optax.masked"),
         ("int32", "optax.masked"),
         ("bool", "optax.masked"),
         ("float8_e4m3fn", "optax.masked"),
         ("complex64", "split_real_and_imaginary"),
-    ],
+    ]),
 )
 @every_optimizer
 def test_params_of_other_dtypes(name, dtype, advice):

@@ -23,7 +23,7 @@ X = jnp.asarray(_RNG.normal(size=(64, 32)), jnp.bfloat16)
 Y = jnp.asarray(_RNG.normal(size=(64, 1)), jnp.bfloat16) + X[:, :1]
 
 some_optimizers = pytest.mark.parametrize(
-    "name", slow_but(["adamw", "momentum", "lion"])
+    "name", slow_but(["adamw", "momentum", "lion"], "lion")
 )
 
 
@@ -327,7 +327,7 @@ def test_nnx_optimizer_uses_step(recorded_steps):
 
 @pytest.mark.parametrize(
     ("kind", "metadata", "tx", "cls"),
-    [
+    slow_but([
         ("Auto", {"sharding": (None, "tensor")}, fo.adamw(0.1), fo.flax.Optimizer),
         ("Explicit", {"sharding": (None, "tensor")}, fo.adamw(0.1), nnx.Optimizer),
         ("Explicit", {"sharding": P("data", "tensor")}, fo.lion(0.1), nnx.Optimizer),
@@ -346,7 +346,7 @@ def test_nnx_optimizer_uses_step(recorded_steps):
             fo.compress(optax.sgd(0.1, 0.9)),
             fo.flax.Optimizer,
         ),
-    ],
+    ]),
     ids=["Auto", "Explicit", "spec", "logical", "compress"],
 )
 def test_nnx_sharding_metadata_that_scales_do_not_fit(kind, metadata, tx, cls):
@@ -371,6 +371,7 @@ def test_nnx_sharding_metadata_that_scales_do_not_fit(kind, metadata, tx, cls):
   assert shapes == {(32, 64), (32, 2)}
 
 
+@pytest.mark.slow
 def test_nnx_sharding_metadata_fits_after_conversions():
   mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
   narrow, wide = (fo.lion(0.1, storage=fo.Storage(moment_bits=n)) for n in (8, 32))

@@ -119,6 +119,7 @@ def test_extra_args_are_accepted_and_passed_on(name, storage):
     assert (seen[-1]["value"], seen[-1]["note"]) == (3.0, "text")
 
 
+@pytest.mark.slow
 @some_cases
 def test_extra_args_change_nothing(name, storage):
   tx = cases.make(name, storage)

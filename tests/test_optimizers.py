@@ -180,7 +180,7 @@ some_cases = pytest.mark.parametrize(
     "name", slow_but(["adamw", "sgd-momentum", "lion"])
 )
 main_cases = pytest.mark.parametrize(
-    "name", ["adamw", "adam", "sgd", "sgd-momentum", "lion"]
+    "name", slow_but(["adamw", "adam", "sgd", "sgd-momentum", "lion"])
 )
 
 
@@ -421,7 +421,7 @@ def decoupled(count):
   return 0.05 * schedule(count) / schedule(0)
 
 
-@pytest.mark.parametrize(("tx", "reference", "decay"), [
+@pytest.mark.parametrize(("tx", "reference", "decay"), slow_but([
     (
         fo.adamw(schedule, weight_decay=0.05, decouple_lr=True, storage=EXACT),
         numpy_adamw,
@@ -457,7 +457,7 @@ def decoupled(count):
         functools.partial(numpy_momentum, dampening=0.3),
         lambda t: 0.0,
     ),
-], ids=[
+]), ids=[
     "adamw", "adamw-schedules", "momentum", "momentum-coupled", "lion", "dampening"
 ])
 def test_decoupled_decay_and_dampening_follow_their_equations(
@@ -490,7 +490,8 @@ def test_float32_parameters_are_optax(name):
   assert_masters_close(params, expected, 20)
 
 
-@pytest.mark.parametrize("name", slow_but(["adamw", "sgd-momentum"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "sgd-momentum"])
 def test_float16_parameters_follow_optax(name):
   """Two units more per step: a correction in 65,534ths is not exact."""
   ours, theirs = make(CASES[name])
@@ -502,7 +503,7 @@ def test_float16_parameters_follow_optax(name):
   assert_masters_close(to_fp32(params, state), expected, 20, units=3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", slow_but(["float32", "float16"]))
 def test_gradients_of_other_dtypes(dtype):
   ours, theirs = make(CASES["adamw"])
   masters, grads = draw(6), gradients(20, dtype)
@@ -513,7 +514,7 @@ def test_gradients_of_other_dtypes(dtype):
   assert_masters_close(to_fp32(params, state), expected, 20)
 
 
-@pytest.mark.parametrize("via", ["step", "update"])
+@pytest.mark.parametrize("via", slow_but(["step", "update"]))
 def test_float64_parameters(via):
   """They are their own master weights; moments are float32 or 8 bits."""
   with jax.enable_x64(True):

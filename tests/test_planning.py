@@ -150,7 +150,7 @@ def test_small_leaves_in_float32_take_next_to_nothing(shapes):
 
 
 @pytest.mark.parametrize("layers", [separate, lambda model: model.stacked_parts])
-@pytest.mark.parametrize("name", ["gpt2", "llama3-8b", "gemma2-9b"])
+@pytest.mark.parametrize("name", slow_but(["gpt2", "llama3-8b", "gemma2-9b"]))
 def test_small_leaves_of_built_in_models(name, layers):
   check_small_leaves(
       jax.tree.map(

@@ -54,6 +54,7 @@ def params():
   return cases.tree({"w": ((5, 168), jnp.bfloat16)})
 
 
+@pytest.mark.slow
 def test_tpu_kernel_equals_xla():
   both = [
       cases.train(make(TWO, implementation), params(), 3, cases.jitted_step)
@@ -63,6 +64,7 @@ def test_tpu_kernel_equals_xla():
   assert not np.array_equal(both[0][0]["w"], params()["w"])
 
 
+@pytest.mark.slow
 def test_tpu_kernel_takes_any_moments():
   """The state of optimizers has no place for them, but kernels do not mind."""
   param = params()["w"]

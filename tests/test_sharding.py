@@ -25,6 +25,7 @@ from tests.support.meshes import (
 from tests.support.tiers import slow_but
 
 
+@pytest.mark.slow
 def test_moves_where_shards_cut_groups():
   """To Optax and back, and between storages: as on one device, sharded as before."""
   tx, wide = fo.adamw(1e-2), fo.adamw(1e-2, storage=fo.Storage(32, 32))
@@ -143,6 +144,7 @@ def test_state_shardings_of_unusual_leaves():
   assert few.mu["mu"].spec == P(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"), [("adamw", "auto"), ("momentum", "explicit")]
 )
@@ -194,6 +196,7 @@ def test_bad_shardings_are_refused():
         function(tx, params, bad)
 
 
+@pytest.mark.slow
 def test_with_shardings_changes_nothing_else():
   params = cases.tree(cases.TINY_SHAPES)
   tx = optax.chain(optax.clip(1.0), cases.make("adamw"))

@@ -258,11 +258,11 @@ def test_rare_rows_move_as_far_as_in_float32(name, companding, compressed):
 @every_companding
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [
+    slow_but([
         *itertools.product(ADAM, ({"b2": 0.95}, {"b2": 0.999})),
         ("lion", {}),
         ("momentum", {}),
-    ],
+    ]),
 )
 def test_a_spike_is_its_own_affair(name, arguments, companding, compressed):
   """One finite gradient beyond all others, in the first update or in the fourth."""
@@ -395,7 +395,7 @@ def test_small_leaves_have_optaxs_moments(name, compressed):
 # Dtypes and configurations of JAX.
 
 
-@pytest.mark.parametrize("name", ["adam", "momentum"])
+@pytest.mark.parametrize("name", slow_but(["adam", "momentum"]))
 @pytest.mark.parametrize("rate", slow_but([1e-6, 1e-7, 2e-8]))
 def test_float32_weights_with_float16_gradients(name, rate):
   start, steps = 1e-2, 300
@@ -414,10 +414,9 @@ def test_float32_weights_with_float16_gradients(name, rate):
   assert errors[0] < 0.05
 
 
-@pytest.mark.parametrize("name", slow_but(TRANSFORMATIONS))
-@pytest.mark.parametrize(
-    "dtype", slow_but(["float32", "bfloat16", "float16"], "bfloat16")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_strict_dtype_promotion(name, dtype):
   ours, _ = make(name, "root")
   masters = {"w": jnp.full((3, 40), 0.5)}

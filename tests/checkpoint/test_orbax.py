@@ -18,18 +18,19 @@ from flashoptim_jax.checkpoint import inspection, orbax
 from tests.checks import checkpoint_faults
 from tests.checks import checkpoint_resume as resume
 from tests.support import cases
+from tests.support.tiers import slow_but
 
 
 @pytest.mark.parametrize(
     ("name", "storage", "container", "mesh", "saves"),
-    [
+    slow_but([
         ("adamw", "root", "bare", (1, 1), ("sync", "async", "manager")),
         ("lion", "root", "linen", (1, 1), ("async",)),
         ("nesterov", "paper", "nnx", (1, 1), ("sync",)),
         ("adamw_nesterov", "32/32", "bare", (4, 2), ("async",)),
         ("momentum", "none/8", "linen", (1, 1), ("manager",)),
         ("sgd", "root", "nnx", (4, 2), ("manager",)),
-    ],
+    ], ("lion", "root", "linen", (1, 1), ("async",))),
 )
 def test_a_restored_run_goes_on_bit_for_bit(
     name, storage, container, mesh, saves, tmp_path
@@ -40,6 +41,7 @@ def test_a_restored_run_goes_on_bit_for_bit(
   assert not resume.resumes(run, saves, tmp_path)
 
 
+@pytest.mark.slow
 def test_across_meshes(tmp_path):
   """4×2 → 8 → 2×4 → 1: the same arrays, and the same updates after them."""
   tx = optax.chain(optax.clip(1.0), fo.adamw(resume.SCHEDULE, storage=cases.QUANTIZED))

@@ -103,6 +103,7 @@ def test_decoding(name, bits, quantize):
     assert decoded.count == (7 if name == "adamw" else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", [cases.QUANTIZED, fo.Storage(32, 32)])
 def test_training_goes_on_from_it(storage):
   """In our storage, in a tree of our own, with kernels transposed."""
@@ -141,7 +142,7 @@ def test_training_goes_on_from_it(storage):
   jax.eval_shape(lambda: fo.step(tx, grads, state, params))
 
 
-@pytest.mark.parametrize("name", ["lion", "sgd"])
+@pytest.mark.parametrize("name", slow_but(["lion", "sgd"]))
 def test_optimizers_that_do_not_count(name):
   model, optimizer, _, _ = make(name)
   assert int(fo.from_pytorch(TX[name], model, optimizer)[1].count) == 0

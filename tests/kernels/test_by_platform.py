@@ -15,11 +15,7 @@ from tests.support import cases
 from tests.support.cases import arguments
 from tests.support.tiers import slow_but
 
-SHAPES = {
-    "matrix": ((4, 64), jnp.bfloat16),
-    "bias": ((33,), jnp.bfloat16),
-    "norm": ((5,), jnp.float32),
-}
+SHAPES = {name: cases.MIXED_SHAPES[name] for name in ("matrix", "bias", "norm")}
 LARGE = SHAPES | {"matrix": ((64, 1024), jnp.bfloat16)}  # Enough for the TPU kernel.
 FUNCTIONS = {"step": cases.step, "update": cases.update}
 

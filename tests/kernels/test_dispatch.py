@@ -16,7 +16,7 @@ from tests.support.cases import arguments, update_as_on
 @pytest.mark.parametrize("where", ["mesh", "no mesh"])
 def test_a_kernel_asked_for_is_refused_elsewhere(where):
   tx = cases.make("adamw", implementation="triton")
-  args = arguments(tx)
+  args = arguments(tx, cases.SMALL_SHAPES)
   if where == "mesh":
     mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

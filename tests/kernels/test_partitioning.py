@@ -48,7 +48,7 @@ def combinations():
 
 @pytest.mark.parametrize(
     ("name", "mesh", "kind"),
-    slow_but(combinations(), ("adamw", "4x2", "explicit"), ("lion", "8", "auto")),
+    slow_but(combinations(), ("adamw", "4x2", "explicit")),
 )
 def test_update_stays_on_the_shard(name, mesh, kind):
   mesh = make_mesh(mesh, KINDS.get(kind, AxisType.Auto))
@@ -63,6 +63,7 @@ def test_update_stays_on_the_shard(name, mesh, kind):
   cases.assert_equal(actual, alone(name), STEPS)
 
 
+@pytest.mark.slow
 @some_cases
 def test_every_storage(name, storage):
   """Through ``update``, whose updates are sharded as the gradients."""
@@ -83,8 +84,10 @@ def test_every_storage(name, storage):
   cases.assert_equal(actual, alone(name, storage, steps=1), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "kind"), [("adamw", "auto"), ("lion", "explicit"), ("lion", "given")]
+    ("name", "kind"),
+    [("adamw", "auto"), ("lion", "explicit"), ("lion", "given")],
 )
 def test_shards_that_cut_groups(name, kind):
   mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
@@ -197,6 +200,7 @@ def test_leaves_of_one_name_have_their_own_sharding(kernel, masked, twin):
   assert seen == ((4, 64), (3, 128))[: 1 if masked else 2]
 
 
+@pytest.mark.slow
 def test_kernels_see_shards_of_arrays_that_are_yet_to_be_sharded(kernel):
   """Only the compiler knows about shards: no argument is on a mesh."""
   shardings = shardings_on(make_mesh("4x2"))

@@ -65,7 +65,7 @@ WHOLE_LEAF_CHAINS = {
 
 
 @pytest.mark.parametrize(
-    "name", slow_but(CHAINS, "clip", "partition", "injected", "compress")
+    "name", slow_but(CHAINS, "clip", "compress")
 )
 def test_chains_of_leafwise_transformations(name):
   with warnings.catch_warnings():

@@ -146,6 +146,7 @@ def test_nothing_that_is_returned_dies_with_what_was_given(name):
     assert not [x for x in jax.tree.leaves(everything) if x.is_deleted()]
 
 
+@pytest.mark.slow
 def test_float16_round_trip():
   tx = fo.adamw(1e-2, storage=cases.QUANTIZED)
   masters = draw()

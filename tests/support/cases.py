@@ -94,7 +94,7 @@ def _parametrize(combinations, quick):
 # Every optimizer with every storage: for tests that compile nothing large.
 every_case = _parametrize(_ALL, SOME[:-1])
 # Every optimizer and every storage: for tests that compile whole updates.
-some_cases = _parametrize(SOME, SOME[:3])
+some_cases = _parametrize(SOME, SOME[:1])
 every_optimizer = pytest.mark.parametrize(
     "name", slow_but(OPTIMIZERS, "adamw", "momentum", "lion")
 )

@@ -75,7 +75,7 @@ def nestings(storage):
 # Leaves that have no flash optimizer in these.
 WITHOUT = {"masked": "head", "partition": "head"}
 every_nesting = pytest.mark.parametrize(
-    "nesting", slow_but(nestings(cases.QUANTIZED), "alone", "partition")
+    "nesting", slow_but(nestings(cases.QUANTIZED), "partition")
 )
 
 

@@ -37,14 +37,14 @@ def test_step_equals_update_and_apply_updates(name, storage):
 
 @pytest.mark.parametrize(
     "after",
-    [
+    slow_but([
         optax.scale(0.5),
         optax.add_decayed_weights(0.1),
         optax.identity(),
         optax.sgd(0.1),
         fo.sgd(0.1),
         optax.chain(optax.clip(1.0), optax.scale(2.0)),
-    ],
+    ]),
     ids=["scale", "decay", "identity", "sgd", "flash", "chain"],
 )
 @every_optimizer
@@ -88,7 +88,7 @@ def test_step_refuses_what_follows_behind_masks_and_names(make_tx, flash):
 
 @pytest.mark.parametrize(
     "freeze",
-    [
+    slow_but([
         optax.freeze,
         lambda mask: optax.masked(optax.set_to_zero(), mask),
         lambda mask: optax.masked(
@@ -96,7 +96,7 @@ def test_step_refuses_what_follows_behind_masks_and_names(make_tx, flash):
                 lambda u: u.dtype == jnp.bfloat16 and u.ndim == 1, updates
             )
         ),
-    ],
+    ]),
     ids=["freeze", "set_to_zero", "mask of dtypes"],
 )
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def test_bad_gradients_show_and_stay_in_their_group(name, storage, bad):
 # Trees and leaves at the edge.
 
 
+@pytest.mark.slow
 @some_cases
 def test_trees_at_the_edge(name, storage):
   tx = cases.make(name, storage)
