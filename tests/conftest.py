@@ -29,7 +29,14 @@ import hypothesis  # noqa: E402
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, print_blob=False
 )
-hypothesis.settings.load_profile("repeatable")
+hypothesis.settings.register_profile(
+    "quick", hypothesis.settings.get_profile("repeatable"), max_examples=10
+)
+
+
+def pytest_configure(config):
+  quick = config.getoption("markexpr") == "not slow"
+  hypothesis.settings.load_profile("quick" if quick else "repeatable")
 
 
 def pytest_unconfigure():

@@ -11,6 +11,7 @@ from flax import nnx
 import flashoptim_jax as fo
 from tests.support import cases
 from tests.support.cases import every_optimizer, raises
+from tests.support.tiers import slow_but
 
 SHAPES = {"kernel": ((4, 64), jnp.bfloat16), "bias": ((33,), jnp.bfloat16)}
 
@@ -72,7 +73,7 @@ def test_unknown_option():
 DECAYING = ["adamw", "sgd", "momentum", "lion"]
 
 
-@pytest.mark.parametrize("name", DECAYING)
+@pytest.mark.parametrize("name", slow_but(DECAYING))
 @pytest.mark.parametrize(
     "rate",
     [0.0, optax.linear_schedule(0.0, 1.0, 10), lambda count: 0.0 * count],
@@ -87,7 +88,7 @@ def test_decouple_lr_needs_a_rate_above_0(name, rate):
     fo.step(tx, params, tx.init(params), params)
 
 
-@pytest.mark.parametrize("name", DECAYING)
+@pytest.mark.parametrize("name", slow_but(DECAYING))
 def test_decouple_lr_needs_a_number_or_a_schedule(name):
   with raises("decouple_lr=True", "a number or a schedule", "static_args"):
     cases.make(name, learning_rate=jnp.float32(0.1), decouple_lr=True)
@@ -107,13 +108,13 @@ def test_dampening():
 
 @pytest.mark.parametrize(
     ("dtype", "advice"),
-    [
+    slow_but([
         ("int8", "optax.masked"),
         ("int32", "optax.masked"),
         ("bool", "optax.masked"),
         ("float8_e4m3fn", "optax.masked"),
         ("complex64", "split_real_and_imaginary"),
-    ],
+    ]),
 )
 @every_optimizer
 def test_params_of_other_dtypes(name, dtype, advice):
@@ -148,7 +149,7 @@ WHOLE_MODEL_CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", WHOLE_MODEL_CALLS)
+@pytest.mark.parametrize("call", slow_but(WHOLE_MODEL_CALLS))
 @pytest.mark.parametrize(
     "tx", [fo.adamw(0.1), fo.compress(optax.adamw(0.1))], ids=["flash", "compress"]
 )

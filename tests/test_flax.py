@@ -16,12 +16,15 @@ from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
 from tests.support import cases
+from tests.support.tiers import slow_but
 
 _RNG = np.random.default_rng(0)
 X = jnp.asarray(_RNG.normal(size=(64, 32)), jnp.bfloat16)
 Y = jnp.asarray(_RNG.normal(size=(64, 1)), jnp.bfloat16) + X[:, :1]
 
-some_optimizers = pytest.mark.parametrize("name", ["adamw", "momentum", "lion"])
+some_optimizers = pytest.mark.parametrize(
+    "name", slow_but(["adamw", "momentum", "lion"], "lion")
+)
 
 
 def optimizer(name):
@@ -151,7 +154,7 @@ SERIALIZED = {
 }
 
 
-@pytest.mark.parametrize("name", SERIALIZED)
+@pytest.mark.parametrize("name", slow_but(SERIALIZED))
 def test_states_as_bytes(name):
   """What is read back is what was written; another format is refused by name."""
   params = cases.tree(cases.TINY_SHAPES)
@@ -185,7 +188,7 @@ def test_states_as_bytes_of_another_format():
     serialization.from_state_dict(forms[0], {"what": 1})
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", slow_but([False, True]))
 def test_states_as_bytes_without_the_flax_module(late):
   """In a process that imports Flax before the optimizer is made, or after."""
   code = """if True:
@@ -224,7 +227,7 @@ def test_linen_leaves_that_are_overwritten():
   cases.assert_same(results[0].params, results[1].params)
 
 
-@pytest.mark.parametrize("storage", cases.STORAGES)
+@pytest.mark.parametrize("storage", slow_but(cases.STORAGES, "root", "32/32"))
 @cases.every_optimizer
 def test_linen_partitioned_params_give_specs(name, storage):
   tx = optax.chain(optax.clip(1.0), cases.make(name, storage))
@@ -324,7 +327,7 @@ def test_nnx_optimizer_uses_step(recorded_steps):
 
 @pytest.mark.parametrize(
     ("kind", "metadata", "tx", "cls"),
-    [
+    slow_but([
         ("Auto", {"sharding": (None, "tensor")}, fo.adamw(0.1), fo.flax.Optimizer),
         ("Explicit", {"sharding": (None, "tensor")}, fo.adamw(0.1), nnx.Optimizer),
         ("Explicit", {"sharding": P("data", "tensor")}, fo.lion(0.1), nnx.Optimizer),
@@ -343,7 +346,7 @@ def test_nnx_optimizer_uses_step(recorded_steps):
             fo.compress(optax.sgd(0.1, 0.9)),
             fo.flax.Optimizer,
         ),
-    ],
+    ]),
     ids=["Auto", "Explicit", "spec", "logical", "compress"],
 )
 def test_nnx_sharding_metadata_that_scales_do_not_fit(kind, metadata, tx, cls):
@@ -368,6 +371,7 @@ def test_nnx_sharding_metadata_that_scales_do_not_fit(kind, metadata, tx, cls):
   assert shapes == {(32, 64), (32, 2)}
 
 
+@pytest.mark.slow
 def test_nnx_sharding_metadata_fits_after_conversions():
   mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
   narrow, wide = (fo.lion(0.1, storage=fo.Storage(moment_bits=n)) for n in (8, 32))

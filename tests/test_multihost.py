@@ -6,7 +6,11 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from tests.support import cases, meshes
+
+pytestmark = pytest.mark.slow
 
 TIMEOUT = 600  # seconds
 

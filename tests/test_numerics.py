@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
+from tests.support.tiers import slow_but
 
 SPACING = {  # Below half of it, at 1, a step is lost.
     ("bfloat16", 24): 2.0**-23,
@@ -34,8 +35,8 @@ def run(rate, sign, params, state, bits):
   return jax.lax.scan(step, (params, state), length=STEPS)[0]
 
 
-@pytest.mark.parametrize(("dtype", "bits"), SPACING)
-@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize(("dtype", "bits"), slow_but(SPACING))
+@pytest.mark.parametrize("sign", slow_but([-1.0, 1.0]))
 def test_finds_the_leaves_that_stay_where_they_are(dtype, bits, sign):
   tx = fo.lion(1.0, storage=fo.Storage(master_bits=bits))
   exponents = np.arange(-4, 5)
@@ -98,7 +99,7 @@ def test_of_leaves_without_a_largest_weight():
   assert not fo.check_numerics(params, tx.init(params), 1e-8)
 
 
-@pytest.mark.parametrize("size", [3, 8192])
+@pytest.mark.parametrize("size", slow_but([3, 8192]))
 def test_finds_what_is_not_finite(size):
   tx = optax.chain(optax.clip_by_global_norm(1.0), fo.adamw(1e-3))
   params = {"w": jnp.ones(size, jnp.bfloat16), "ids": jnp.arange(3), "b": jnp.ones(2)}

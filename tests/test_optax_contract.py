@@ -18,6 +18,7 @@ import flashoptim_jax as fo
 from flashoptim_jax.storage.state import flash_states
 from tests.support import cases
 from tests.support.cases import every_case, every_optimizer, small, some_cases
+from tests.support.tiers import slow_but
 
 # Split along an axis that has no groups, along the groups' axis, and both.
 SHARDED_SHAPES = {
@@ -118,6 +119,7 @@ def test_extra_args_are_accepted_and_passed_on(name, storage):
     assert (seen[-1]["value"], seen[-1]["note"]) == (3.0, "text")
 
 
+@pytest.mark.slow
 @some_cases
 def test_extra_args_change_nothing(name, storage):
   tx = cases.make(name, storage)
@@ -164,7 +166,9 @@ def map_specs(tx, state):
   )
 
 
-@pytest.mark.parametrize("chained", [False, True], ids=["alone", "chain"])
+@pytest.mark.parametrize(
+    "chained", slow_but([False, True], True), ids=["alone", "chain"]
+)
 @every_case
 def test_map_params_gives_every_array_a_usable_spec(name, storage, chained):
   mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
@@ -356,7 +360,7 @@ def defaults_of(function):
   return dict(zip(names[-len(defaults) :], defaults, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16, jnp.float32]))
 @pytest.mark.parametrize("wide", [True, False], ids=["float32", "params_dtype"])
 @every_optimizer
 def test_inject_hyperparams_with_defaults(name, wide, dtype):

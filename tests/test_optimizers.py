@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import flashoptim_jax as fo
+from tests.support.tiers import slow_but
 
 EXACT = fo.Storage(master_bits=32, moment_bits=32)
 ALL_QUANTIZED = fo.Storage(min_quantized_size=0)
@@ -170,10 +171,16 @@ CASES = {
         fo.lion, optax.lion, {"weight_decay": 0.1, "mask": prefix_mask()}
     ),
 }
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-some_cases = pytest.mark.parametrize("name", ["adamw", "sgd-momentum", "lion"])
+every_case = pytest.mark.parametrize(
+    "case",
+    slow_but(CASES.values(), *(CASES[name] for name in ("adamw", "sgd", "lion"))),
+    ids=CASES.keys(),
+)
+some_cases = pytest.mark.parametrize(
+    "name", slow_but(["adamw", "sgd-momentum", "lion"])
+)
 main_cases = pytest.mark.parametrize(
-    "name", ["adamw", "adam", "sgd", "sgd-momentum", "lion"]
+    "name", slow_but(["adamw", "adam", "sgd", "sgd-momentum", "lion"])
 )
 
 
@@ -225,8 +232,8 @@ def mixed_parameters(seed, shape=(64, 96)):
   return np.float32(master), grad
 
 
-@pytest.mark.parametrize("bits", [24, 32])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bits", slow_but([24, 32]))
+@pytest.mark.parametrize("seed", slow_but(range(3)))
 def test_one_update_lands_where_step_does_or_within_its_bound(bits, seed):
   """Within a factor of two exactly; elsewhere within the rounding of updates.
 
@@ -370,7 +377,7 @@ def distance(name, seed, steps=1000, storage=None):
   )
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", slow_but(MEASURED, "lion"))
 def test_8_bit_moments_and_24_bit_masters_stay_near_optax(name):
   found = max(jax.tree.leaves(distance(name, seed=0)))
   assert 0 < found <= 1.5 * MEASURED[name]
@@ -414,7 +421,7 @@ def decoupled(count):
   return 0.05 * schedule(count) / schedule(0)
 
 
-@pytest.mark.parametrize(("tx", "reference", "decay"), [
+@pytest.mark.parametrize(("tx", "reference", "decay"), slow_but([
     (
         fo.adamw(schedule, weight_decay=0.05, decouple_lr=True, storage=EXACT),
         numpy_adamw,
@@ -450,7 +457,7 @@ def decoupled(count):
         functools.partial(numpy_momentum, dampening=0.3),
         lambda t: 0.0,
     ),
-], ids=[
+]), ids=[
     "adamw", "adamw-schedules", "momentum", "momentum-coupled", "lion", "dampening"
 ])
 def test_decoupled_decay_and_dampening_follow_their_equations(
@@ -472,7 +479,7 @@ def test_decoupled_decay_and_dampening_follow_their_equations(
 # Other dtypes of parameters and gradients.
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd-momentum"])
+@pytest.mark.parametrize("name", slow_but(["adamw", "sgd-momentum"]))
 def test_float32_parameters_are_optax(name):
   ours, theirs = make(CASES[name])
   masters, grads = draw(4), gradients(20)
@@ -483,6 +490,7 @@ def test_float32_parameters_are_optax(name):
   assert_masters_close(params, expected, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "sgd-momentum"])
 def test_float16_parameters_follow_optax(name):
   """Two units more per step: a correction in 65,534ths is not exact."""
@@ -495,7 +503,7 @@ def test_float16_parameters_follow_optax(name):
   assert_masters_close(to_fp32(params, state), expected, 20, units=3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", slow_but(["float32", "float16"]))
 def test_gradients_of_other_dtypes(dtype):
   ours, theirs = make(CASES["adamw"])
   masters, grads = draw(6), gradients(20, dtype)
@@ -506,7 +514,7 @@ def test_gradients_of_other_dtypes(dtype):
   assert_masters_close(to_fp32(params, state), expected, 20)
 
 
-@pytest.mark.parametrize("via", ["step", "update"])
+@pytest.mark.parametrize("via", slow_but(["step", "update"]))
 def test_float64_parameters(via):
   """They are their own master weights; moments are float32 or 8 bits."""
   with jax.enable_x64(True):

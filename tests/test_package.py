@@ -60,6 +60,7 @@ else:
 """)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_twice():
   """Whatever the first call imports must leave JAX's configuration as it is."""
   python("""
@@ -101,6 +102,7 @@ assert found == [1] * 6, found
 """)
 
 
+@pytest.mark.slow
 def test_exported_steps_run_in_another_process(tmp_path):
   """A serialized step says what states it takes, and gives such states."""
   optimizers = """
@@ -332,6 +334,6 @@ def test_sdist_and_the_wheel_built_from_it(tmp_path):
   assert sorted(required) == ["jax>=0.10", "optax>=0.2.8"]
   assert "Name: flashoptim-optax" in metadata
   assert "Requires-Python: >=3.11" in metadata
-  extras = {"test", "examples", "cuda12", "cuda13", "tpu", "docs"}
+  extras = {"test", "test-all", "examples", "cuda12", "cuda13", "tpu", "docs"}
   for extra in extras:
     assert f"Provides-Extra: {extra}" in metadata

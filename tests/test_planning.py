@@ -20,6 +20,7 @@ from flashoptim_jax import __main__ as command
 from flashoptim_jax import models, planning
 from tests.support.model_configs import HUGE, TINY, is_array, separate
 from tests.support.processes import python
+from tests.support.tiers import slow_but
 
 
 def largest(name, **others):
@@ -28,7 +29,7 @@ def largest(name, **others):
   return {**models.BUILT_IN[name], **sizes, **others}
 
 
-@pytest.mark.parametrize("name", models.BUILT_IN)
+@pytest.mark.parametrize("name", slow_but(models.BUILT_IN))
 def test_the_largest_sizes(name):
   """Plans come out, in a time that doesn't depend on the sizes."""
   described = largest(name, head_dim=HUGE, attention_bias=True)
@@ -149,7 +150,7 @@ def test_small_leaves_in_float32_take_next_to_nothing(shapes):
 
 
 @pytest.mark.parametrize("layers", [separate, lambda model: model.stacked_parts])
-@pytest.mark.parametrize("name", ["gpt2", "llama3-8b", "gemma2-9b"])
+@pytest.mark.parametrize("name", slow_but(["gpt2", "llama3-8b", "gemma2-9b"]))
 def test_small_leaves_of_built_in_models(name, layers):
   check_small_leaves(
       jax.tree.map(

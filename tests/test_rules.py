@@ -17,6 +17,7 @@ from flashoptim_jax.storage import codec
 from flashoptim_jax.storage.state import Format
 from flashoptim_jax.update.transform import flash_transformation
 from tests.support import cases
+from tests.support.tiers import slow_but
 
 
 def _clipped(grad, old, new, h):
@@ -98,7 +99,7 @@ def test_a_new_optimizer_follows_optax():
   cases.assert_masters_close(fo.to_fp32(new, state), expected, params(), 32, 3)
 
 
-@pytest.mark.parametrize("storage", ["root", "paper", "32/32"])
+@pytest.mark.parametrize("storage", slow_but(["root", "paper", "32/32"]))
 def test_a_new_optimizer_is_on_every_backend_or_refused(storage):
   def train(implementation=None):
     storage_ = cases.STORAGES[storage]
@@ -110,6 +111,7 @@ def test_a_new_optimizer_is_on_every_backend_or_refused(storage):
     train("triton")
 
 
+@pytest.mark.slow
 def test_tpu_kernel_equals_xla():
   both = [
       cases.train(make(TWO, implementation), params(), 3, cases.jitted_step)
@@ -119,6 +121,7 @@ def test_tpu_kernel_equals_xla():
   assert not np.array_equal(both[0][0]["w"], params()["w"])
 
 
+@pytest.mark.slow
 def test_tpu_kernel_takes_any_moments():
   """The state of optimizers has no place for them, but kernels do not mind."""
   param = params()["w"]

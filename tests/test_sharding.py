@@ -22,8 +22,10 @@ from tests.support.meshes import (
   make_mesh,
   shardings_on,
 )
+from tests.support.tiers import slow_but
 
 
+@pytest.mark.slow
 def test_moves_where_shards_cut_groups():
   """To Optax and back, and between storages: as on one device, sharded as before."""
   tx, wide = fo.adamw(1e-2), fo.adamw(1e-2, storage=fo.Storage(32, 32))
@@ -47,7 +49,7 @@ def test_moves_where_shards_cut_groups():
       assert x.sharding.is_equivalent_to(place, x.ndim)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", slow_but(KINDS))
 @some_cases
 def test_state_of_sharded_params_is_sharded(name, storage, kind):
   """Without a word from the user."""
@@ -78,7 +80,9 @@ def nestings():
   }
 
 
-@pytest.mark.parametrize("nesting", list(nestings()))
+@pytest.mark.parametrize(
+    "nesting", slow_but(nestings(), "partition", "inject_hyperparams")
+)
 def test_state_shardings_through_wrappers(nesting):
   tx = nestings()[nesting]
   whole = cases.tree(SHAPES)
@@ -140,6 +144,7 @@ def test_state_shardings_of_unusual_leaves():
   assert few.mu["mu"].spec == P(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"), [("adamw", "auto"), ("momentum", "explicit")]
 )
@@ -191,6 +196,7 @@ def test_bad_shardings_are_refused():
         function(tx, params, bad)
 
 
+@pytest.mark.slow
 def test_with_shardings_changes_nothing_else():
   params = cases.tree(cases.TINY_SHAPES)
   tx = optax.chain(optax.clip(1.0), cases.make("adamw"))

@@ -19,6 +19,7 @@ import flashoptim_jax as fo
 from flashoptim_jax.storage.state import is_flash_state
 from tests.support import cases
 from tests.support.processes import worker
+from tests.support.tiers import slow_but
 
 LR = 2.0**-10
 GROUP = 32
@@ -31,9 +32,9 @@ TRANSFORMATIONS = {
     "lion": (fo.lion, optax.lion, {"weight_decay": 0.0}),
     "momentum": (fo.sgd, optax.sgd, {"momentum": 0.9}),
 }
-every_companding = pytest.mark.parametrize("companding", COMPANDINGS)
+every_companding = pytest.mark.parametrize("companding", slow_but(COMPANDINGS))
 every_way = pytest.mark.parametrize(
-    "compressed", [False, True], ids=["fused", "compress"]
+    "compressed", slow_but([False, True]), ids=["fused", "compress"]
 )
 
 
@@ -131,7 +132,7 @@ def gradients(draw):
 
 @every_way
 @every_companding
-@pytest.mark.parametrize("name", ADAM)
+@pytest.mark.parametrize("name", slow_but(ADAM))
 @hypothesis.settings(max_examples=20)
 @hypothesis.given(grads=gradients(), betas=st.sampled_from(BETAS))
 def test_no_step_is_longer_than_adams(name, companding, compressed, grads, betas):
@@ -146,6 +147,7 @@ def test_no_step_is_longer_than_adams(name, companding, compressed, grads, betas
   assert (np.abs(found) <= allowed * bound).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAM)
 def test_no_step_of_the_tpu_kernel_is_longer(name):
   steps, shape = 20, (5, 168)
@@ -169,7 +171,7 @@ def test_no_step_of_the_tpu_kernel_is_longer(name):
 
 @every_way
 @every_companding
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize("name", slow_but(TRANSFORMATIONS))
 def test_weights_whose_gradients_end_come_to_rest(name, companding, compressed):
   """Dead units: as far after their last gradient as in float32, at most."""
   steps, last = 900, 200
@@ -189,7 +191,7 @@ def test_weights_whose_gradients_end_come_to_rest(name, companding, compressed):
 
 @every_way
 @every_companding
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize("name", slow_but(TRANSFORMATIONS))
 def test_weights_without_gradients_rest(name, companding, compressed):
   """Masked or pruned ones, and half a group of them."""
   ours, _ = make(name, companding, compressed)
@@ -205,7 +207,7 @@ def test_weights_without_gradients_rest(name, companding, compressed):
 
 @every_way
 @every_companding
-@pytest.mark.parametrize("b2", [0.95, 0.999])
+@pytest.mark.parametrize("b2", slow_but([0.95, 0.999]))
 def test_others_go_on_beside_weights_without_gradients(companding, compressed, b2):
   """Half a group, or all but one weight, may have none, from the start or later."""
   steps = 600
@@ -229,7 +231,7 @@ def test_others_go_on_beside_weights_without_gradients(companding, compressed, b
 
 @every_way
 @every_companding
-@pytest.mark.parametrize("name", ADAM)
+@pytest.mark.parametrize("name", slow_but(ADAM))
 def test_rare_rows_move_as_far_as_in_float32(name, companding, compressed):
   """Rows of an embedding, from one hit at every step to one that nearly none hits."""
   steps, rows = 4000, 32
@@ -256,11 +258,11 @@ def test_rare_rows_move_as_far_as_in_float32(name, companding, compressed):
 @every_companding
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [
+    slow_but([
         *itertools.product(ADAM, ({"b2": 0.95}, {"b2": 0.999})),
         ("lion", {}),
         ("momentum", {}),
-    ],
+    ]),
 )
 def test_a_spike_is_its_own_affair(name, arguments, companding, compressed):
   """One finite gradient beyond all others, in the first update or in the fourth."""
@@ -286,7 +288,7 @@ def test_a_spike_is_its_own_affair(name, arguments, companding, compressed):
 
 
 @every_way
-@pytest.mark.parametrize("b2", [0.9, 0.95, 0.999, 0.9999])
+@pytest.mark.parametrize("b2", slow_but([0.9, 0.95, 0.999, 0.9999]))
 def test_second_moments_follow_shrinking_gradients(compressed, b2):
   """Down to a tenth, in groups whose largest stay, and in one that shrinks whole."""
   ratios = [1.0, 0.1, 0.02]
@@ -316,9 +318,11 @@ def test_second_moments_follow_shrinking_gradients(compressed, b2):
   np.testing.assert_allclose(by_row, 1, rtol=0.04)
 
 
-@pytest.mark.parametrize("function", [fo.step, cases.update], ids=["step", "update"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["adam", "lion"])
+@pytest.mark.parametrize(
+    "function", slow_but([fo.step, cases.update]), ids=["step", "update"]
+)
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16", "float16"]))
+@pytest.mark.parametrize("name", slow_but(["adam", "lion"]))
 def test_small_steps_add_up(name, dtype, function):
   """A learning rate of a tenth, 1, 2 and 3 half spacings of the master weights."""
   start, steps, shape = 1.5, 1000, (4, 64)
@@ -387,7 +391,7 @@ def test_parameters_of_different_units_converge():
   np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize("name", slow_but(TRANSFORMATIONS))
 @pytest.mark.parametrize("compressed", [False, True])
 def test_small_leaves_have_optaxs_moments(name, compressed):
   ours, plain, arguments = TRANSFORMATIONS[name]
@@ -410,8 +414,8 @@ def test_small_leaves_have_optaxs_moments(name, compressed):
 # Dtypes and configurations of JAX.
 
 
-@pytest.mark.parametrize("name", ["adam", "momentum"])
-@pytest.mark.parametrize("rate", [1e-6, 1e-7, 2e-8])
+@pytest.mark.parametrize("name", slow_but(["adam", "momentum"]))
+@pytest.mark.parametrize("rate", slow_but([1e-6, 1e-7, 2e-8]))
 def test_float32_weights_with_float16_gradients(name, rate):
   start, steps = 1e-2, 300
   moved = []
@@ -429,6 +433,7 @@ def test_float32_weights_with_float16_gradients(name, rate):
   assert errors[0] < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_strict_dtype_promotion(name, dtype):
@@ -445,10 +450,12 @@ def test_strict_dtype_promotion(name, dtype):
     fo.check_numerics(params, state, LR)
 
 
+@pytest.mark.slow
 def test_finite_numbers_raise_nothing_where_jax_looks_for_nans():
   assert int(worker("stability_worker", "debug")) > 10
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_jitted_keep_no_memory():
   """Per call, less than what makes 20 MiB of a thousand."""
   assert float(worker("stability_worker", "memory")) < 20 * 2**20 / 1000

@@ -18,18 +18,19 @@ from flashoptim_jax.checkpoint import inspection, orbax
 from tests.checks import checkpoint_faults
 from tests.checks import checkpoint_resume as resume
 from tests.support import cases
+from tests.support.tiers import slow_but
 
 
 @pytest.mark.parametrize(
     ("name", "storage", "container", "mesh", "saves"),
-    [
+    slow_but([
         ("adamw", "root", "bare", (1, 1), ("sync", "async", "manager")),
         ("lion", "root", "linen", (1, 1), ("async",)),
         ("nesterov", "paper", "nnx", (1, 1), ("sync",)),
         ("adamw_nesterov", "32/32", "bare", (4, 2), ("async",)),
         ("momentum", "none/8", "linen", (1, 1), ("manager",)),
         ("sgd", "root", "nnx", (4, 2), ("manager",)),
-    ],
+    ], ("lion", "root", "linen", (1, 1), ("async",))),
 )
 def test_a_restored_run_goes_on_bit_for_bit(
     name, storage, container, mesh, saves, tmp_path
@@ -40,6 +41,7 @@ def test_a_restored_run_goes_on_bit_for_bit(
   assert not resume.resumes(run, saves, tmp_path)
 
 
+@pytest.mark.slow
 def test_across_meshes(tmp_path):
   """4×2 → 8 → 2×4 → 1: the same arrays, and the same updates after them."""
   tx = optax.chain(optax.clip(1.0), fo.adamw(resume.SCHEDULE, storage=cases.QUANTIZED))
@@ -397,6 +399,7 @@ def test_a_changed_description(tmp_path):
     restore(tmp_path / "0", tree)
 
 
+@pytest.mark.slow
 def test_damaged_files(tmp_path):
   """Whatever is missing, cut short or flipped: an error or the very same tree."""
   tree = make_tree(TX)
@@ -419,11 +422,13 @@ def test_damaged_exports(tmp_path):
   assert report.refused > report.harmless
 
 
+@pytest.mark.slow
 def test_killed_while_exporting(tmp_path):
   report = checkpoint_faults.kill_exports(tmp_path, tries=1, seed=0)
   assert report.wrong == []
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path):
   """The last complete checkpoint is whole. A script does it more often."""
   report = checkpoint_faults.kill(tmp_path, tries=2, seed=0)

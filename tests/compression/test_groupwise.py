@@ -17,15 +17,16 @@ import flashoptim_jax as fo
 from benchmarks.memory import compress_temporaries
 from flashoptim_jax.compression import transform as compression
 from tests.support import cases
+from tests.support.tiers import slow_but
 
 
 @pytest.mark.parametrize(
     "tx",
-    [
+    slow_but([
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)),
         contrib.prodigy(),
         optax.noisy_sgd(1e-2, key=0),
-    ],
+    ]),
     ids=["clip", "prodigy", "noise"],
 )
 def test_leaf_by_leaf_is_all_at_once(tx, monkeypatch):
@@ -44,14 +45,14 @@ def test_leaf_by_leaf_is_all_at_once(tx, monkeypatch):
 # With the temporaries that a step may take, in float32 copies of the largest leaf.
 @pytest.mark.parametrize(
     ("tx", "most"),
-    [
+    slow_but([
         (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), 2),
         (contrib.prodigy(), 3),
         (optax.lamb(1e-2), 2),
         (contrib.muon(1e-2), 3),
         # Random bits alone take 4.
         (optax.chain(optax.novograd(1e-2), optax.noisy_sgd(1e-2, key=0)), 5),
-    ],
+    ]),
     ids=["clip", "prodigy", "lamb", "muon", "novograd, noise"],
 )
 def test_leaf_by_leaf_takes_few_temporaries(tx, most, monkeypatch):
@@ -75,6 +76,7 @@ def test_leaf_by_leaf_takes_few_temporaries(tx, most, monkeypatch):
   cases.assert_same(fo.moments(actual[1]), fo.moments(desired[1]))
 
 
+@pytest.mark.slow
 def test_no_float32_copy_of_the_tree(tmp_path):
   """Temporaries, in float32 copies of the largest leaf, of a 12-layer model."""
   # With one device: what XLA's CPU backend needs to be told costs communication

@@ -29,6 +29,7 @@ from tests.support.meshes import (
   shardings_on,
   with_manual_axes,
 )
+from tests.support.tiers import slow_but
 
 LOSSLESS = fo.Storage(master_bits=32, moment_bits=32)
 def test_every_export_is_listed():
@@ -42,7 +43,7 @@ def test_every_export_is_listed():
 
 # The others: tests/checks/compress_lossless.py.
 @pytest.mark.parametrize(
-    "name", ["dpsgd", "momo", "muon"]
+    "name", slow_but(["dpsgd", "momo", "muon"], "momo")
 )
 def test_lossless_storage_is_the_optimizer_itself(name):
   actual, desired, state, plain_state = compress_lossless.follow(name)
@@ -52,6 +53,7 @@ def test_lossless_storage_is_the_optimizer_itself(name):
     cases.assert_within_units(actual[key], leaf, 50, jnp.float32, None)
 
 
+@pytest.mark.slow
 def test_lossless_state_starts_from_the_masters():
   masters = cases.tree(cases.TINY_SHAPES, dtype=jnp.float32)
   for tx, field in ((contrib.prodigy(), "params0"), (contrib.dog(), "init_params")):
@@ -64,7 +66,7 @@ def test_lossless_state_starts_from_the_masters():
 
 @pytest.mark.parametrize(
     ("plain", "flash"),
-    [
+    slow_but([
         (
             optax.adamw(1e-2, weight_decay=0.1),
             fo.adamw(
@@ -78,10 +80,12 @@ def test_lossless_state_starts_from_the_masters():
             optax.lion(1e-3),
             fo.lion(1e-3, implementation="xla", storage=cases.QUANTIZED),
         ),
-    ],
+    ]),
     ids=["adamw", "lion"],
 )
-@pytest.mark.parametrize("function", [cases.jitted_step, cases.jitted_update])
+@pytest.mark.parametrize(
+    "function", slow_but([cases.jitted_step, cases.jitted_update])
+)
 def test_agrees_with_the_flash_optimizer(plain, flash, function):
   params = cases.tree(cases.SMALL_SHAPES)
   compressed = cases.train(fo.compress(plain, cases.QUANTIZED), params, 3, function)
@@ -119,7 +123,7 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", slow_but(WRAPPED))
 def test_inside_of_compress(name):
   """Every moment under a wrapper is found, and the types of a state are stable."""
   tx = fo.compress(WRAPPED[name](), cases.QUANTIZED)
@@ -146,6 +150,7 @@ def test_inside_of_compress(name):
   assert len(kept) == (1 if name == "MultiSteps" else 0)  # acc_grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -193,7 +198,7 @@ def raveled(tx):
 
 @pytest.mark.parametrize(
     ("tx", "same"),
-    [
+    slow_but([
         (contrib.muon(1e-2, muon_weight_dimension_numbers=NUMBERS), contrib.muon(1e-2)),
         (
             contrib.muon(1e-2, muon_weight_dimension_numbers=lambda _: NUMBERS),
@@ -213,7 +218,7 @@ def raveled(tx):
             optax.chain(optax.clip(1.0), optax.adamw(1e-2)),
         ),
         (raveled(optax.adamw(1e-2)), optax.adamw(1e-2)),
-    ],
+    ]),
     ids=["muon", "muon, function", "partition", "flatten", "ravel"],
 )
 @pytest.mark.filterwarnings("error")
@@ -273,7 +278,11 @@ def test_errors():
     fo.step(chained, grads, chained.init(params), params)
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,)])
+@pytest.mark.parametrize(
+    "shape",
+    [(0,), *(pytest.param(x, marks=pytest.mark.slow) for x in ((), (3, 0), (1,)))],
+    ids=str,
+)
 def test_odd_leaves(shape):
   tx = fo.compress(optax.adamw(1e-2), cases.QUANTIZED)
   params = {"x": jnp.ones(shape, jnp.bfloat16), "none": {}}
@@ -292,6 +301,7 @@ def sharded_step(tx, mesh, params, grads, state):
   return jax.device_get(compiled(*args)), compiled.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded(kind):
   tx = fo.compress(optax.adamw(1e-2), cases.QUANTIZED)
@@ -314,11 +324,11 @@ def test_sharded(kind):
 
 @pytest.mark.parametrize(
     ("tx", "kind"),
-    [
+    slow_but([
         (optax.lion(1e-2), "manual"),
         (optax.sgd(1e-2, momentum=0.9), "manual"),
         (optax.sgd(1e-2, momentum=0.9), "explicit"),
-    ],
+    ]),
     ids=["lion, manual", "momentum, manual", "momentum, explicit"],
 )
 def test_sharded_one_moment(tx, kind):
@@ -344,6 +354,7 @@ def test_sharded_one_moment(tx, kind):
   )
 
 
+@pytest.mark.slow
 def test_explicit_axes_that_cut_groups():
   tx = fo.compress(optax.sgd(1e-2, momentum=0.9), cases.QUANTIZED)
   mesh = make_mesh("4x2", AxisType.Explicit)
@@ -366,6 +377,7 @@ def test_explicit_axes_that_cut_groups():
     cases.assert_same(*jax.device_get((actual, expected)))
 
 
+@pytest.mark.slow
 def test_no_more_collectives_than_optax():
   """A trust ratio has to communicate; compression adds nothing to that."""
   params = cases.tree(SHAPES)
@@ -439,6 +451,7 @@ def test_gradient_release():
 # Convergence, a sample: benchmarks/quality/compress_convergence.py has every optimizer.
 
 
+@pytest.mark.slow
 def test_muon_converges_like_plain_muon():
   rng = np.random.default_rng(0)
   inputs = jnp.asarray(rng.normal(size=(256, 64)), jnp.float32)

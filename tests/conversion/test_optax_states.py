@@ -10,6 +10,7 @@ import pytest
 
 import flashoptim_jax as fo
 from tests.support import cases
+from tests.support.tiers import slow_but
 
 EXACT = fo.Storage(32, 32)
 SCHEDULE = optax.linear_schedule(2.0**-7, 2.0**-9, 10)
@@ -101,7 +102,7 @@ def test_there_and_back_is_exact(name, storage):
   assert_same_but_for_sgd_count(back, state)
 
 
-@pytest.mark.parametrize("nesting", NESTINGS)
+@pytest.mark.parametrize("nesting", slow_but(NESTINGS, "partition"))
 def test_nestings_there_and_back(nesting):
   params = cases.tree(SHAPES)
   tx, plain = nest(nesting, fo), nest(nesting, optax)
@@ -115,7 +116,7 @@ def test_nestings_there_and_back(nesting):
   jax.eval_shape(plain.update, grads, optax_state, fo.to_fp32(params, state))
 
 
-@pytest.mark.parametrize("nesting", ["schedule", "partition"])
+@pytest.mark.parametrize("nesting", slow_but(["schedule", "partition"]))
 def test_the_state_is_the_one_that_optax_has(nesting):
   """At 32 bits and with the same gradients, Optax's own run ends up there."""
   params = cases.tree(SHAPES)
@@ -273,6 +274,7 @@ def regression():
   return params, loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "momentum", "lion"])
 def test_training_goes_on_in_either(name):
   """100 steps of ours, 100 of Optax's, 100 of ours: the loss of 300 of ours."""
@@ -320,11 +322,11 @@ STORAGES = {**cases.STORAGES, "32/8": fo.Storage(master_bits=32, min_quantized_s
             "24/32": fo.Storage(moment_bits=32)}
 
 
-@pytest.mark.parametrize(("source", "target"), [
+@pytest.mark.parametrize(("source", "target"), slow_but([
     ("root", "root"), ("root", "paper"), ("root", "32/32"), ("root", "none/8"),
     ("paper", "root"), ("none/8", "24/32"), ("32/32", "root"),
     ("32/8", "paper"), ("24/32", "none/8"),
-])
+], ("root", "paper"), ("24/32", "none/8")))
 def test_convert(source, target):
   """Masters and moments are kept as well as the target can."""
   old, new = STORAGES[source], STORAGES[target]
@@ -359,7 +361,7 @@ def test_convert(source, target):
       assert (error <= 12 / levels**0.5 * root.max()).all()
 
 
-@pytest.mark.parametrize("target", ["32/32", "32/8", "24/32"])
+@pytest.mark.parametrize("target", slow_but(["32/32", "32/8", "24/32"]))
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_convert_to_more_bits_and_back_is_exact(target, dtype):
   tx, wide = (

@@ -12,6 +12,7 @@ import pytest
 import flashoptim_jax as fo
 from flashoptim_jax.conversion import pytorch
 from tests.support import cases
+from tests.support.tiers import slow_but
 
 SHAPES = {"0.weight": (5, 13), "0.bias": (5,), "2.weight": (2, 5)}
 KEYS = {"adamw": {"mu": "exp_avg", "nu": "exp_avg_sq"}, "lion": {"mu": "exp_avg"},
@@ -89,7 +90,7 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("quantize", [True, False])
-@pytest.mark.parametrize("bits", [24, 32, None])
+@pytest.mark.parametrize("bits", slow_but([24, 32, None]))
 @pytest.mark.parametrize("name", KEYS)
 def test_decoding(name, bits, quantize):
   for dtype in (ml_dtypes.bfloat16, np.float16):
@@ -102,6 +103,7 @@ def test_decoding(name, bits, quantize):
     assert decoded.count == (7 if name == "adamw" else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", [cases.QUANTIZED, fo.Storage(32, 32)])
 def test_training_goes_on_from_it(storage):
   """In our storage, in a tree of our own, with kernels transposed."""
@@ -140,7 +142,7 @@ def test_training_goes_on_from_it(storage):
   jax.eval_shape(lambda: fo.step(tx, grads, state, params))
 
 
-@pytest.mark.parametrize("name", ["lion", "sgd"])
+@pytest.mark.parametrize("name", slow_but(["lion", "sgd"]))
 def test_optimizers_that_do_not_count(name):
   model, optimizer, _, _ = make(name)
   assert int(fo.from_pytorch(TX[name], model, optimizer)[1].count) == 0

@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 import flashoptim_jax as fo
 from flashoptim_jax.conversion import safetensors as module
 from tests.support import cases
+from tests.support.tiers import slow_but
 
-BITS = pytest.mark.parametrize("bits", [24, 32, None])
+BITS = pytest.mark.parametrize("bits", slow_but([24, 32, None]))
 
 
 def make(bits=24, dtype=jnp.bfloat16):

@@ -13,12 +13,9 @@ from flashoptim_jax.kernels import dispatch, mosaic_tpu, triton
 from flashoptim_jax.kernels.by_platform import Place
 from tests.support import cases
 from tests.support.cases import arguments
+from tests.support.tiers import slow_but
 
-SHAPES = {
-    "matrix": ((4, 64), jnp.bfloat16),
-    "bias": ((33,), jnp.bfloat16),
-    "norm": ((5,), jnp.float32),
-}
+SHAPES = {name: cases.MIXED_SHAPES[name] for name in ("matrix", "bias", "norm")}
 LARGE = SHAPES | {"matrix": ((64, 1024), jnp.bfloat16)}  # Enough for the TPU kernel.
 FUNCTIONS = {"step": cases.step, "update": cases.update}
 
@@ -53,7 +50,7 @@ def gpu_machine(monkeypatch):
   monkeypatch.setattr(triton, "_triton_call", call_triton)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", slow_but(FUNCTIONS))
 @pytest.mark.parametrize("how", ["eager", "jit", "scan", "vmap", "eager vmap"])
 def test_arrays_on_a_cpu_beside_a_gpu(how, function, gpu_machine, places):
   tx = cases.make("lion")

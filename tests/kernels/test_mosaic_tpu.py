@@ -16,6 +16,7 @@ import pytest
 import flashoptim_jax as fo
 from flashoptim_jax.storage.state import flash_states
 from tests.support import cases
+from tests.support.tiers import require, slow_but
 
 STEPS = 3
 # Interpret mode compiles slowly, so each leaf has something that no other has:
@@ -51,7 +52,10 @@ def trained(tx, params, function):
   return params, state
 
 
-@pytest.mark.parametrize(("name", "storage", "leaf", "function", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("name", "storage", "leaf", "function", "dtype"),
+    slow_but(COMBINATIONS, COMBINATIONS[3]),
+)
 def test_equals_xla(name, storage, leaf, function, dtype):
   params = cases.tree({leaf: (SHAPES[leaf], dtype)})
   kernel, xla = (
@@ -68,6 +72,7 @@ def test_equals_xla(name, storage, leaf, function, dtype):
   cases.assert_equal(kernel, xla, STEPS, close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaf", ["ragged", "tall"])
 def test_a_nan_stays_in_its_group(leaf):
   params = cases.tree({"w": (SHAPES[leaf], jnp.bfloat16)})
@@ -104,11 +109,13 @@ def test_says_why_it_cannot(params, kwargs, reason):
   assert reason in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (sys.platform == "linux" and platform.machine() == "x86_64"),
     reason="libtpu has no wheels for other machines",
 )
 def test_compiles_for_tpus():
+  require("libtpu")
   # In a process of its own: libtpu is loaded by one process at a time.
   script = pathlib.Path(__file__).parents[1] / "checks" / "tpu_compile.py"
   found = subprocess.run(

@@ -31,6 +31,7 @@ from tests.support.meshes import (
   train_sharded,
   with_manual_axes,
 )
+from tests.support.tiers import slow_but
 
 OPTIMIZERS = ["adamw", "adam", "nesterov", "lion"]
 
@@ -45,7 +46,10 @@ def combinations():
           yield name, mesh, kind
 
 
-@pytest.mark.parametrize(("name", "mesh", "kind"), list(combinations()))
+@pytest.mark.parametrize(
+    ("name", "mesh", "kind"),
+    slow_but(combinations(), ("adamw", "4x2", "explicit")),
+)
 def test_update_stays_on_the_shard(name, mesh, kind):
   mesh = make_mesh(mesh, KINDS.get(kind, AxisType.Auto))
   tx = cases.make(name)
@@ -59,6 +63,7 @@ def test_update_stays_on_the_shard(name, mesh, kind):
   cases.assert_equal(actual, alone(name), STEPS)
 
 
+@pytest.mark.slow
 @some_cases
 def test_every_storage(name, storage):
   """Through ``update``, whose updates are sharded as the gradients."""
@@ -79,8 +84,10 @@ def test_every_storage(name, storage):
   cases.assert_equal(actual, alone(name, storage, steps=1), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "kind"), [("adamw", "auto"), ("lion", "explicit"), ("lion", "given")]
+    ("name", "kind"),
+    [("adamw", "auto"), ("lion", "explicit"), ("lion", "given")],
 )
 def test_shards_that_cut_groups(name, kind):
   mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
@@ -124,7 +131,7 @@ def kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("shapes", ["SHAPES", "CUT_SHAPES"])
-@pytest.mark.parametrize("kind", [*KINDS, "given"])
+@pytest.mark.parametrize("kind", slow_but([*KINDS, "given"]))
 def test_kernels_see_shards(kernel, kind, shapes):
   mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
   shapes_, specs = {
@@ -193,6 +200,7 @@ def test_leaves_of_one_name_have_their_own_sharding(kernel, masked, twin):
   assert seen == ((4, 64), (3, 128))[: 1 if masked else 2]
 
 
+@pytest.mark.slow
 def test_kernels_see_shards_of_arrays_that_are_yet_to_be_sharded(kernel):
   """Only the compiler knows about shards: no argument is on a mesh."""
   shardings = shardings_on(make_mesh("4x2"))

@@ -15,6 +15,9 @@ from flashoptim_jax.kernels import triton as launches
 from flashoptim_jax.kernels.base import GROUP_SIZE
 from flashoptim_jax.storage import codec
 from tests.support.processes import worker
+from tests.support.tiers import require
+
+pytestmark = pytest.mark.slow
 
 # Triton has no wheels for other machines; there the kernel can't run either.
 if not (sys.platform == "linux" and platform.machine() == "x86_64"):
@@ -99,6 +102,7 @@ def build(target, aliased_outputs, dtype="bf16", COUNT=2, **changes):
 
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path, monkeypatch):
+  require("triton")
   monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 

@@ -48,6 +48,7 @@ def train(tx, params, via):
   return cases.train(tx, params, 2, jax.jit(step, static_argnums=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "storage", "via"),
     [

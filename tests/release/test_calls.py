@@ -37,9 +37,10 @@ from tests.support.release_models import (
   value_and_grad,
   wide,
 )
+from tests.support.tiers import slow_but
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS, "unrolled stack"))
 def test_equals_the_ordinary_step(name):
   model, params = MODELS[name]
   with warnings.catch_warnings():
@@ -47,12 +48,14 @@ def test_equals_the_ordinary_step(name):
     assert_equals_ordinary(model, make("adamw"), params())
 
 
+@pytest.mark.slow
 def test_tpu_kernel():
   """In interpret mode, on slices of a stack."""
   tx = make("adamw", implementation="mosaic_tpu")
   assert_equals_ordinary(unrolled_stack, tx, normal(LAYERS, DIM, DIM))
 
 
+@pytest.mark.slow
 @some_cases
 def test_every_optimizer(name, storage):
   assert_equals_ordinary(tied, make(name, storage), tied_params())
@@ -148,7 +151,7 @@ def test_live_tree_of_another_step():
       trace(lambda call, _, tokens, live=live: small(call, live, tokens))
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("wrap", slow_but([lambda f: f, jax.jit]), ids=["eager", "jit"])
 @pytest.mark.parametrize(
     "scalar",
     [lambda value, params, state: value, lambda value, params, state: params.sum()],
@@ -203,6 +206,7 @@ def test_arguments_and_results():
   assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_runs_without_jit():
   tx = fo.sgd(0.5)
   params, state = fo.from_fp32(tx, small_params())
@@ -212,6 +216,7 @@ def test_runs_without_jit():
   assert_close(new, compiled)
 
 
+@pytest.mark.slow
 def test_float16_loss_scaling():
   """Scaled in the loss, unscaled leaf by leaf in float32."""
   scale = 2.0**10
@@ -234,6 +239,7 @@ def test_float16_loss_scaling():
   assert_close(ours, reference)
 
 
+@pytest.mark.slow
 def test_nnx_stack():
   """The example of docs/gradient-release.md."""
   nnx = pytest.importorskip("flax.nnx")
@@ -262,11 +268,11 @@ def test_nnx_stack():
 
 @pytest.mark.parametrize(
     ("kind", "tx"),
-    [
+    slow_but([
         ("Auto", fo.sgd(2.0**-3, 0.9)),
         ("Explicit", fo.sgd(2.0**-3, 0.9)),
         ("Explicit", fo.compress(optax.sgd(2.0**-3, 0.9))),
-    ],
+    ]),
     ids=["Auto", "Explicit", "Explicit, compress"],
 )
 def test_sharded(kind, tx):
@@ -313,6 +319,7 @@ def test_sharded(kind, tx):
   assert_close(fo.to_fp32(*ours), fo.to_fp32(*ordinary))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tx", "layers"),
     # What compress needs for one layer weighs less beside more of them.

@@ -17,6 +17,7 @@ from tests.support.release_models import (
   small_params,
   trace,
 )
+from tests.support.tiers import slow_but
 
 CHAINS = {
     "clip": sgd(optax.clip(1e-3)),
@@ -64,14 +65,16 @@ WHOLE_LEAF_CHAINS = {
 }
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(
+    "name", slow_but(CHAINS, "clip", "compress")
+)
 def test_chains_of_leafwise_transformations(name):
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     assert_small_equals_ordinary(CHAINS[name])
 
 
-@pytest.mark.parametrize("name", WHOLE_LEAF_CHAINS)
+@pytest.mark.parametrize("name", slow_but(WHOLE_LEAF_CHAINS))
 def test_what_takes_a_stack_as_a_whole_is_held(name):
   with pytest.warns(UserWarning, match="'stack' as a whole"):
     assert_small_equals_ordinary(WHOLE_LEAF_CHAINS[name])

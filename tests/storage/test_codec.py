@@ -32,6 +32,7 @@ from tests.support.codec_reference import (
   storages,
   values,
 )
+from tests.support.tiers import slow_but
 
 # Shapes.
 
@@ -244,7 +245,7 @@ def test_encoding_is_idempotent(seed, spread, count, kind, storage):
 
 
 @kinds
-@pytest.mark.parametrize("spike", [1e6, 1e10, 1e20, np.inf])
+@pytest.mark.parametrize("spike", slow_but([1e6, 1e10, 1e20, np.inf]))
 def test_neighbours_of_an_outlier_keep_what_they_mean(spike, kind):
   """Within a factor of two on average over updates, at rest or with gradients."""
   if kind == "first":
@@ -392,7 +393,7 @@ def test_outliers_are_limited(count, storage):
 
 @kinds
 @companding
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", slow_but([np.nan, np.inf, -np.inf]))
 def test_nan_and_inf_stay_in_their_group(bad, kind, storage):
   """But for second moments that overflow, which are limited."""
   if kind == "second":

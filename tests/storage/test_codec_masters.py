@@ -10,6 +10,7 @@ from hypothesis import given
 
 from flashoptim_jax.storage import codec
 from tests.support.codec_reference import bits, f64, merge, residual, seeds, split
+from tests.support.tiers import slow_but
 
 # Master weights of bfloat16 parameters.
 
@@ -338,8 +339,8 @@ def kept_place(master, dtype):
   return binade * (2.0**-15 if dtype == "bfloat16" else 2.0**-11 / 127)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16", "float16"]))
+@pytest.mark.parametrize("direction", slow_but([1, -1]))
 def test_steps_of_a_small_part_of_a_place_add_up(direction, dtype):
   rng = np.random.default_rng(0)
   master = rng.uniform(1.1, 1.9, 510) * 2.0 ** rng.integers(-8, 3, 510)
@@ -351,7 +352,7 @@ def test_steps_of_a_small_part_of_a_place_add_up(direction, dtype):
   np.testing.assert_allclose(moved, np.full_like(moved, 100 * direction), atol=1)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16", "float16"]))
 def test_noisy_steps_add_up_on_average(dtype):
   rng = np.random.default_rng(0)
   size, updates, drawn = 4096, 5000, 1000

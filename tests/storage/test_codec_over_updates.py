@@ -21,6 +21,7 @@ from tests.support.codec_reference import (
   rounding_for,
   storages,
 )
+from tests.support.tiers import slow_but
 
 
 @given(first=st.integers(0, 2**31 - 1001))
@@ -142,7 +143,7 @@ def decaying(kind, storage, decay, updates, scale=1.0, held=False):
 
 
 @companding
-@pytest.mark.parametrize("decay", [0.95, 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize("decay", slow_but([0.95, 0.99, 0.999, 0.9999]))
 def test_a_second_moment_decays_as_float32s_does(decay, storage):
   """On time average, from every code; and to zero not long before it does.
 
@@ -158,7 +159,7 @@ def test_a_second_moment_decays_as_float32s_does(decay, storage):
 
 
 @companding
-@pytest.mark.parametrize("decay", [0.95, 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize("decay", slow_but([0.95, 0.99, 0.999, 0.9999]))
 def test_a_second_moment_decays_beside_a_constant_one(decay, storage):
   """Its code steps down as it should on average, and to 1."""
   updates = min(round(3 / (1 - decay)), 8000)
@@ -172,7 +173,7 @@ def test_a_second_moment_decays_beside_a_constant_one(decay, storage):
 
 
 @companding
-@pytest.mark.parametrize("decay", [0.9, 0.99])
+@pytest.mark.parametrize("decay", slow_but([0.9, 0.99]))
 @pytest.mark.parametrize("held", [False, True])
 def test_a_first_moment_decays_as_float32s_does(held, decay, storage):
   """Within a code or so on time average, from every code of either sign, to zero.

@@ -8,6 +8,7 @@ import pytest
 import flashoptim_jax as fo
 from tests.support import cases
 from tests.support.nestings import WITHOUT, by_path, draw, every_nesting, nestings
+from tests.support.tiers import slow_but
 
 
 def moment_paths(nesting):
@@ -30,7 +31,9 @@ def test_moments_are_found_in_any_nesting(nesting):
       assert not moment.any()
 
 
-@pytest.mark.parametrize("nesting", ["partition", "multi-steps"])
+@pytest.mark.parametrize(
+    "nesting", slow_but(["partition", "multi-steps"], "multi-steps")
+)
 def test_moments_are_decoded(nesting):
   """Against the same run with float32 moments: within the codes' steps."""
   grads = draw(1)

@@ -9,10 +9,11 @@ import pytest
 import flashoptim_jax as fo
 from tests.support import cases
 from tests.support.nestings import WITHOUT, by_path, draw, every_nesting, nestings
+from tests.support.tiers import slow_but
 
 
 @every_nesting
-@pytest.mark.parametrize("bits", [24, 32, None])
+@pytest.mark.parametrize("bits", slow_but([24, 32, None]))
 def test_master_weights_survive_the_cast(nesting, bits):
   tx = nestings(fo.Storage(master_bits=bits, min_quantized_size=0))[nesting]
   masters = draw()
@@ -118,7 +119,7 @@ KEEPERS = {
 }
 
 
-@pytest.mark.parametrize("name", KEEPERS)
+@pytest.mark.parametrize("name", slow_but(KEEPERS))
 def test_nothing_that_is_returned_dies_with_what_was_given(name):
   """Arrays that a step donates are held nowhere else."""
   tx = KEEPERS[name]()
@@ -145,6 +146,7 @@ def test_nothing_that_is_returned_dies_with_what_was_given(name):
     assert not [x for x in jax.tree.leaves(everything) if x.is_deleted()]
 
 
+@pytest.mark.slow
 def test_float16_round_trip():
   tx = fo.adamw(1e-2, storage=cases.QUANTIZED)
   masters = draw()

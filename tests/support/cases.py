@@ -17,6 +17,7 @@ from flashoptim_jax.kernels import dispatch
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.storage import codec
 from flashoptim_jax.storage.state import by_path, flash_states, map_flash_states
+from tests.support.tiers import slow_but
 
 
 class Optimizer(NamedTuple):
@@ -82,19 +83,21 @@ SOME = [
 ]
 
 
-def _parametrize(combinations):
+def _parametrize(combinations, quick):
   return pytest.mark.parametrize(
       ("name", "storage"),
-      combinations,
+      slow_but(combinations, *quick),
       ids=[f"{name}-{storage}" for name, storage in combinations],
   )
 
 
 # Every optimizer with every storage: for tests that compile nothing large.
-every_case = _parametrize(_ALL)
+every_case = _parametrize(_ALL, SOME[:-1])
 # Every optimizer and every storage: for tests that compile whole updates.
-some_cases = _parametrize(SOME)
-every_optimizer = pytest.mark.parametrize("name", list(OPTIMIZERS))
+some_cases = _parametrize(SOME, SOME[:1])
+every_optimizer = pytest.mark.parametrize(
+    "name", slow_but(OPTIMIZERS, "adamw", "momentum", "lion")
+)
 
 
 def make(name: str, storage: str = "root", learning_rate=LEARNING_RATE, **kwargs):

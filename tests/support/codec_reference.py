@@ -10,6 +10,7 @@ import pytest
 
 from flashoptim_jax import Storage
 from flashoptim_jax.storage import codec
+from tests.support.tiers import slow_but
 
 LEVELS = {"first": 127, "second": 255}
 # The smallest scale at which the value of code 1 is a normal float32. Below it
@@ -28,14 +29,15 @@ LARGEST_EXPONENT = {
     ("paper", "second"): 63,
 }
 
-companding = pytest.mark.parametrize("storage", [
-    pytest.param(Storage(companding=name, group_size=size), id=f"{name}-{size}")
-    for name, size in (("root", 32), ("paper", 32))
-])
-storages = pytest.mark.parametrize("storage", [
-    pytest.param(Storage(companding=name, group_size=size), id=f"{name}-{size}")
+STORAGES = {
+    f"{name}-{size}": Storage(companding=name, group_size=size)
     for name, size in (("root", 32), ("root", 8), ("paper", 32))
-])
+}
+storages = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+_COMPANDINGS = {name: STORAGES[name] for name in ("root-32", "paper-32")}
+companding = pytest.mark.parametrize(
+    "storage", slow_but(_COMPANDINGS.values()), ids=_COMPANDINGS
+)
 kinds = pytest.mark.parametrize("kind", ["first", "second"])
 bits = pytest.mark.parametrize("bits", [24, 32])
 seeds = st.integers(0, 2**32 - 1)

@@ -8,6 +8,7 @@ import pytest
 
 import flashoptim_jax as fo
 from tests.support import cases
+from tests.support.tiers import slow_but
 
 PARAMS = {
     "embed": {"table": (40, 64)},
@@ -73,7 +74,9 @@ def nestings(storage):
 
 # Leaves that have no flash optimizer in these.
 WITHOUT = {"masked": "head", "partition": "head"}
-every_nesting = pytest.mark.parametrize("nesting", nestings(cases.QUANTIZED))
+every_nesting = pytest.mark.parametrize(
+    "nesting", slow_but(nestings(cases.QUANTIZED), "partition")
+)
 
 
 def by_path(tree):

@@ -15,6 +15,7 @@ import flashoptim_jax as fo
 from flashoptim_jax.update.transform import NewParams
 from tests.support import cases
 from tests.support.cases import every_optimizer, small, some_cases
+from tests.support.tiers import slow_but
 
 
 @some_cases
@@ -36,14 +37,14 @@ def test_step_equals_update_and_apply_updates(name, storage):
 
 @pytest.mark.parametrize(
     "after",
-    [
+    slow_but([
         optax.scale(0.5),
         optax.add_decayed_weights(0.1),
         optax.identity(),
         optax.sgd(0.1),
         fo.sgd(0.1),
         optax.chain(optax.clip(1.0), optax.scale(2.0)),
-    ],
+    ]),
     ids=["scale", "decay", "identity", "sgd", "flash", "chain"],
 )
 @every_optimizer
@@ -87,7 +88,7 @@ def test_step_refuses_what_follows_behind_masks_and_names(make_tx, flash):
 
 @pytest.mark.parametrize(
     "freeze",
-    [
+    slow_but([
         optax.freeze,
         lambda mask: optax.masked(optax.set_to_zero(), mask),
         lambda mask: optax.masked(
@@ -95,7 +96,7 @@ def test_step_refuses_what_follows_behind_masks_and_names(make_tx, flash):
                 lambda u: u.dtype == jnp.bfloat16 and u.ndim == 1, updates
             )
         ),
-    ],
+    ]),
     ids=["freeze", "set_to_zero", "mask of dtypes"],
 )
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_step_falls_back_where_wrappers_choose_or_accumulate(name, storage):
   )
 
 
-@pytest.mark.parametrize("plain", ["adamw", "sgd", "lion"])
+@pytest.mark.parametrize("plain", slow_but(["adamw", "sgd", "lion"]))
 def test_step_applies_plain_optax(plain):
   tx = cases.make_plain(plain)
   params = cases.tree()

@@ -12,6 +12,7 @@ import pytest
 import flashoptim_jax as fo
 from tests.support import cases
 from tests.support.cases import every_case, every_optimizer, some_cases
+from tests.support.tiers import slow_but
 
 # Under jit, cond, scan, donation.
 
@@ -85,7 +86,7 @@ def test_compiles_once(name, storage):
   assert not np.array_equal(results[1]["matrix"], results[2]["matrix"])
 
 
-@pytest.mark.parametrize("through", ["step", "update"])
+@pytest.mark.parametrize("through", slow_but(["step", "update"]))
 @some_cases
 def test_donated_buffers_are_all_reused(name, storage, through):
   tx = cases.make(name, storage)
@@ -106,7 +107,7 @@ def test_donated_buffers_are_all_reused(name, storage, through):
 # Gradients that are not finite.
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", slow_but([np.nan, np.inf, -np.inf]))
 @some_cases
 def test_bad_gradients_show_and_stay_in_their_group(name, storage, bad):
   tx, plain = cases.make(name, storage), cases.make_plain(name)
@@ -142,6 +143,7 @@ def test_bad_gradients_show_and_stay_in_their_group(name, storage, bad):
 # Trees and leaves at the edge.
 
 
+@pytest.mark.slow
 @some_cases
 def test_trees_at_the_edge(name, storage):
   tx = cases.make(name, storage)
