@@ -24,9 +24,7 @@ def main():
   folder = pathlib.Path(sys.argv[1])
   flags = [*SIZE, "--steps", str(STEPS), "--no-baseline"]
   whole, stopped, both = (folder / name for name in ("whole", "stopped", "both"))
-  subprocess.run(
-    command(whole, *flags), check=True, stderr=subprocess.DEVNULL
-  )
+  subprocess.run(command(whole, *flags), check=True, stderr=subprocess.DEVNULL)
 
   process = subprocess.Popen(
     command(stopped, *flags), stderr=subprocess.PIPE, text=True, bufsize=1
@@ -40,9 +38,7 @@ def main():
   process.send_signal(signal.SIGINT)
   seen += process.communicate()[1]
   assert process.returncode == 130, seen
-  subprocess.run(
-    command(stopped, "--resume"), check=True, stderr=subprocess.DEVNULL
-  )
+  subprocess.run(command(stopped, "--resume"), check=True, stderr=subprocess.DEVNULL)
   results = [
     json.loads((path / "results.json").read_text())["runs"][0]
     for path in (whole, stopped)

@@ -61,9 +61,7 @@ def main():
   processes = start_together(count, together)
   deadline = time.monotonic() + TIMEOUT
   # A checkpoint's folder gets its name, a number, when it is complete.
-  while not any(
-    path.name.isdigit() for path in together.glob("checkpoint/*")
-  ):
+  while not any(path.name.isdigit() for path in together.glob("checkpoint/*")):
     assert time.monotonic() < deadline, "no checkpoint"
     assert all(process.poll() is None for process in processes), "ended early"
     time.sleep(0.02)

@@ -36,9 +36,11 @@ def main():
     params, state = fo.from_fp32(tx, params_fp32)
     grads = jax.tree.map(jnp.ones_like, params)
     params, state = jax.jit(lambda *a, tx=tx: fo.step(tx, *a))(grads, state, params)
-    assert all(jax.tree.leaves(jax.tree.map(
-      lambda new, old: bool((new < old).all()), params, params_fp32
-    )))
+    assert all(
+      jax.tree.leaves(
+        jax.tree.map(lambda new, old: bool((new < old).all()), params, params_fp32)
+      )
+    )
 
   seconds = min(
     float(subprocess.check_output([sys.executable, "-c", TIME_IMPORT]))

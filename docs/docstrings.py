@@ -16,9 +16,9 @@ _LITERAL = re.compile(r"^( *)(\S.*)::\n\n((?:\1 +.*(?:\n|\Z)|\n)+)", re.MULTILIN
 
 # What the reference has an entry for.
 _PUBLIC = re.findall(
-    r"^::: flashoptim_jax\.(\w+)$",
-    pathlib.Path(__file__).with_name("api.md").read_text(),
-    re.MULTILINE,
+  r"^::: flashoptim_jax\.(\w+)$",
+  pathlib.Path(__file__).with_name("api.md").read_text(),
+  re.MULTILINE,
 )
 
 

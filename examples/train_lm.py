@@ -140,9 +140,7 @@ def parse_storage(text: str) -> fo.Storage:
     ) from error
 
 
-def make_optimizer(
-  settings: Settings, flash: bool
-) -> optax.GradientTransformation:
+def make_optimizer(settings: Settings, flash: bool) -> optax.GradientTransformation:
   """The chain of a run: ours, or the same from Optax."""
   peak, options = OPTIMIZERS[settings.optimizer]
   schedule = optax.warmup_cosine_decay_schedule(
@@ -339,9 +337,7 @@ def parse_arguments() -> tuple[Settings, pathlib.Path, bool]:
     ("steps", "optimizer steps"),
     ("seed", "seed of weights and data order"),
   ):
-    parser.add_argument(
-      f"--{name}", type=int, default=getattr(usual, name), help=text
-    )
+    parser.add_argument(f"--{name}", type=int, default=getattr(usual, name), help=text)
   parser.add_argument(
     "--optimizer", choices=OPTIMIZERS, default=usual.optimizer, help="which one"
   )
@@ -391,8 +387,7 @@ def parse_arguments() -> tuple[Settings, pathlib.Path, bool]:
   for name, value in saved.items():
     if getattr(settings, name) != value:
       parser.error(
-        f"{name} is {getattr(settings, name)!r}, but the run to resume has"
-        f" {value!r}"
+        f"{name} is {getattr(settings, name)!r}, but the run to resume has {value!r}"
       )
   try:
     parse_storage(settings.storage)

@@ -16,9 +16,9 @@ def _plan(arguments: argparse.Namespace) -> None:
   from flashoptim_jax import models, planning
 
   found = planning.plan(
-      models.load(arguments.model),
-      planning.parse_mesh(arguments.mesh),
-      arguments.device,
+    models.load(arguments.model),
+    planning.parse_mesh(arguments.mesh),
+    arguments.device,
   )
   print(json.dumps(found.to_json(), indent=1) if arguments.json else found)
 
@@ -28,35 +28,35 @@ def main() -> int:
   parser = argparse.ArgumentParser(prog="python -m flashoptim_jax")
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   inspect = commands.add_parser(
-      "inspect",
-      help="say what a checkpoint holds",
-      description="Says what an Orbax checkpoint holds: tree, storage, bytes by"
-      " component, step, largest arrays, and elements that are not finite.",
+    "inspect",
+    help="say what a checkpoint holds",
+    description="Says what an Orbax checkpoint holds: tree, storage, bytes by"
+    " component, step, largest arrays, and elements that are not finite.",
   )
   inspect.add_argument(
-      "path", help="a saved tree, a step, or a CheckpointManager's directory"
+    "path", help="a saved tree, a step, or a CheckpointManager's directory"
   )
   inspect.set_defaults(run=_inspect)
   plan = commands.add_parser(
-      "plan",
-      help="say what training a model takes of each device",
-      description="Says what a model's parameters, AdamW's state and gradients"
-      " take of each device of a mesh, and whether that fits.",
+    "plan",
+    help="say what training a model takes of each device",
+    description="Says what a model's parameters, AdamW's state and gradients"
+    " take of each device of a mesh, and whether that fits.",
   )
   plan.add_argument(
-      "model",
-      help="a Hugging Face config.json, a directory with one, or a built-in name"
-      " such as gpt2, llama3-8b or llama3-70b; an unknown name lists them",
+    "model",
+    help="a Hugging Face config.json, a directory with one, or a built-in name"
+    " such as gpt2, llama3-8b or llama3-70b; an unknown name lists them",
   )
   plan.add_argument(
-      "--mesh",
-      default="fsdp=1",
-      help="devices along each axis, such as fsdp=32,tp=8 (default: one device)",
+    "--mesh",
+    default="fsdp=1",
+    help="devices along each axis, such as fsdp=32,tp=8 (default: one device)",
   )
   plan.add_argument(
-      "--device",
-      required=True,
-      help="a kind, such as h100 or v5e, or its memory, such as 24GiB",
+    "--device",
+    required=True,
+    help="a kind, such as h100 or v5e, or its memory, such as 24GiB",
   )
   plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
   plan.set_defaults(run=_plan)

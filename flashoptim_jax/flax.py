@@ -34,15 +34,13 @@ class TrainState(train_state.TrainState):
     if overwrite in grads:
       # These leaves are not optimized: their gradient is their new value.
       rest, opt_state = step.step(
-          self.tx, grads["params"], self.opt_state, self.params["params"]
+        self.tx, grads["params"], self.opt_state, self.params["params"]
       )
       params = {"params": rest, overwrite: grads[overwrite]}
     else:
-      params, opt_state = step.step(
-          self.tx, grads, self.opt_state, self.params
-      )
+      params, opt_state = step.step(self.tx, grads, self.opt_state, self.params)
     return self.replace(
-        step=self.step + 1, params=params, opt_state=opt_state, **kwargs
+      step=self.step + 1, params=params, opt_state=opt_state, **kwargs
     )
 
 
@@ -61,7 +59,7 @@ class Optimizer(nnx.Optimizer):
     grads = nnx.as_pure(nnx.state(grads, self.wrt, graph=self.graph))
     opt_state = nnx.as_pure(self.opt_state)
     params, opt_state = step.step(
-        self.tx, grads, opt_state, params, **nnx.as_pure(kwargs)
+      self.tx, grads, opt_state, params, **nnx.as_pure(kwargs)
     )
     nnx.update(model, params)
     nnx.update(self.opt_state, nnx.state(opt_state, graph=self.graph))

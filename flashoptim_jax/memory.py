@@ -60,8 +60,8 @@ class MemoryReport:
   def __str__(self) -> str:
     base = self.baseline
     table: list[tuple[str, int, int]] = [
-        (name, getattr(self, name), base.get(name, 0))
-        for name in ("params", "correction", "moments", "scales", "other")
+      (name, getattr(self, name), base.get(name, 0))
+      for name in ("params", "correction", "moments", "scales", "other")
     ]
     kept = sum(base.values()) - base["gradients"]
     table.append(("params + state", self.params + self.state, kept))
@@ -70,20 +70,20 @@ class MemoryReport:
     count = max(self.num_params, 1)
     unit, scale = ("GiB", 2**30) if self.total >= 2**30 else ("MiB", 2**20)
     lines = [
-        f"{self.num_params:,} parameters",
-        f"{'':14}{'this optimizer':>24}{'optax.adamw, float32':>26}",
-        f"{'':14}{unit:>14}{'B/param':>10}{unit:>16}{'B/param':>10}",
+      f"{self.num_params:,} parameters",
+      f"{'':14}{'this optimizer':>24}{'optax.adamw, float32':>26}",
+      f"{'':14}{unit:>14}{'B/param':>10}{unit:>16}{'B/param':>10}",
     ]
     lines += [
-        f"{name:14}{size / scale:14.3f}{size / count:10.3f}"
-        f"{usual / scale:16.3f}{usual / count:10.3f}"
-        for name, size, usual in table
+      f"{name:14}{size / scale:14.3f}{size / count:10.3f}"
+      f"{usual / scale:16.3f}{usual / count:10.3f}"
+      for name, size, usual in table
     ]
     return "\n".join(lines)
 
 
 def memory_report(
-    tx: optax.GradientTransformation, params: optax.Params
+  tx: optax.GradientTransformation, params: optax.Params
 ) -> MemoryReport:
   """Says what training with ``tx`` will keep in memory.
 
@@ -107,22 +107,20 @@ def memory_report(
     for moment in state_lib.stored_moments(state):
       sizes["moments"] += _nbytes(moment.values)
       sizes["scales"] += _nbytes(moment.scales)
-  float32 = jax.tree.map(
-      lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params
-  )
+  float32 = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params)
   adamw = _nbytes(jax.eval_shape(optax.adamw(1e-3).init, float32))
   return MemoryReport(
-      num_params=count,
-      params=_nbytes(params),
-      other=_nbytes(opt_state) - sum(sizes.values()),
-      gradients=_nbytes(params),
-      baseline={
-          "params": 4 * count,
-          "moments": 8 * count,
-          "other": adamw - 8 * count,
-          "gradients": 4 * count,
-      },
-      **sizes,
+    num_params=count,
+    params=_nbytes(params),
+    other=_nbytes(opt_state) - sum(sizes.values()),
+    gradients=_nbytes(params),
+    baseline={
+      "params": 4 * count,
+      "moments": 8 * count,
+      "other": adamw - 8 * count,
+      "gradients": 4 * count,
+    },
+    **sizes,
   )
 
 

@@ -63,17 +63,17 @@ class Model:
   def parts(self) -> dict[str, dict[str, Array]]:
     """Parameters before the layers, of one layer, and after the layers."""
     return {
-        "embed": dict(self.embed),
-        "layers": dict(self.layer),
-        "top": dict(self.top),
+      "embed": dict(self.embed),
+      "layers": dict(self.layer),
+      "top": dict(self.top),
     }
 
   @property
   def stacked_parts(self) -> dict[str, dict[str, Array]]:
     """All of them, with layers stacked along a first axis, for ``jax.lax.scan``."""
     layers = {
-        name: Array((self.num_layers, *array.shape), (None, *array.roles))
-        for name, array in self.layer.items()
+      name: Array((self.num_layers, *array.shape), (None, *array.roles))
+      for name, array in self.layer.items()
     }
     return self.parts | {"layers": layers}
 
@@ -81,8 +81,8 @@ class Model:
   def num_params(self) -> int:
     """Number of parameters, a tied embedding counted once."""
     layer, *others = (
-        sum(math.prod(array.shape) for array in part.values())
-        for part in (self.layer, self.embed, self.top)
+      sum(math.prod(array.shape) for array in part.values())
+      for part in (self.layer, self.embed, self.top)
     )
     return self.num_layers * layer + sum(others)
 
@@ -117,61 +117,59 @@ class _Family:
 
 _GEMMA = _Family(tied=True, head_dim=256, biases=True)
 _FAMILIES = {
-    "llama": _Family(biases=True),
-    "mistral": _Family(),
-    "mixtral": _Family(experts="num_local_experts", expert_width="intermediate_size"),
-    "qwen2": _Family(qkv_bias=True),
-    "qwen2_moe": _Family(qkv_bias=True, experts="num_experts"),
-    "qwen3": _Family(head_dim=128, biases=True, qk_norm=True),
-    "qwen3_moe": _Family(
-        head_dim=128, biases=True, qk_norm=True, experts="num_experts"
-    ),
-    "gemma": _GEMMA,
-    "gemma2": dataclasses.replace(_GEMMA, post_norms=True),
-    "gemma3_text": dataclasses.replace(
-        _GEMMA,
-        post_norms=True,
-        qk_norm=True,
-        defaults={
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "vocab_size": 262208,
-        },
-    ),
+  "llama": _Family(biases=True),
+  "mistral": _Family(),
+  "mixtral": _Family(experts="num_local_experts", expert_width="intermediate_size"),
+  "qwen2": _Family(qkv_bias=True),
+  "qwen2_moe": _Family(qkv_bias=True, experts="num_experts"),
+  "qwen3": _Family(head_dim=128, biases=True, qk_norm=True),
+  "qwen3_moe": _Family(head_dim=128, biases=True, qk_norm=True, experts="num_experts"),
+  "gemma": _GEMMA,
+  "gemma2": dataclasses.replace(_GEMMA, post_norms=True),
+  "gemma3_text": dataclasses.replace(
+    _GEMMA,
+    post_norms=True,
+    qk_norm=True,
+    defaults={
+      "num_attention_heads": 8,
+      "num_key_value_heads": 4,
+      "vocab_size": 262208,
+    },
+  ),
 }
 SUPPORTED = ("gpt2", *_FAMILIES, "gemma3")
 
 
 def _gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
   return {
-      "model_type": "gpt2",
-      "vocab_size": 50257,
-      "n_positions": 1024,
-      "n_embd": width,
-      "n_layer": layers,
-      "n_head": heads,
+    "model_type": "gpt2",
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": width,
+    "n_layer": layers,
+    "n_head": heads,
   }
 
 
 def _grouped(
-    model_type: str,
-    vocabulary: int,
-    width: int,
-    hidden: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    **others: Any,
+  model_type: str,
+  vocabulary: int,
+  width: int,
+  hidden: int,
+  layers: int,
+  heads: int,
+  kv_heads: int,
+  **others: Any,
 ) -> dict[str, Any]:
   return {
-      "model_type": model_type,
-      "vocab_size": vocabulary,
-      "hidden_size": width,
-      "intermediate_size": hidden,
-      "num_hidden_layers": layers,
-      "num_attention_heads": heads,
-      "num_key_value_heads": kv_heads,
-      **others,
+    "model_type": model_type,
+    "vocab_size": vocabulary,
+    "hidden_size": width,
+    "intermediate_size": hidden,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "num_key_value_heads": kv_heads,
+    **others,
   }
 
 
@@ -179,36 +177,36 @@ _llama = functools.partial(_grouped, "llama")
 
 # Configurations of published models, cut down to what decides their parameters.
 BUILT_IN: Mapping[str, Mapping[str, Any]] = {
-    "gpt2": _gpt2(768, 12, 12),
-    "gpt2-medium": _gpt2(1024, 24, 16),
-    "gpt2-large": _gpt2(1280, 36, 20),
-    "gpt2-xl": _gpt2(1600, 48, 25),
-    "llama-1b": _llama(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True),
-    "llama-3b": _llama(128256, 3072, 8192, 28, 24, 8, tie_word_embeddings=True),
-    "llama2-7b": _llama(32000, 4096, 11008, 32, 32, 32),
-    "llama3-8b": _llama(128256, 4096, 14336, 32, 32, 8),
-    "llama3-70b": _llama(128256, 8192, 28672, 80, 64, 8),
-    "llama3-405b": _llama(128256, 16384, 53248, 126, 128, 8),
-    "mistral-7b": _grouped("mistral", 32000, 4096, 14336, 32, 32, 8),
-    "mixtral-8x7b": _grouped(
-        "mixtral", 32000, 4096, 14336, 32, 32, 8, num_local_experts=8
-    ),
-    "qwen2-7b": _grouped("qwen2", 152064, 3584, 18944, 28, 28, 4),
-    "qwen3-8b": _grouped("qwen3", 151936, 4096, 12288, 36, 32, 8),
-    "qwen3-30b-a3b": _grouped(
-        "qwen3_moe",
-        151936,
-        2048,
-        6144,
-        48,
-        32,
-        4,
-        num_experts=128,
-        moe_intermediate_size=768,
-    ),
-    "gemma-2b": _grouped("gemma", 256000, 2048, 16384, 18, 8, 1),
-    "gemma2-9b": _grouped("gemma2", 256000, 3584, 14336, 42, 16, 8),
-    "gemma3-1b": _grouped("gemma3_text", 262144, 1152, 6912, 26, 4, 1),
+  "gpt2": _gpt2(768, 12, 12),
+  "gpt2-medium": _gpt2(1024, 24, 16),
+  "gpt2-large": _gpt2(1280, 36, 20),
+  "gpt2-xl": _gpt2(1600, 48, 25),
+  "llama-1b": _llama(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True),
+  "llama-3b": _llama(128256, 3072, 8192, 28, 24, 8, tie_word_embeddings=True),
+  "llama2-7b": _llama(32000, 4096, 11008, 32, 32, 32),
+  "llama3-8b": _llama(128256, 4096, 14336, 32, 32, 8),
+  "llama3-70b": _llama(128256, 8192, 28672, 80, 64, 8),
+  "llama3-405b": _llama(128256, 16384, 53248, 126, 128, 8),
+  "mistral-7b": _grouped("mistral", 32000, 4096, 14336, 32, 32, 8),
+  "mixtral-8x7b": _grouped(
+    "mixtral", 32000, 4096, 14336, 32, 32, 8, num_local_experts=8
+  ),
+  "qwen2-7b": _grouped("qwen2", 152064, 3584, 18944, 28, 28, 4),
+  "qwen3-8b": _grouped("qwen3", 151936, 4096, 12288, 36, 32, 8),
+  "qwen3-30b-a3b": _grouped(
+    "qwen3_moe",
+    151936,
+    2048,
+    6144,
+    48,
+    32,
+    4,
+    num_experts=128,
+    moe_intermediate_size=768,
+  ),
+  "gemma-2b": _grouped("gemma", 256000, 2048, 16384, 18, 8, 1),
+  "gemma2-9b": _grouped("gemma2", 256000, 3584, 14336, 42, 16, 8),
+  "gemma3-1b": _grouped("gemma3_text", 262144, 1152, 6912, 26, 4, 1),
 }
 
 
@@ -231,14 +229,14 @@ def load(source: str | os.PathLike) -> Model:
     path /= "config.json"
   if not path.is_file():
     raise ValueError(
-        f"{name!r} is no file and no built-in model; expected a config.json, a"
-        f" directory with one, or one of {', '.join(BUILT_IN)}."
+      f"{name!r} is no file and no built-in model; expected a config.json, a"
+      f" directory with one, or one of {', '.join(BUILT_IN)}."
     )
   with path.open("rb") as file:
     text = file.read(_MAX_FILE + 1)
   if len(text) > _MAX_FILE:
     raise ValueError(
-        f"{path} has more than {_MAX_FILE} bytes; expected a model's configuration."
+      f"{path} has more than {_MAX_FILE} bytes; expected a model's configuration."
     )
   try:
     config = json.loads(text.decode("utf-8-sig"))  # With a byte-order mark or not.
@@ -247,9 +245,7 @@ def load(source: str | os.PathLike) -> Model:
   except RecursionError as error:
     raise ValueError(f"{path} is nested too deep; expected a JSON object.") from error
   if not isinstance(config, dict):
-    raise ValueError(
-        f"{path} holds a {type(config).__name__}; expected a JSON object."
-    )
+    raise ValueError(f"{path} holds a {type(config).__name__}; expected a JSON object.")
   return from_config(config, str(path))
 
 
@@ -276,8 +272,8 @@ def from_config(config: Mapping[str, Any], name: str) -> Model:
     return _from_gpt2(_Reader(config, name))
   if not isinstance(model_type, str) or model_type not in _FAMILIES:
     raise ValueError(
-        f"{name}: found model_type {_shown(model_type)}; expected one of"
-        f" {', '.join(SUPPORTED)}."
+      f"{name}: found model_type {_shown(model_type)}; expected one of"
+      f" {', '.join(SUPPORTED)}."
     )
   family = _FAMILIES[model_type]
   return _from_decoder(_Reader({**family.defaults, **config}, name), family)
@@ -300,7 +296,7 @@ class _Reader:
       raise self.error(f"found {found} for {key!r}; expected a positive integer")
     if value > MAX_SIZE:
       raise self.error(
-          f"found {_shown(value)} for {key!r}; expected at most {MAX_SIZE}"
+        f"found {_shown(value)} for {key!r}; expected at most {MAX_SIZE}"
       )
     return value
 
@@ -336,25 +332,25 @@ def _from_gpt2(read: _Reader) -> Model:
   tied = read.flag("tie_word_embeddings", True)
   layer = _norms(width, "ln_1/scale", "ln_1/bias", "ln_2/scale", "ln_2/bias")
   for name, inputs, outputs, roles in (
-      ("attn/qkv", width, 3 * width, (EMBED, WIDE)),
-      ("attn/proj", width, width, (WIDE, EMBED)),
-      ("mlp/fc", width, hidden, (EMBED, WIDE)),
-      ("mlp/proj", hidden, width, (WIDE, EMBED)),
+    ("attn/qkv", width, 3 * width, (EMBED, WIDE)),
+    ("attn/proj", width, width, (WIDE, EMBED)),
+    ("mlp/fc", width, hidden, (EMBED, WIDE)),
+    ("mlp/proj", hidden, width, (WIDE, EMBED)),
   ):
     layer[f"{name}/kernel"] = Array((inputs, outputs), roles)
     bias = WIDE if roles[1] == WIDE else None
     layer[f"{name}/bias"] = Array((outputs,), (bias,))
   head = {} if tied else {"head": Array((width, vocabulary), (EMBED, WIDE))}
   return Model(
-      read.name,
-      embed={
-          "tokens": Array((vocabulary, width), (WIDE, EMBED)),
-          "positions": Array((read.size("n_positions"), width), (None, EMBED)),
-      },
-      layer=layer,
-      num_layers=read.size("n_layer"),
-      top=_norms(width, "ln_f/scale", "ln_f/bias") | head,
-      tied=tied,
+    read.name,
+    embed={
+      "tokens": Array((vocabulary, width), (WIDE, EMBED)),
+      "positions": Array((read.size("n_positions"), width), (None, EMBED)),
+    },
+    layer=layer,
+    num_layers=read.size("n_layer"),
+    top=_norms(width, "ln_f/scale", "ln_f/bias") | head,
+    tied=tied,
   )
 
 
@@ -367,12 +363,12 @@ def _from_decoder(read: _Reader, family: _Family) -> Model:
     names += ["post_attention_norm", "post_mlp_norm"]
   head = {} if tied else {"head": Array((width, vocabulary), (EMBED, WIDE))}
   return Model(
-      read.name,
-      embed={"tokens": Array((vocabulary, width), (WIDE, EMBED))},
-      layer=_norms(width, *names) | _attention(read, family) | _mlp(read, family),
-      num_layers=read.size("num_hidden_layers"),
-      top=_norms(width, "norm") | head,
-      tied=tied,
+    read.name,
+    embed={"tokens": Array((vocabulary, width), (WIDE, EMBED))},
+    layer=_norms(width, *names) | _attention(read, family) | _mlp(read, family),
+    num_layers=read.size("num_hidden_layers"),
+    top=_norms(width, "norm") | head,
+    tied=tied,
   )
 
 
@@ -381,14 +377,14 @@ def _attention(read: _Reader, family: _Family) -> dict[str, Array]:
   kv_heads = read.size("num_key_value_heads", heads)
   if heads % kv_heads:
     raise read.error(
-        f"num_attention_heads is {heads}; expected a multiple of"
-        f" num_key_value_heads, {kv_heads}"
+      f"num_attention_heads is {heads}; expected a multiple of"
+      f" num_key_value_heads, {kv_heads}"
     )
   given = family.head_dim or read.config.get("head_dim")
   if given is None and width % heads:
     raise read.error(
-        f"hidden_size is {width}; expected a multiple of num_attention_heads,"
-        f" {heads}, where there is no head_dim"
+      f"hidden_size is {width}; expected a multiple of num_attention_heads,"
+      f" {heads}, where there is no head_dim"
     )
   channels = read.size("head_dim", family.head_dim or width // heads)
   arrays = {}
@@ -413,23 +409,21 @@ def _mlp(read: _Reader, family: _Family) -> dict[str, Array]:
     arrays = _gated(width, hidden)
     if family.biases and read.flag("mlp_bias", False):
       arrays |= {
-          "gate_bias": Array((hidden,), (WIDE,)),
-          "up_bias": Array((hidden,), (WIDE,)),
-          "down_bias": Array((width,), (None,)),
+        "gate_bias": Array((hidden,), (WIDE,)),
+        "up_bias": Array((hidden,), (WIDE,)),
+        "down_bias": Array((width,), (None,)),
       }
     return arrays
   if read.config.get("mlp_only_layers") or read.size("decoder_sparse_step", 1) > 1:
     raise read.error(
-        "found layers with and without experts (mlp_only_layers,"
-        " decoder_sparse_step); expected layers that are all alike"
+      "found layers with and without experts (mlp_only_layers,"
+      " decoder_sparse_step); expected layers that are all alike"
     )
   experts = read.size(family.experts)
   hidden = read.size(family.expert_width)
   arrays = {"router": Array((width, experts), (EMBED, None))}
   for name, array in _gated(width, hidden).items():
-    arrays[f"experts/{name}"] = Array(
-        (experts, *array.shape), (EXPERT, *array.roles)
-    )
+    arrays[f"experts/{name}"] = Array((experts, *array.shape), (EXPERT, *array.roles))
   if read.config.get("shared_expert_intermediate_size") is not None:
     shared = _gated(width, read.size("shared_expert_intermediate_size"))
     arrays |= {f"shared/{name}": array for name, array in shared.items()}
@@ -439,7 +433,7 @@ def _mlp(read: _Reader, family: _Family) -> dict[str, Array]:
 
 def _gated(width: int, hidden: int) -> dict[str, Array]:
   return {
-      "gate": Array((width, hidden), (EMBED, WIDE)),
-      "up": Array((width, hidden), (EMBED, WIDE)),
-      "down": Array((hidden, width), (WIDE, EMBED)),
+    "gate": Array((width, hidden), (EMBED, WIDE)),
+    "up": Array((width, hidden), (EMBED, WIDE)),
+    "down": Array((hidden, width), (WIDE, EMBED)),
   }

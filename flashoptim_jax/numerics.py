@@ -54,8 +54,8 @@ class StalledLeaf(NamedTuple):
 
   def __str__(self):
     return (
-        f"{self.path}: largest weight {self.largest:.3g}; steps below"
-        f" {self.smallest_learning_rate:.3g} are rounded away"
+      f"{self.path}: largest weight {self.largest:.3g}; steps below"
+      f" {self.smallest_learning_rate:.3g} are rounded away"
     )
 
 
@@ -69,7 +69,7 @@ class NumericsReport(tuple[NonFiniteLeaf | StalledLeaf, ...]):
 
 
 def nonfinite_leaves(
-    params: optax.Params, opt_state: optax.OptState = None
+  params: optax.Params, opt_state: optax.OptState = None
 ) -> tuple[NonFiniteLeaf, ...]:
   """Lists the arrays of parameters and state that hold NaN or infinity.
 
@@ -94,11 +94,11 @@ def nonfinite_leaves(
 
 
 def check_numerics(
-    params: optax.Params,
-    opt_state: optax.OptState,
-    learning_rate: float | jax.Array | Callable[[Any], Any],
-    *,
-    raise_error: bool = False,
+  params: optax.Params,
+  opt_state: optax.OptState,
+  learning_rate: float | jax.Array | Callable[[Any], Any],
+  *,
+  raise_error: bool = False,
 ) -> NumericsReport:
   """Lists arrays that are not finite, and leaves whose steps are rounded away.
 
@@ -148,8 +148,8 @@ def check_numerics(
   report = NumericsReport([*nonfinite_leaves(params, opt_state), *stalled])
   if report and raise_error:
     raise NumericsError(
-        f"With a learning rate of {rate:.3g}, {len(report)} leaves need attention:"
-        f"\n{report}"
+      f"With a learning rate of {rate:.3g}, {len(report)} leaves need attention:"
+      f"\n{report}"
     )
   return report
 

@@ -23,19 +23,19 @@ _BOUND_SLACK = 1.05
 
 
 def adamw(
-    learning_rate: ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: Any | None = None,
-    weight_decay: ScalarOrSchedule = 1e-4,
-    mask: Mask = None,
-    *,
-    nesterov: bool = False,
-    decouple_lr: bool = False,
-    storage: Storage = _DEFAULT_STORAGE,
-    implementation: str | None = None,
+  learning_rate: ScalarOrSchedule,
+  b1: jax.typing.ArrayLike = 0.9,
+  b2: jax.typing.ArrayLike = 0.999,
+  eps: jax.typing.ArrayLike = 1e-8,
+  eps_root: jax.typing.ArrayLike = 0.0,
+  mu_dtype: Any | None = None,
+  weight_decay: ScalarOrSchedule = 1e-4,
+  mask: Mask = None,
+  *,
+  nesterov: bool = False,
+  decouple_lr: bool = False,
+  storage: Storage = _DEFAULT_STORAGE,
+  implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""AdamW with companded 8-bit moments and split master weights.
 
@@ -103,39 +103,39 @@ def adamw(
   """
   _refuse_dtype("mu_dtype", mu_dtype)
   return _transformation(
-      rules.NADAM if nesterov else rules.ADAM,
-      lambda count: _adam_scalars(count, b1, b2, eps, eps_root, nesterov),
+    rules.NADAM if nesterov else rules.ADAM,
+    lambda count: _adam_scalars(count, b1, b2, eps, eps_root, nesterov),
+    learning_rate,
+    weight_decay,
+    plain=lambda: optax.adamw(
       learning_rate,
-      weight_decay,
-      plain=lambda: optax.adamw(
-          learning_rate,
-          b1,
-          b2,
-          eps,
-          eps_root,
-          weight_decay=weight_decay,
-          mask=mask,
-          nesterov=nesterov,
-      ),
-      default_weight_decay=1e-4,
+      b1,
+      b2,
+      eps,
+      eps_root,
+      weight_decay=weight_decay,
       mask=mask,
-      decouple_lr=decouple_lr,
-      storage=storage,
-      implementation=implementation,
+      nesterov=nesterov,
+    ),
+    default_weight_decay=1e-4,
+    mask=mask,
+    decouple_lr=decouple_lr,
+    storage=storage,
+    implementation=implementation,
   )
 
 
 def adam(
-    learning_rate: ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: Any | None = None,
-    *,
-    nesterov: bool = False,
-    storage: Storage = _DEFAULT_STORAGE,
-    implementation: str | None = None,
+  learning_rate: ScalarOrSchedule,
+  b1: jax.typing.ArrayLike = 0.9,
+  b2: jax.typing.ArrayLike = 0.999,
+  eps: jax.typing.ArrayLike = 1e-8,
+  eps_root: jax.typing.ArrayLike = 0.0,
+  mu_dtype: Any | None = None,
+  *,
+  nesterov: bool = False,
+  storage: Storage = _DEFAULT_STORAGE,
+  implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Adam with companded 8-bit moments and split master weights.
 
@@ -160,29 +160,27 @@ def adam(
   """
   _refuse_dtype("mu_dtype", mu_dtype)
   return _transformation(
-      rules.NADAM if nesterov else rules.ADAM,
-      lambda count: _adam_scalars(count, b1, b2, eps, eps_root, nesterov),
-      learning_rate,
-      plain=lambda: optax.adam(
-          learning_rate, b1, b2, eps, eps_root, nesterov=nesterov
-      ),
-      storage=storage,
-      implementation=implementation,
+    rules.NADAM if nesterov else rules.ADAM,
+    lambda count: _adam_scalars(count, b1, b2, eps, eps_root, nesterov),
+    learning_rate,
+    plain=lambda: optax.adam(learning_rate, b1, b2, eps, eps_root, nesterov=nesterov),
+    storage=storage,
+    implementation=implementation,
   )
 
 
 def sgd(
-    learning_rate: ScalarOrSchedule,
-    momentum: jax.typing.ArrayLike | None = None,
-    nesterov: bool = False,
-    accumulator_dtype: Any | None = None,
-    *,
-    dampening: jax.typing.ArrayLike = 0.0,
-    weight_decay: ScalarOrSchedule = 0.0,
-    mask: Mask = None,
-    decouple_lr: bool = False,
-    storage: Storage = _DEFAULT_STORAGE,
-    implementation: str | None = None,
+  learning_rate: ScalarOrSchedule,
+  momentum: jax.typing.ArrayLike | None = None,
+  nesterov: bool = False,
+  accumulator_dtype: Any | None = None,
+  *,
+  dampening: jax.typing.ArrayLike = 0.0,
+  weight_decay: ScalarOrSchedule = 0.0,
+  mask: Mask = None,
+  decouple_lr: bool = False,
+  storage: Storage = _DEFAULT_STORAGE,
+  implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""SGD, with a companded 8-bit momentum and split master weights.
 
@@ -224,8 +222,8 @@ def sgd(
   plain = momentum is None or nesterov
   if plain and _is_number(dampening) and dampening != 0:
     raise ValueError(
-        f"dampening is {dampening!r} with momentum={momentum!r} and"
-        f" nesterov={nesterov!r}; expected 0, or momentum without nesterov."
+      f"dampening is {dampening!r} with momentum={momentum!r} and"
+      f" nesterov={nesterov!r}; expected 0, or momentum without nesterov."
     )
 
   if momentum is None:
@@ -237,47 +235,45 @@ def sgd(
     del count
     delta = _hyperparameter(dampening, 0.0)
     return {
-        "momentum": _hyperparameter(momentum, 0.9),
-        "one_minus_dampening": 1 - delta,
+      "momentum": _hyperparameter(momentum, 0.9),
+      "one_minus_dampening": 1 - delta,
     }
 
   def optax_sgd():
     if not callable(weight_decay) and not (
-        _is_number(weight_decay) and weight_decay != 0
+      _is_number(weight_decay) and weight_decay != 0
     ):
       return optax.sgd(learning_rate, momentum, nesterov)
     return optax.chain(
-        optax.identity()
-        if momentum is None
-        else optax.trace(momentum, nesterov),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+      optax.identity() if momentum is None else optax.trace(momentum, nesterov),
+      optax.add_decayed_weights(weight_decay, mask),
+      optax.scale_by_learning_rate(learning_rate),
     )
 
   return _transformation(
-      rule,
-      (lambda count: {}) if momentum is None else momentum_scalars,
-      learning_rate,
-      weight_decay,
-      plain=optax_sgd,
-      mask=mask,
-      decouple_lr=decouple_lr,
-      storage=storage,
-      implementation=implementation,
+    rule,
+    (lambda count: {}) if momentum is None else momentum_scalars,
+    learning_rate,
+    weight_decay,
+    plain=optax_sgd,
+    mask=mask,
+    decouple_lr=decouple_lr,
+    storage=storage,
+    implementation=implementation,
   )
 
 
 def lion(
-    learning_rate: ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.99,
-    mu_dtype: Any | None = None,
-    weight_decay: ScalarOrSchedule = 1e-3,
-    mask: Mask = None,
-    *,
-    decouple_lr: bool = False,
-    storage: Storage = _DEFAULT_STORAGE,
-    implementation: str | None = None,
+  learning_rate: ScalarOrSchedule,
+  b1: jax.typing.ArrayLike = 0.9,
+  b2: jax.typing.ArrayLike = 0.99,
+  mu_dtype: Any | None = None,
+  weight_decay: ScalarOrSchedule = 1e-3,
+  mask: Mask = None,
+  *,
+  decouple_lr: bool = False,
+  storage: Storage = _DEFAULT_STORAGE,
+  implementation: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Lion with a companded 8-bit moment and split master weights.
 
@@ -319,52 +315,50 @@ def lion(
     beta1 = _hyperparameter(b1, 0.9)
     beta2 = _hyperparameter(b2, 0.99)
     return {
-        "b1": beta1,
-        "one_minus_b1": 1 - beta1,
-        "b2": beta2,
-        "one_minus_b2": 1 - beta2,
+      "b1": beta1,
+      "one_minus_b1": 1 - beta1,
+      "b2": beta2,
+      "one_minus_b2": 1 - beta2,
     }
 
   return _transformation(
-      rules.LION,
-      scalars,
-      learning_rate,
-      weight_decay,
-      plain=lambda: optax.lion(
-          learning_rate, b1, b2, weight_decay=weight_decay, mask=mask
-      ),
-      default_weight_decay=1e-3,
-      mask=mask,
-      decouple_lr=decouple_lr,
-      storage=storage,
-      implementation=implementation,
+    rules.LION,
+    scalars,
+    learning_rate,
+    weight_decay,
+    plain=lambda: optax.lion(
+      learning_rate, b1, b2, weight_decay=weight_decay, mask=mask
+    ),
+    default_weight_decay=1e-3,
+    mask=mask,
+    decouple_lr=decouple_lr,
+    storage=storage,
+    implementation=implementation,
   )
 
 
 def _transformation(
-    rule: rules.Rule,
-    rule_scalars: Callable[[jax.Array], rules.Scalars],
-    learning_rate: ScalarOrSchedule,
-    weight_decay: ScalarOrSchedule = 0.0,
-    *,
-    plain: Callable[[], optax.GradientTransformation],
-    default_weight_decay: float = 0.0,
-    mask: Mask = None,
-    decouple_lr: bool = False,
-    storage: Storage,
-    implementation: str | None,
+  rule: rules.Rule,
+  rule_scalars: Callable[[jax.Array], rules.Scalars],
+  learning_rate: ScalarOrSchedule,
+  weight_decay: ScalarOrSchedule = 0.0,
+  *,
+  plain: Callable[[], optax.GradientTransformation],
+  default_weight_decay: float = 0.0,
+  mask: Mask = None,
+  decouple_lr: bool = False,
+  storage: Storage,
+  implementation: str | None,
 ) -> optax.GradientTransformationExtraArgs:
   """What the optimizers share: learning rate, weight decay and storage."""
   if not isinstance(storage, Storage):
-    raise ValueError(
-        f"storage is {storage!r}; expected a flashoptim_jax.Storage."
-    )
+    raise ValueError(f"storage is {storage!r}; expected a flashoptim_jax.Storage.")
   if decouple_lr and not (callable(learning_rate) or _is_number(learning_rate)):
     raise ValueError(
-        "decouple_lr=True needs the learning rate at step 0, and learning_rate"
-        f" is a {type(learning_rate).__name__}; expected a number or a schedule"
-        " (optax.inject_hyperparams passes arrays: give it"
-        " static_args='learning_rate')."
+      "decouple_lr=True needs the learning rate at step 0, and learning_rate"
+      f" is a {type(learning_rate).__name__}; expected a number or a schedule"
+      " (optax.inject_hyperparams passes arrays: give it"
+      " static_args='learning_rate')."
     )
 
   def scalars(count):
@@ -374,21 +368,19 @@ def _transformation(
     if decouple_lr:
       decay = decay / _initial_rate(learning_rate)
     return {
-        "learning_rate": _hyperparameter(rate, None),
-        "weight_decay": decay,
-        **rule_scalars(count),
+      "learning_rate": _hyperparameter(rate, None),
+      "weight_decay": decay,
+      **rule_scalars(count),
     }
 
   return flash_transformation(
-      rule,
-      Format(
-          rule.name, tuple((m.name, m.kind) for m in rule.moments), storage
-      ),
-      scalars,
-      plain=plain,
-      mask=mask,
-      decay=not (_is_number(weight_decay) and weight_decay == 0),
-      implementation=implementation,
+    rule,
+    Format(rule.name, tuple((m.name, m.kind) for m in rule.moments), storage),
+    scalars,
+    plain=plain,
+    mask=mask,
+    decay=not (_is_number(weight_decay) and weight_decay == 0),
+    implementation=implementation,
   )
 
 
@@ -397,12 +389,12 @@ def _adam_scalars(count, b1, b2, eps, eps_root, nesterov: bool) -> rules.Scalars
   b1 = _hyperparameter(b1, 0.9)
   b2 = _hyperparameter(b2, 0.999)
   scalars = {
-      "b1": b1,
-      "one_minus_b1": 1 - b1,
-      "b2": b2,
-      "one_minus_b2": 1 - b2,
-      "eps": _hyperparameter(eps, 1e-8),
-      "eps_root": _hyperparameter(eps_root, 0.0),
+    "b1": b1,
+    "one_minus_b1": 1 - b1,
+    "b2": b2,
+    "one_minus_b2": 1 - b2,
+    "eps": _hyperparameter(eps, 1e-8),
+    "eps_root": _hyperparameter(eps_root, 0.0),
   }
   return scalars | _adam_scalars_of_count(count, b1, b2, nesterov)
 
@@ -435,16 +427,14 @@ def _adam_scalars_of_count(count, b1, b2, nesterov: bool) -> rules.Scalars:
   bounded = ratio < 1
   ratio = jnp.where(bounded, ratio, 0.5)
   # Near 1, where the quotient would be of small differences, all are taken for 1.
-  sum_of_powers = jnp.where(
-      ratio > 0.999, updates, (1 - ratio**updates) / (1 - ratio)
-  )
+  sum_of_powers = jnp.where(ratio > 0.999, updates, (1 - ratio**updates) / (1 - ratio))
   square = nu_correction / (1 - b2) * (w_0**2 + w**2 * (sum_of_powers - 1))
   least_root = 1 / (_BOUND_SLACK * jnp.sqrt(square))
   return {
-      "mu_correction": mu_correction,
-      "mu_correction_next": mu_correction_next,
-      "nu_correction": nu_correction,
-      rules.LEAST_ROOT: jnp.where(bounded, least_root, 0).astype(jnp.float32),
+    "mu_correction": mu_correction,
+    "mu_correction_next": mu_correction_next,
+    "nu_correction": nu_correction,
+    rules.LEAST_ROOT: jnp.where(bounded, least_root, 0).astype(jnp.float32),
   }
 
 
@@ -478,8 +468,8 @@ def _initial_rate(learning_rate: ScalarOrSchedule) -> Any:
       learning_rate = float(learning_rate(0))
   if learning_rate == 0:
     raise ValueError(
-        "decouple_lr=True divides by the learning rate at step 0, which is 0;"
-        " expected a schedule that starts above 0."
+      "decouple_lr=True divides by the learning rate at step 0, which is 0;"
+      " expected a schedule that starts above 0."
     )
   return learning_rate
 
@@ -487,6 +477,6 @@ def _initial_rate(learning_rate: ScalarOrSchedule) -> Any:
 def _refuse_dtype(name: str, value: Any) -> None:
   if value is not None:
     raise ValueError(
-        f"{name} is {value!r}; expected None. Choose the precision of the"
-        " moments with storage=flashoptim_jax.Storage(moment_bits=8 or 32)."
+      f"{name} is {value!r}; expected None. Choose the precision of the"
+      " moments with storage=flashoptim_jax.Storage(moment_bits=8 or 32)."
     )

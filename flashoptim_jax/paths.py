@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 MODELS = (
-    "Give a model's parameters alone: eqx.filter(model, eqx.is_inexact_array) of an"
-    " Equinox model, nnx.state(model, nnx.Param) of an nnx module."
+  "Give a model's parameters alone: eqx.filter(model, eqx.is_inexact_array) of an"
+  " Equinox model, nnx.state(model, nnx.Param) of an nnx module."
 )
 
 
@@ -32,8 +32,8 @@ def unique_names(tree: Any) -> list[str]:
   for spell in (_escaped, jax.tree_util.keystr):
     count = collections.Counter(names)
     names = [
-        spell(path) if count[taken] > 1 else taken
-        for path, taken in zip(found, names, strict=True)
+      spell(path) if count[taken] > 1 else taken
+      for path, taken in zip(found, names, strict=True)
     ]
   return names
 
@@ -43,7 +43,7 @@ def _escaped(path: jax.tree_util.KeyPath) -> str:
 
 
 def require_distinct(
-    names: Iterable[tuple[jax.tree_util.KeyPath, str]], what: str
+  names: Iterable[tuple[jax.tree_util.KeyPath, str]], what: str
 ) -> None:
   """Raises a ValueError if two leaves get one name.
 
@@ -58,8 +58,8 @@ def require_distinct(
       if pair[0] == pair[1]:
         pair = jax.tree_util.keystr(taken[given]), jax.tree_util.keystr(path)
       raise ValueError(
-          f"Leaves {pair[0]!r} and {pair[1]!r} both become {what} {given!r};"
-          " expected different names."
+        f"Leaves {pair[0]!r} and {pair[1]!r} both become {what} {given!r};"
+        " expected different names."
       )
     taken[given] = path
 
@@ -70,16 +70,14 @@ def matches(path: jax.tree_util.KeyPath, globs: tuple[str, ...]) -> bool:
 
 
 def param_path(
-    path: jax.tree_util.KeyPath, known: Container[jax.tree_util.KeyPath]
+  path: jax.tree_util.KeyPath, known: Container[jax.tree_util.KeyPath]
 ) -> jax.tree_util.KeyPath:
   """The longest end of a path that is a parameter's path; ``()`` for none."""
   starts = range(len(path))
   return next((path[i:] for i in starts if path[i:] in known), ())
 
 
-def leaves_like(
-    tree: Any, reference: Any, what: str, expected: str
-) -> list[Any]:
+def leaves_like(tree: Any, reference: Any, what: str, expected: str) -> list[Any]:
   """Leaves of ``tree``, one for each leaf of ``reference``.
 
   ``tree`` may hold whole subtrees (such as ``optax.MaskedNode()``) where
@@ -100,12 +98,12 @@ def leaves_like(
     else:
       where = next((path for path in found if path not in wanted), None)
       difference = (
-          f"the container types differ: {error}"
-          if where is None
-          else f"leaf {where!r} of {what} has no counterpart in {expected}"
+        f"the container types differ: {error}"
+        if where is None
+        else f"leaf {where!r} of {what} has no counterpart in {expected}"
       )
     raise ValueError(
-        f"The tree of {what} does not match that of {expected}: {difference}."
+      f"The tree of {what} does not match that of {expected}: {difference}."
     ) from error
 
 
@@ -119,8 +117,8 @@ def require_arrays(params: Any) -> None:
   for path, leaf in jax.tree.leaves_with_path(params):
     if not is_array(leaf):
       raise ValueError(
-          f"Parameter {name(path)!r} is a {type(leaf).__name__}; expected an array."
-          f" {MODELS}"
+        f"Parameter {name(path)!r} is a {type(leaf).__name__}; expected an array."
+        f" {MODELS}"
       )
 
 
@@ -134,23 +132,23 @@ def arrays(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
   for path, leaf in zip(unique_names(tree), jax.tree.leaves(tree), strict=True):
     if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
       raise ValueError(
-          f"Leaf {path!r} is a {type(leaf).__name__}; expected an array, a"
-          " jax.ShapeDtypeStruct or a number."
+        f"Leaf {path!r} is a {type(leaf).__name__}; expected an array, a"
+        " jax.ShapeDtypeStruct or a number."
       )
     found[path] = tuple(jnp.shape(leaf)), jnp.result_type(leaf).name
   return found
 
 
 def first_difference(
-    found: Mapping[str, tuple[tuple[int, ...], str]],
-    expected: Mapping[str, tuple[tuple[int, ...], str]],
+  found: Mapping[str, tuple[tuple[int, ...], str]],
+  expected: Mapping[str, tuple[tuple[int, ...], str]],
 ) -> tuple[str, str] | None:
   """The first path at which two results of :func:`arrays` differ, and how."""
   for path in [*expected, *found]:
     if found.get(path) != expected.get(path):
       seen, wanted = (
-          "nothing" if spec is None else f"an array {spec[0]} of {spec[1]}"
-          for spec in (found.get(path), expected.get(path))
+        "nothing" if spec is None else f"an array {spec[0]} of {spec[1]}"
+        for spec in (found.get(path), expected.get(path))
       )
       return path, f"found {seen}, expected {wanted}"
   return None
@@ -161,7 +159,6 @@ def require_like(tree: Any, reference: Any, what: str, expected: str) -> None:
   difference = first_difference(arrays(tree), arrays(reference))
   if difference is not None:
     raise ValueError(
-        f"{what} does not match {expected}: at {difference[0]!r},"
-        f" {difference[1]}."
+      f"{what} does not match {expected}: at {difference[0]!r}, {difference[1]}."
     )
   leaves_like(tree, reference, what, expected)

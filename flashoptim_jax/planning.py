@@ -20,26 +20,26 @@ from flashoptim_jax.storage import state as state_lib
 # driver does. XLA takes 75 % of a GPU's unless XLA_PYTHON_CLIENT_MEM_FRACTION
 # says otherwise.
 DEVICES: Mapping[str, float] = {
-    "a100": 79.2,
-    "a100-40gb": 39.4,
-    "h100": 79.2,
-    "h200": 139.8,
-    "v5e": 15.75,
-    "v5p": 95.74,
-    "v6e": 31.25,
+  "a100": 79.2,
+  "a100-40gb": 39.4,
+  "h100": 79.2,
+  "h200": 139.8,
+  "v5e": 15.75,
+  "v5p": 95.74,
+  "v6e": 31.25,
 }
 # What a mesh axis divides: a role of models.Array's dimensions, or the batch.
 _ROLES: Mapping[str, str | None] = {
-    **dict.fromkeys(("data", "dp", "replica")),
-    "fsdp": models.EMBED,
-    **dict.fromkeys(("tp", "tensor", "model"), models.WIDE),
-    **dict.fromkeys(("ep", "expert"), models.EXPERT),
+  **dict.fromkeys(("data", "dp", "replica")),
+  "fsdp": models.EMBED,
+  **dict.fromkeys(("tp", "tensor", "model"), models.WIDE),
+  **dict.fromkeys(("ep", "expert"), models.EXPERT),
 }
 _LEFT_OUT = (
-    "activations, the batch and the compiler's temporaries, such as weights"
-    " gathered from other devices for a layer",
-    "the bf16 copy of float32 weights to compute with, 2 bytes per parameter if"
-    " it is made all at once",
+  "activations, the batch and the compiler's temporaries, such as weights"
+  " gathered from other devices for a layer",
+  "the bf16 copy of float32 weights to compute with, 2 bytes per parameter if"
+  " it is made all at once",
 )
 
 
@@ -101,13 +101,13 @@ class Plan:
   def to_json(self) -> dict[str, Any]:
     """The plan in types that JSON has, sizes in bytes."""
     rows = [
-        {
-            **dataclasses.asdict(row),
-            "total": row.total,
-            "left": self.left(row),
-            "fits": self.left(row) > 0,
-        }
-        for row in self.rows
+      {
+        **dataclasses.asdict(row),
+        "total": row.total,
+        "left": self.left(row),
+        "fits": self.left(row) > 0,
+      }
+      for row in self.rows
     ]
     return {**dataclasses.asdict(self), "rows": rows}
 
@@ -117,21 +117,21 @@ class Plan:
     large = max(row.total for row in self.rows) >= 2**30
     unit, scale = ("GiB", 2**30) if large else ("MiB", 2**20)
     lines = [
-        f"{self.model}: {self.num_params:,} parameters on"
-        f" {count} {'device' if count == 1 else f'devices ({axes})'}",
-        f"{self.device}: {self.device_bytes / 2**30:.2f} GiB each",
-        "",
-        f"{f'{unit} per device':32}{'params':>9}{'state':>9}{'gradients':>11}"
-        f"{'in flight':>11}{'total':>9}{'left':>9}  fits",
+      f"{self.model}: {self.num_params:,} parameters on"
+      f" {count} {'device' if count == 1 else f'devices ({axes})'}",
+      f"{self.device}: {self.device_bytes / 2**30:.2f} GiB each",
+      "",
+      f"{f'{unit} per device':32}{'params':>9}{'state':>9}{'gradients':>11}"
+      f"{'in flight':>11}{'total':>9}{'left':>9}  fits",
     ]
     for row in self.rows:
       sizes = (row.params, row.state, row.gradients, row.in_flight, row.total)
       cells = [f"{size / scale:.2f}" for size in (*sizes, self.left(row))]
       widths = (9, 9, 11, 11, 9, 9)
       lines.append(
-          f"{row.name:32}"
-          + "".join(map(str.rjust, cells, widths))
-          + f"  {'yes' if self.left(row) > 0 else 'no'}"
+        f"{row.name:32}"
+        + "".join(map(str.rjust, cells, widths))
+        + f"  {'yes' if self.left(row) > 0 else 'no'}"
       )
     lines += ["", *self.notes]
     lines += [f"Not counted: {what}." for what in self.left_out]
@@ -179,34 +179,34 @@ def plan(model: models.Model, mesh: Mapping[str, int], device: str) -> Plan:
   ours = placed(jnp.bfloat16, tx)
   stacked = _Placed(model.stacked_parts, 1, mesh, jnp.bfloat16, tx)
   baseline = Row(
-      "optax.adamw, float32",
-      usual.params_bytes,
-      usual.state_bytes,
-      usual.params_bytes,
+    "optax.adamw, float32",
+    usual.params_bytes,
+    usual.state_bytes,
+    usual.params_bytes,
   )
   flash = Row("fo.adamw", ours.params_bytes, ours.state_bytes, ours.params_bytes)
   released = dataclasses.replace(
-      flash,
-      name="fo.adamw, gradient release",
-      gradients=ours.released_gradients(model.tied),
+    flash,
+    name="fo.adamw, gradient release",
+    gradients=ours.released_gradients(model.tied),
   )
   in_flight, host = ours.hosted_bytes()
   offloaded = dataclasses.replace(
-      flash,
-      name="fo.adamw, state on the host",
-      state=flash.state - host,
-      in_flight=in_flight,
-      host=host,
+    flash,
+    name="fo.adamw, state on the host",
+    state=flash.state - host,
+    in_flight=in_flight,
+    host=host,
   )
   return Plan(
-      model=model.name,
-      num_params=model.num_params,
-      mesh=dict(mesh),
-      device=device,
-      device_bytes=device_bytes,
-      rows=(baseline, flash, released, offloaded),
-      notes=tuple(_notes(model, stacked, offloaded)),
-      left_out=(*model.left_out, *_LEFT_OUT),
+    model=model.name,
+    num_params=model.num_params,
+    mesh=dict(mesh),
+    device=device,
+    device_bytes=device_bytes,
+    rows=(baseline, flash, released, offloaded),
+    notes=tuple(_notes(model, stacked, offloaded)),
+    left_out=(*model.left_out, *_LEFT_OUT),
   )
 
 
@@ -222,8 +222,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     name = name.strip()
     if not re.fullmatch(r" *[0-9]{1,20} *", size) or name in mesh:
       raise ValueError(
-          f"Mesh {text!r}: found {part!r}; expected axes once each, such as"
-          " fsdp=32,tp=8."
+        f"Mesh {text!r}: found {part!r}; expected axes once each, such as fsdp=32,tp=8."
       )
     mesh[name] = int(size)
   return mesh
@@ -233,12 +232,12 @@ class _Placed:
   """Parameters and state of a transformation on a mesh: bytes on a device."""
 
   def __init__(
-      self,
-      arrays: Mapping[str, Mapping[str, models.Array]],
-      num_layers: int,
-      mesh: Mapping[str, int],
-      dtype: Any,
-      tx: optax.GradientTransformation,
+    self,
+    arrays: Mapping[str, Mapping[str, models.Array]],
+    num_layers: int,
+    mesh: Mapping[str, int],
+    dtype: Any,
+    tx: optax.GradientTransformation,
   ):
     """Places the parameters by their roles, and the state by the parameters.
 
@@ -252,14 +251,14 @@ class _Placed:
     abstract = AbstractMesh(tuple(mesh.values()), tuple(mesh))
     self.uneven: list[str] = []
     placed = jax.tree.map_with_path(
-        lambda path, array: self._place(path, array, abstract),
-        arrays,
-        is_leaf=_is_array,
+      lambda path, array: self._place(path, array, abstract),
+      arrays,
+      is_leaf=_is_array,
     )
     types = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, dtype),
-        arrays,
-        is_leaf=_is_array,
+      lambda array: jax.ShapeDtypeStruct(array.shape, dtype),
+      arrays,
+      is_leaf=_is_array,
     )
     with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter("always")
@@ -270,12 +269,10 @@ class _Placed:
     state = jax.eval_shape(tx.init, types)
     self._state_sizes = jax.tree.map(_shard_bytes, state, shardings)
 
-  def _place(
-      self, path: Any, array: models.Array, mesh: AbstractMesh
-  ) -> NamedSharding:
+  def _place(self, path: Any, array: models.Array, mesh: AbstractMesh) -> NamedSharding:
     axes = [
-        tuple(n for n in mesh.axis_names if role and _ROLES[n] == role) or None
-        for role in array.roles
+      tuple(n for n in mesh.axis_names if role and _ROLES[n] == role) or None
+      for role in array.roles
     ]
     wanted = PartitionSpec(*axes)
     spec = partition_specs.divisible(mesh, wanted, array.shape)
@@ -285,8 +282,8 @@ class _Placed:
 
   def _all_layers(self, sizes: Any) -> int:
     return sum(
-        size * (self._num_layers if "layers" in paths.name(path).split("/") else 1)
-        for path, size in jax.tree.leaves_with_path(sizes)
+      size * (self._num_layers if "layers" in paths.name(path).split("/") else 1)
+      for path, size in jax.tree.leaves_with_path(sizes)
     )
 
   @property
@@ -309,24 +306,24 @@ class _Placed:
     """With state in host memory: bytes on the device at a time, and on the host."""
     (state,) = state_lib.flash_states(self._state_sizes)
     moments = [
-        tree
-        for moment in state_lib.stored_moments(state)
-        for tree in (moment.values, moment.scales)
+      tree
+      for moment in state_lib.stored_moments(state)
+      for tree in (moment.values, moment.scales)
     ]
     # By parameter, in the order of the updates.
     parts = jax.tree.map(
-        lambda *sizes: sum(jax.tree.leaves(sizes)), *moments, state.correction
+      lambda *sizes: sum(jax.tree.leaves(sizes)), *moments, state.correction
     )
     first, layer, last = (
-        jax.tree.leaves(parts[part]) for part in ("embed", "layers", "top")
+      jax.tree.leaves(parts[part]) for part in ("embed", "layers", "top")
     )
     # More layers have no more kinds of neighbours.
     at_once = host_memory.IN_FLIGHT
     leaves = [*first, *layer * min(self._num_layers, at_once + 1), *last]
     windows = range(max(1, len(leaves) - at_once + 1))
     return (
-        max(sum(leaves[i : i + at_once]) for i in windows),
-        sum(first) + self._num_layers * sum(layer) + sum(last),
+      max(sum(leaves[i : i + at_once]) for i in windows),
+      sum(first) + self._num_layers * sum(layer) + sum(last),
     )
 
 
@@ -338,25 +335,23 @@ def _shard_bytes(leaf: jax.ShapeDtypeStruct, placed: NamedSharding) -> int:
   return math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def _notes(
-    model: models.Model, stacked: _Placed, offloaded: Row
-) -> Iterator[str]:
+def _notes(model: models.Model, stacked: _Placed, offloaded: Row) -> Iterator[str]:
   if model.tied:
     yield (
-        "The embedding is the head as well: with gradient release its whole"
-        " gradient is held."
+      "The embedding is the head as well: with gradient release its whole"
+      " gradient is held."
     )
   if stacked.uneven:
     yield (
-        f"The mesh does not divide {', '.join(stacked.uneven)}: kept whole along"
-        " the axes that don't."
+      f"The mesh does not divide {', '.join(stacked.uneven)}: kept whole along"
+      " the axes that don't."
     )
   yield from stacked.warnings
   in_flight, _ = stacked.hosted_bytes()
   yield (
-      "With layers stacked for jax.lax.scan, state on the host has"
-      f" {in_flight / 2**30:.2f} GiB in flight instead of"
-      f" {offloaded.in_flight / 2**30:.2f}."
+    "With layers stacked for jax.lax.scan, state on the host has"
+    f" {in_flight / 2**30:.2f} GiB in flight instead of"
+    f" {offloaded.in_flight / 2**30:.2f}."
   )
 
 
@@ -364,17 +359,17 @@ def _check_mesh(mesh: Mapping[str, int]) -> None:
   for name, size in mesh.items():
     if name not in _ROLES:
       raise ValueError(
-          f"Mesh axis {name!r} is not known; expected one of {', '.join(_ROLES)}."
+        f"Mesh axis {name!r} is not known; expected one of {', '.join(_ROLES)}."
       )
     if not 1 <= size <= models.MAX_SIZE:
       raise ValueError(
-          f"Mesh axis {name!r} has size {size}; expected 1 or more, at most"
-          f" {models.MAX_SIZE}."
+        f"Mesh axis {name!r} has size {size}; expected 1 or more, at most"
+        f" {models.MAX_SIZE}."
       )
   if math.prod(mesh.values()) > models.MAX_SIZE:
     raise ValueError(
-        f"The mesh {dict(mesh)} has {math.prod(mesh.values())} devices; expected at"
-        f" most {models.MAX_SIZE}."
+      f"The mesh {dict(mesh)} has {math.prod(mesh.values())} devices; expected at"
+      f" most {models.MAX_SIZE}."
     )
 
 
@@ -384,7 +379,7 @@ def _device_bytes(device: str) -> int:
   found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(Gi?B)", device)
   if found is None:
     raise ValueError(
-        f"Device {device!r} is not known; expected one of {', '.join(DEVICES)}, or"
-        " a size such as 24GiB."
+      f"Device {device!r} is not known; expected one of {', '.join(DEVICES)}, or"
+      " a size such as 24GiB."
     )
   return int(float(found[1]) * (2**30 if found[2] == "GiB" else 10**9))

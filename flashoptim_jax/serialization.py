@@ -32,14 +32,14 @@ def _deserialize(serialized: bytes) -> Format:
 def register() -> None:
   """Registers the states of this package and of Optax, once in a process."""
   jax.export.register_pytree_node_serialization(
-      Format,
-      serialized_name="flashoptim_jax.Format",
-      serialize_auxdata=_serialize,
-      deserialize_auxdata=_deserialize,
+    Format,
+    serialized_name="flashoptim_jax.Format",
+    serialize_auxdata=_serialize,
+    deserialize_auxdata=_deserialize,
   )
   for own in (FlashState, CompressedState):
     jax.export.register_namedtuple_serialization(
-        own, serialized_name=f"flashoptim_jax.{own.__name__}"
+      own, serialized_name=f"flashoptim_jax.{own.__name__}"
     )
   for name, node in _optax_nodes().items():
     try:
@@ -52,8 +52,8 @@ def _optax_nodes() -> dict[str, Any]:
   """The named tuples that Optax's states are made of, by name."""
   public = [*vars(optax).values(), *vars(optax.contrib).values()]
   return {
-      f"optax.{each.__name__}": each
-      for each in public
-      if isinstance(each, type) and issubclass(each, tuple)
-      if each.__name__.endswith("State") or each is optax.MaskedNode
+    f"optax.{each.__name__}": each
+    for each in public
+    if isinstance(each, type) and issubclass(each, tuple)
+    if each.__name__.endswith("State") or each is optax.MaskedNode
   }

@@ -27,10 +27,10 @@ class _Param(NamedTuple):
 
 
 def state_shardings(
-    tx: optax.GradientTransformation,
-    params: optax.Params,
-    param_shardings: Any,
-    memory_kind: str | None = None,
+  tx: optax.GradientTransformation,
+  params: optax.Params,
+  param_shardings: Any,
+  memory_kind: str | None = None,
 ) -> Any:
   """Shardings for every array of a transformation's state.
 
@@ -70,10 +70,10 @@ def state_shardings(
   """
   shardings = _broadcast(param_shardings, params)
   known = {
-      path: _Param(jnp.shape(leaf), _fitted(sharding, jnp.shape(leaf)))
-      for (path, leaf), sharding in zip(
-          jax.tree.leaves_with_path(params), shardings, strict=True
-      )
+    path: _Param(jnp.shape(leaf), _fitted(sharding, jnp.shape(leaf)))
+    for (path, leaf), sharding in zip(
+      jax.tree.leaves_with_path(params), shardings, strict=True
+    )
   }
   state = jax.eval_shape(tx.init, params)
   replicated = _replicated(shardings)
@@ -96,32 +96,30 @@ def state_shardings(
     storage = node.format.storage
     size = storage.group_size if storage.quantizes_moments else None
     placed = jax.tree.map_with_path(
-        lambda inner, leaf: place((*path, *inner), leaf, size), node
+      lambda inner, leaf: place((*path, *inner), leaf, size), node
     )
     if memory_kind is None:
       return placed
     return state_lib.map_stored(
-        lambda sharding: sharding.with_memory_kind(memory_kind), placed
+      lambda sharding: sharding.with_memory_kind(memory_kind), placed
     )
 
-  result = jax.tree.map_with_path(
-      place_node, state, is_leaf=state_lib.is_flash_state
-  )
+  result = jax.tree.map_with_path(place_node, state, is_leaf=state_lib.is_flash_state)
   if cut:
     named = [f"{paths.name(path)!r} ({why})" for path, why in cut.items()]
     if len(named) > _NAMED_AT_MOST:
       named[_NAMED_AT_MOST:] = [f"{len(named) - _NAMED_AT_MOST} more"]
     warnings.warn(
-        f"Shards cut groups of the moments of {', '.join(named)}. Updating these"
-        " parameters has to communicate; to avoid it, shard them along another"
-        " axis or over fewer devices.",
-        stacklevel=2,
+      f"Shards cut groups of the moments of {', '.join(named)}. Updating these"
+      " parameters has to communicate; to avoid it, shard them along another"
+      " axis or over fewer devices.",
+      stacklevel=2,
     )
   return result
 
 
 def with_shardings(
-    tx: optax.GradientTransformation, params: optax.Params, param_shardings: Any
+  tx: optax.GradientTransformation, params: optax.Params, param_shardings: Any
 ) -> optax.GradientTransformationExtraArgs:
   """Tells a transformation how its parameters are sharded.
 
@@ -143,13 +141,15 @@ def with_shardings(
   """
   shardings = _broadcast(param_shardings, params)
   # Not a tree, which Optax's masks would mask, or fail to: paths have no order.
-  by_path = types.MappingProxyType({
+  by_path = types.MappingProxyType(
+    {
       path: sharding
       for (path, _), sharding in zip(
-          jax.tree.leaves_with_path(params), shardings, strict=True
+        jax.tree.leaves_with_path(params), shardings, strict=True
       )
       if isinstance(sharding, NamedSharding)
-  })
+    }
+  )
   inner = optax.with_extra_args_support(tx)
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -166,15 +166,15 @@ def _broadcast(param_shardings: Any, params: Any) -> list[Sharding]:
     tree = jax.tree.broadcast(param_shardings, params)
   except ValueError as error:
     raise ValueError(
-        "param_shardings is not a prefix of params:"
-        f" {jax.tree.structure(param_shardings)} against"
-        f" {jax.tree.structure(params)}."
+      "param_shardings is not a prefix of params:"
+      f" {jax.tree.structure(param_shardings)} against"
+      f" {jax.tree.structure(params)}."
     ) from error
   for path, sharding in jax.tree.leaves_with_path(tree):
     if not isinstance(sharding, Sharding):
       raise ValueError(
-          f"The sharding of {paths.name(path)!r} is {sharding!r}; expected a"
-          " jax.sharding.Sharding, such as NamedSharding(mesh, spec)."
+        f"The sharding of {paths.name(path)!r} is {sharding!r}; expected a"
+        " jax.sharding.Sharding, such as NamedSharding(mesh, spec)."
       )
   return jax.tree.leaves(tree)
 
@@ -184,7 +184,7 @@ def _fitted(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
   if not isinstance(sharding, NamedSharding):
     return sharding
   return sharding.update(
-      spec=partition_specs.divisible(sharding.mesh, sharding.spec, shape)
+    spec=partition_specs.divisible(sharding.mesh, sharding.spec, shape)
   )
 
 

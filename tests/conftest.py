@@ -6,9 +6,9 @@ import tempfile
 # only a few steps; beside whatever flags the user gave.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = {
-    "--xla_force_host_platform_device_count": "8",
-    "--xla_backend_optimization_level": "0",
-    "--xla_llvm_disable_expensive_passes": "true",
+  "--xla_force_host_platform_device_count": "8",
+  "--xla_backend_optimization_level": "0",
+  "--xla_llvm_disable_expensive_passes": "true",
 }
 for _name, _value in _FLAGS.items():
   _given = os.environ.get("XLA_FLAGS", "")
@@ -27,10 +27,10 @@ import hypothesis  # noqa: E402
 
 # The same examples in every run, however slow the machine.
 hypothesis.settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, print_blob=False
+  "repeatable", derandomize=True, deadline=None, print_blob=False
 )
 hypothesis.settings.register_profile(
-    "quick", hypothesis.settings.get_profile("repeatable"), max_examples=10
+  "quick", hypothesis.settings.get_profile("repeatable"), max_examples=10
 )
 
 

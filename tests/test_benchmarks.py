@@ -11,9 +11,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "benchmarks" / "README.md").read_text()
 COLUMNS = ("script", "question", "needs", "time", "results", "command")
 ROWS = [
-    dict(zip(COLUMNS, map(str.strip, line.strip("|").split("|")), strict=True))
-    for line in README.splitlines()
-    if line.startswith("| `")
+  dict(zip(COLUMNS, map(str.strip, line.strip("|").split("|")), strict=True))
+  for line in README.splitlines()
+  if line.startswith("| `")
 ]
 
 

@@ -20,7 +20,9 @@ def test_blocks_of_a_page():
   text += "<!-- compiled only: needs a pod -->\n```python\nz\n```\n"
   found = list(pages.blocks(text))
   assert [(code.strip(), runs) for code, runs in found] == [
-      ("x = 1", True), ("y = x", True), ("z", False)
+    ("x = 1", True),
+    ("y = x", True),
+    ("z", False),
   ]
   assert found[1][0].count("\n") == 6
 
@@ -57,14 +59,14 @@ def test_every_public_docstring_describes_its_arguments():
       continue
     tree = ast.parse(pathlib.Path(value.__code__.co_filename).read_text())
     (node,) = (
-        n
-        for n in tree.body
-        if isinstance(n, ast.FunctionDef) and n.name == value.__name__
+      n
+      for n in tree.body
+      if isinstance(n, ast.FunctionDef) and n.name == value.__name__
     )
     arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
     for argument in arguments:
       assert re.search(rf"^ +{argument.arg}: ", value.__doc__, re.MULTILINE), (
-          f"{name} does not describe {argument.arg}"
+        f"{name} does not describe {argument.arg}"
       )
 
 
@@ -83,10 +85,10 @@ def test_every_test_that_is_named_exists():
 
 def test_every_picture_is_generated():
   shown = set(
-      itertools.chain.from_iterable(
-          re.findall(r"\]\(figures/([\w-]+)\.svg\)", page.read_text())
-          for page in pages.PAGES
-      )
+    itertools.chain.from_iterable(
+      re.findall(r"\]\(figures/([\w-]+)\.svg\)", page.read_text())
+      for page in pages.PAGES
+    )
   )
   drawn = {path.stem for path in figures.FIGURES.iterdir()}
   assert shown == drawn
@@ -98,15 +100,15 @@ def run(name, seed, value):
 
 def test_quality_table():
   found = {
-      "baseline": "optax",
-      "metric": "loss",
-      "runs": [
-          run("optax", 0, 1.0),
-          run("optax", 1, 2.0),
-          run("fo", 0, 1.1),
-          run("fo", 1, 2.3),
-          run("diverged", 0, None),
-      ],
+    "baseline": "optax",
+    "metric": "loss",
+    "runs": [
+      run("optax", 0, 1.0),
+      run("optax", 1, 2.0),
+      run("fo", 0, 1.1),
+      run("fo", 1, 2.3),
+      run("diverged", 0, None),
+    ],
   }
   lines = tables.quality_table(found).splitlines()
   assert lines[3] == "| fo | 2 of 2 | 1.7000 ± 0.8485 | 0.2000 ± 0.1414 |"
@@ -117,15 +119,15 @@ def test_quality_runs_have_a_section_and_a_picture(tmp_path, monkeypatch):
   assert tables.quality.__doc__
   losses = {"steps": [1, 2], "losses": [3.0, 2.0]}
   found = {
-      "title": "A model",
-      "metric": "loss",
-      "baseline": "optax",
-      "device": "cpu",
-      "versions": {"jax": "0.10.0"},
-      "date": "2026-01-01",
-      "learning_rate": 1e-3,
-      "runs": [run("optax", s, 2.0) | losses for s in range(2)]
-      + [run("fo", s, 2.1) | losses for s in range(2)],
+    "title": "A model",
+    "metric": "loss",
+    "baseline": "optax",
+    "device": "cpu",
+    "versions": {"jax": "0.10.0"},
+    "date": "2026-01-01",
+    "learning_rate": 1e-3,
+    "runs": [run("optax", s, 2.0) | losses for s in range(2)]
+    + [run("fo", s, 2.1) | losses for s in range(2)],
   }
   (tmp_path / "quality_model.json").write_text(json.dumps(found))
   monkeypatch.setattr(record, "RESULTS", tmp_path)

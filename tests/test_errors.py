@@ -24,9 +24,9 @@ def model():
 def attempts(tx, grads, state, params):
   """Every way to take a step."""
   return (
-      lambda: tx.update(grads, state, params),
-      lambda: fo.step(tx, grads, state, params),
-      lambda: jax.eval_shape(tx.update, grads, state, params),
+    lambda: tx.update(grads, state, params),
+    lambda: fo.step(tx, grads, state, params),
+    lambda: jax.eval_shape(tx.update, grads, state, params),
   )
 
 
@@ -49,9 +49,9 @@ def test_storage_of_another_type(name, storage):
 
 @every_optimizer
 def test_dtype_options_point_to_storage(name):
-  option = "accumulator_dtype" if "sgd" in str(
-      cases.OPTIMIZERS[name].flash
-  ) else "mu_dtype"
+  option = (
+    "accumulator_dtype" if "sgd" in str(cases.OPTIMIZERS[name].flash) else "mu_dtype"
+  )
   for value in (jnp.float32, jnp.bfloat16, "float32"):
     with raises(option, repr(value), "None", "storage=flashoptim_jax.Storage"):
       cases.make(name, **{option: value})
@@ -75,16 +75,14 @@ DECAYING = ["adamw", "sgd", "momentum", "lion"]
 
 @pytest.mark.parametrize("name", slow_but(DECAYING))
 @pytest.mark.parametrize(
-    "rate",
-    [0.0, optax.linear_schedule(0.0, 1.0, 10), lambda count: 0.0 * count],
-    ids=["number", "warmup", "function"],
+  "rate",
+  [0.0, optax.linear_schedule(0.0, 1.0, 10), lambda count: 0.0 * count],
+  ids=["number", "warmup", "function"],
 )
 def test_decouple_lr_needs_a_rate_above_0(name, rate):
   params = model()
   with raises("decouple_lr=True", "step 0", "which is 0", "above 0"):
-    tx = cases.make(
-        name, learning_rate=rate, weight_decay=0.1, decouple_lr=True
-    )
+    tx = cases.make(name, learning_rate=rate, weight_decay=0.1, decouple_lr=True)
     fo.step(tx, params, tx.init(params), params)
 
 
@@ -107,14 +105,16 @@ def test_dampening():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "advice"),
-    slow_but([
-        ("int8", "optax.masked"),
-        ("int32", "optax.masked"),
-        ("bool", "optax.masked"),
-        ("float8_e4m3fn", "optax.masked"),
-        ("complex64", "split_real_and_imaginary"),
-    ]),
+  ("dtype", "advice"),
+  slow_but(
+    [
+      ("int8", "optax.masked"),
+      ("int32", "optax.masked"),
+      ("bool", "optax.masked"),
+      ("float8_e4m3fn", "optax.masked"),
+      ("complex64", "split_real_and_imaginary"),
+    ]
+  ),
 )
 @every_optimizer
 def test_params_of_other_dtypes(name, dtype, advice):
@@ -131,27 +131,27 @@ def test_params_of_other_dtypes(name, dtype, advice):
 
 
 WHOLE_MODEL_CALLS = {
-    "init": lambda tx, state, whole: tx.init(whole),
-    "update": lambda tx, state, whole: tx.update(whole, state, whole),
-    "step": lambda tx, state, whole: fo.step(tx, whole, state, whole),
-    "from_fp32": lambda tx, state, whole: fo.from_fp32(tx, whole),
-    "to_optax": lambda tx, state, whole: fo.to_optax(tx, whole, state),
-    "from_optax": lambda tx, state, whole: fo.from_optax(tx, whole, state),
-    "convert": lambda tx, state, whole: fo.convert(tx, tx, whole, state),
-    "memory_report": lambda tx, state, whole: fo.memory_report(tx, whole),
-    "check_numerics": lambda tx, state, whole: fo.check_numerics(whole, state, 0.1),
-    "state_shardings": lambda tx, state, whole: fo.state_shardings(
-        tx, whole, jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    ),
-    "release": lambda tx, state, whole: fo.value_and_release(lambda live: 0.0, tx)(
-        whole, state
-    ),
+  "init": lambda tx, state, whole: tx.init(whole),
+  "update": lambda tx, state, whole: tx.update(whole, state, whole),
+  "step": lambda tx, state, whole: fo.step(tx, whole, state, whole),
+  "from_fp32": lambda tx, state, whole: fo.from_fp32(tx, whole),
+  "to_optax": lambda tx, state, whole: fo.to_optax(tx, whole, state),
+  "from_optax": lambda tx, state, whole: fo.from_optax(tx, whole, state),
+  "convert": lambda tx, state, whole: fo.convert(tx, tx, whole, state),
+  "memory_report": lambda tx, state, whole: fo.memory_report(tx, whole),
+  "check_numerics": lambda tx, state, whole: fo.check_numerics(whole, state, 0.1),
+  "state_shardings": lambda tx, state, whole: fo.state_shardings(
+    tx, whole, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  ),
+  "release": lambda tx, state, whole: fo.value_and_release(lambda live: 0.0, tx)(
+    whole, state
+  ),
 }
 
 
 @pytest.mark.parametrize("call", slow_but(WHOLE_MODEL_CALLS))
 @pytest.mark.parametrize(
-    "tx", [fo.adamw(0.1), fo.compress(optax.adamw(0.1))], ids=["flash", "compress"]
+  "tx", [fo.adamw(0.1), fo.compress(optax.adamw(0.1))], ids=["flash", "compress"]
 )
 @pytest.mark.parametrize("leaf", [jax.nn.relu, "relu"], ids=["function", "string"])
 def test_a_model_passed_whole(tx, call, leaf):
@@ -189,9 +189,9 @@ def test_state_of_another_tree(name):
   more = {"layer": params["layer"] | {"scale": jnp.ones(3, jnp.bfloat16)}}
   renamed = {"other": params["layer"]}
   for found, path in (
-      (less, "'layer/bias'"),
-      (more, "'layer/scale'"),
-      (renamed, "'layer/bias'"),
+    (less, "'layer/bias'"),
+    (more, "'layer/scale'"),
+    (renamed, "'layer/bias'"),
   ):
     parts = (path, "the state's", "the parameters", "no counterpart")
     refused(tx, params, tx.init(found), params, *parts)
@@ -207,7 +207,7 @@ def test_state_of_another_shape(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, case in cases.OPTIMIZERS.items() if case.moments]
+  "name", [name for name, case in cases.OPTIMIZERS.items() if case.moments]
 )
 def test_scales_of_another_shape(name):
   tx = cases.make(name)
@@ -297,11 +297,11 @@ def test_gradients_of_another_shape_or_dtype(name):
   params = model()
   state = tx.init(params)
   for leaf, found in (
-      (jnp.ones(34), "(34,)"),
-      (jnp.ones((1, 33)), "(1, 33)"),
-      (jnp.ones(()), "()"),
-      (jnp.ones(33, jnp.int32), "int32"),
-      (jnp.ones(33, jnp.complex64), "complex64"),
+    (jnp.ones(34), "(34,)"),
+    (jnp.ones((1, 33)), "(1, 33)"),
+    (jnp.ones(()), "()"),
+    (jnp.ones(33, jnp.int32), "int32"),
+    (jnp.ones(33, jnp.complex64), "complex64"),
   ):
     grads = {"layer": params["layer"] | {"bias": leaf}}
     parts = ("gradient of 'layer/bias'", found, "(33,)", "floating-point")
@@ -315,9 +315,9 @@ def test_gradients_of_another_shape_or_dtype(name):
 def test_mask_of_another_tree(name):
   params = model()
   for mask in (
-      {"other": True},
-      {"layer": {"kernel": True}},
-      lambda params: {"layer": [True, False]},
+    {"other": True},
+    {"layer": {"kernel": True}},
+    lambda params: {"layer": [True, False]},
   ):
     tx = cases.make(name, mask=mask, weight_decay=0.1)
     parts = ("weight decay mask", "prefix of the parameters")
@@ -329,10 +329,8 @@ def test_two_flash_optimizers_on_one_leaf(name):
   params = model()
   tx = cases.make(name)
   both = optax.chain(
-      optax.masked(tx, {"layer": {"kernel": True, "bias": True}}),
-      optax.masked(tx, {"layer": {"kernel": False, "bias": True}}),
+    optax.masked(tx, {"layer": {"kernel": True, "bias": True}}),
+    optax.masked(tx, {"layer": {"kernel": False, "bias": True}}),
   )
   with raises("'layer/bias'", "two flash optimizers", "expected masks"):
-    jax.eval_shape(
-        functools.partial(fo.step, both), params, both.init(params), params
-    )
+    jax.eval_shape(functools.partial(fo.step, both), params, both.init(params), params)

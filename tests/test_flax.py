@@ -23,7 +23,7 @@ X = jnp.asarray(_RNG.normal(size=(64, 32)), jnp.bfloat16)
 Y = jnp.asarray(_RNG.normal(size=(64, 1)), jnp.bfloat16) + X[:, :1]
 
 some_optimizers = pytest.mark.parametrize(
-    "name", slow_but(["adamw", "momentum", "lion"], "lion")
+  "name", slow_but(["adamw", "momentum", "lion"], "lion")
 )
 
 
@@ -90,12 +90,8 @@ def assert_one_step_agrees(actual, desired):
   Where a step takes an element across zero, bfloat16 rounds the update that
   stock optimizers apply; the others land where they should.
   """
-  for a, b in zip(
-      jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True
-  ):
-    np.testing.assert_allclose(
-        np.float32(a), np.float32(b), rtol=2**-7, atol=2**-14
-    )
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2**-7, atol=2**-14)
 
 
 @jax.jit
@@ -128,7 +124,7 @@ def test_linen_train_states(name):
   assert int(optax.tree.get(ours.opt_state, "count")) == 20
   assert losses[-1] < 0.8 * losses[0]
   stock, stock_first, stock_losses = train_linen(
-      train_state.TrainState, tx, linen_params()
+    train_state.TrainState, tx, linen_params()
   )
   cases.assert_same_types(ours.params, stock.params)
   assert_one_step_agrees(first, stock_first)
@@ -138,7 +134,7 @@ def test_linen_train_states(name):
 
 def test_linen_train_state_uses_step(recorded_steps):
   state = fo.flax.TrainState.create(
-      apply_fn=None, params=linen_params(), tx=fo.adamw(0.1, storage=cases.QUANTIZED)
+    apply_fn=None, params=linen_params(), tx=fo.adamw(0.1, storage=cases.QUANTIZED)
   )
   state = state.apply_gradients(grads=state.params)
   assert recorded_steps == [{}]
@@ -146,11 +142,11 @@ def test_linen_train_state_uses_step(recorded_steps):
 
 
 SERIALIZED = {
-    "chain": lambda: optax.chain(optax.clip(1.0), fo.adamw(0.1)),
-    "lossless": lambda: fo.adamw(0.1, storage=cases.STORAGES["32/32"]),
-    "lion": lambda: fo.lion(0.1),
-    "compress": lambda: fo.compress(optax.adamw(0.1)),
-    "codecs": lambda: fo.compress(optax.adamw(0.1), codecs={"nu": "float32"}),
+  "chain": lambda: optax.chain(optax.clip(1.0), fo.adamw(0.1)),
+  "lossless": lambda: fo.adamw(0.1, storage=cases.STORAGES["32/32"]),
+  "lion": lambda: fo.lion(0.1),
+  "compress": lambda: fo.compress(optax.adamw(0.1)),
+  "codecs": lambda: fo.compress(optax.adamw(0.1), codecs={"nu": "float32"}),
 }
 
 
@@ -159,15 +155,15 @@ def test_states_as_bytes(name):
   """What is read back is what was written; another format is refused by name."""
   params = cases.tree(cases.TINY_SHAPES)
   fresh = train_state.TrainState.create(
-      apply_fn=None, params=params, tx=SERIALIZED[name]()
+    apply_fn=None, params=params, tx=SERIALIZED[name]()
   )
   state = fresh.replace(
-      params=cases.tree(cases.TINY_SHAPES, seed=1),
-      opt_state=jax.tree.map(lambda x: x + 1, fresh.opt_state),
+    params=cases.tree(cases.TINY_SHAPES, seed=1),
+    opt_state=jax.tree.map(lambda x: x + 1, fresh.opt_state),
   )
   restored = serialization.from_bytes(fresh, serialization.to_bytes(state))
   cases.assert_same(
-      (restored.params, restored.opt_state), (state.params, state.opt_state)
+    (restored.params, restored.opt_state), (state.params, state.opt_state)
   )
   # Its format is still no leaf.
   as_dict = serialization.to_state_dict(state)
@@ -176,8 +172,8 @@ def test_states_as_bytes(name):
 
 def test_states_as_bytes_of_another_format():
   forms = [
-      fo.storage.state.flash_states(make().init(cases.tree(cases.TINY_SHAPES)))[0].format
-      for make in SERIALIZED.values()
+    fo.storage.state.flash_states(make().init(cases.tree(cases.TINY_SHAPES)))[0].format
+    for make in SERIALIZED.values()
   ]
   for form, other in itertools.permutations(forms, 2):
     with pytest.raises(ValueError, match="was made by") as error:
@@ -211,15 +207,15 @@ def test_linen_leaves_that_are_overwritten():
   params = {"params": {"w": jnp.ones(32, jnp.bfloat16)}, key: jnp.zeros(3)}
   grads = {"params": {"w": jnp.ones(32, jnp.bfloat16)}, key: jnp.arange(3.0)}
   results = [
-      jax.jit(cls.apply_gradients)(
-          cls.create(
-              apply_fn=None,
-              params=params,
-              tx=fo.adamw(0.5, storage=cases.QUANTIZED),
-          ),
-          grads=grads,
-      )
-      for cls in (fo.flax.TrainState, train_state.TrainState)
+    jax.jit(cls.apply_gradients)(
+      cls.create(
+        apply_fn=None,
+        params=params,
+        tx=fo.adamw(0.5, storage=cases.QUANTIZED),
+      ),
+      grads=grads,
+    )
+    for cls in (fo.flax.TrainState, train_state.TrainState)
   ]
   assert int(results[0].step) == 1
   np.testing.assert_array_equal(results[0].params[key], [0, 1, 2])
@@ -248,22 +244,22 @@ def test_linen_partitioned_params_give_specs(name, storage):
     if not isinstance(field, optax.MaskedNode):
       assert field["Dense_0"]["kernel"] == kernel
   for spec, leaf in zip(
-      jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P)),
-      jax.tree.leaves(unboxed),
-      strict=True,
+    jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P)),
+    jax.tree.leaves(unboxed),
+    strict=True,
   ):
     assert len(spec) <= leaf.ndim
   # Which makes them shardings for the state as it is made.
   mesh = jax.make_mesh(
-      (2, 2),
-      ("rows", "columns"),
-      axis_types=(AxisType.Auto,) * 2,
+    (2, 2),
+    ("rows", "columns"),
+    axis_types=(AxisType.Auto,) * 2,
   )
   shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
   jax.tree.map(
-      lambda leaf, sharding: sharding.shard_shape(leaf.shape),
-      unboxed,
-      shardings,
+    lambda leaf, sharding: sharding.shard_shape(leaf.shape),
+    unboxed,
+    shardings,
   )
 
 
@@ -326,28 +322,30 @@ def test_nnx_optimizer_uses_step(recorded_steps):
 
 
 @pytest.mark.parametrize(
-    ("kind", "metadata", "tx", "cls"),
-    slow_but([
-        ("Auto", {"sharding": (None, "tensor")}, fo.adamw(0.1), fo.flax.Optimizer),
-        ("Explicit", {"sharding": (None, "tensor")}, fo.adamw(0.1), nnx.Optimizer),
-        ("Explicit", {"sharding": P("data", "tensor")}, fo.lion(0.1), nnx.Optimizer),
-        (
-            "Auto",
-            {
-                "sharding": (None, "out"),
-                "sharding_rules": (("out", ("data", "tensor")),),
-            },
-            fo.lion(0.1),
-            nnx.Optimizer,
-        ),
-        (
-            "Auto",
-            {"sharding": (None, "tensor")},
-            fo.compress(optax.sgd(0.1, 0.9)),
-            fo.flax.Optimizer,
-        ),
-    ]),
-    ids=["Auto", "Explicit", "spec", "logical", "compress"],
+  ("kind", "metadata", "tx", "cls"),
+  slow_but(
+    [
+      ("Auto", {"sharding": (None, "tensor")}, fo.adamw(0.1), fo.flax.Optimizer),
+      ("Explicit", {"sharding": (None, "tensor")}, fo.adamw(0.1), nnx.Optimizer),
+      ("Explicit", {"sharding": P("data", "tensor")}, fo.lion(0.1), nnx.Optimizer),
+      (
+        "Auto",
+        {
+          "sharding": (None, "out"),
+          "sharding_rules": (("out", ("data", "tensor")),),
+        },
+        fo.lion(0.1),
+        nnx.Optimizer,
+      ),
+      (
+        "Auto",
+        {"sharding": (None, "tensor")},
+        fo.compress(optax.sgd(0.1, 0.9)),
+        fo.flax.Optimizer,
+      ),
+    ]
+  ),
+  ids=["Auto", "Explicit", "spec", "logical", "compress"],
 )
 def test_nnx_sharding_metadata_that_scales_do_not_fit(kind, metadata, tx, cls):
   """A scale's axis is left out of what doesn't divide it; the parameter's stays."""
@@ -386,9 +384,7 @@ def test_nnx_sharding_metadata_fits_after_conversions():
 
 
 def test_nnx_sharding_metadata_reaches_the_state():
-  mesh = jax.make_mesh(
-      (2, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2
-  )
+  mesh = jax.make_mesh((2, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
 
   def create():
     model = Nnx(nnx.Rngs(0), sharding=("rows", "columns"))
@@ -398,8 +394,8 @@ def test_nnx_sharding_metadata_reaches_the_state():
   with jax.set_mesh(mesh):
     specs = nnx.get_partition_spec(nnx.state(nnx.eval_shape(create)))
   kernels = [
-      variable.get_value()
-      for path, variable in nnx.to_flat_state(specs)
-      if path[-2:] == ("first", "kernel")
+    variable.get_value()
+    for path, variable in nnx.to_flat_state(specs)
+    if path[-2:] == ("first", "kernel")
   ]
   assert kernels == [P("rows", "columns")] * 5

@@ -13,8 +13,8 @@ from tests.support.nestings import draw, every_nesting, nestings
 
 def test_llama_3_8b_takes_5_13_bytes_per_parameter():
   params = {
-      name: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-      for name, shape in llama3_8b().items()
+    name: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    for name, shape in llama3_8b().items()
   }
   report = fo.memory_report(fo.adamw(1e-3), params)
   assert report.num_params == 8_030_261_248
@@ -26,17 +26,30 @@ def test_llama_3_8b_takes_5_13_bytes_per_parameter():
   usual = report.baseline
   assert usual["params"] + usual["moments"] == 12 * report.num_params
   text = str(report)
-  for part in ("8,030,261,248", "params", "correction", "moments", "scales",
-               "gradients", "total", "optax.adamw", "5.125"):
+  for part in (
+    "8,030,261,248",
+    "params",
+    "correction",
+    "moments",
+    "scales",
+    "gradients",
+    "total",
+    "optax.adamw",
+    "5.125",
+  ):
     assert part in text
 
 
-@pytest.mark.parametrize("storage", [
+@pytest.mark.parametrize(
+  "storage",
+  [
     cases.QUANTIZED,
     fo.Storage(master_bits=32, moment_bits=32),
     fo.Storage(master_bits=None, companding="paper", min_quantized_size=0),
     fo.Storage(group_size=8, min_quantized_size=0),
-], ids=["24-8", "32-32", "none-8", "groups-of-8"])
+  ],
+  ids=["24-8", "32-32", "none-8", "groups-of-8"],
+)
 @every_nesting
 def test_report_is_what_a_real_state_takes(nesting, storage):
   tx = nestings(storage)[nesting]
@@ -55,7 +68,7 @@ def test_report_is_what_a_real_state_takes(nesting, storage):
   assert report.moments == sum(nbytes((s.mu, s.nu)) for s in flash)
   assert report.scales == sum(nbytes((s.mu_scale, s.nu_scale)) for s in flash)
   assert report.bytes_per_param == pytest.approx(
-      (nbytes(params) + nbytes(state)) / report.num_params
+    (nbytes(params) + nbytes(state)) / report.num_params
   )
   float32 = fo.cast_params(params, jnp.float32)
   plain = optax.adamw(1e-3).init(float32)

@@ -19,10 +19,10 @@ def environment(devices: int):
   """Of a process with so many CPU devices, not this one's eight."""
   flags = os.environ["XLA_FLAGS"].split()
   return os.environ | {
-      "JAX_PLATFORMS": "cpu",
-      "JAX_NUM_CPU_DEVICES": str(devices),
-      "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-      "XLA_FLAGS": " ".join(flag for flag in flags if "device_count" not in flag),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    "XLA_FLAGS": " ".join(flag for flag in flags if "device_count" not in flag),
   }
 
 
@@ -37,11 +37,11 @@ def test_processes_equal_one(tmp_path):
   file = tmp_path / "result.pickle"
   common = [sys.executable, "-m", "tests.support.multihost_worker", free_address()]
   workers = [
-      subprocess.Popen(
-          [*common, str(processes), str(i), name, file],
-          env=environment(8 // processes),
-      )
-      for i in range(processes)
+    subprocess.Popen(
+      [*common, str(processes), str(i), name, file],
+      env=environment(8 // processes),
+    )
+    for i in range(processes)
   ]
   assert [worker.wait(TIMEOUT) for worker in workers] == [0] * processes
   actual = pickle.loads(file.read_bytes())

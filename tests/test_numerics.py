@@ -12,13 +12,13 @@ import flashoptim_jax as fo
 from tests.support.tiers import slow_but
 
 SPACING = {  # Below half of it, at 1, a step is lost.
-    ("bfloat16", 24): 2.0**-23,
-    ("bfloat16", 32): 2.0**-23,
-    ("bfloat16", None): 2.0**-7,
-    ("float16", 24): 2.0**-11 / 127 / 256,
-    ("float16", 32): 2.0**-23,
-    ("float16", None): 2.0**-10,
-    ("float32", 24): 2.0**-23,
+  ("bfloat16", 24): 2.0**-23,
+  ("bfloat16", 32): 2.0**-23,
+  ("bfloat16", None): 2.0**-7,
+  ("float16", 24): 2.0**-11 / 127 / 256,
+  ("float16", 32): 2.0**-23,
+  ("float16", None): 2.0**-10,
+  ("float32", 24): 2.0**-23,
 }
 STEPS = 2048
 
@@ -88,13 +88,13 @@ def test_takes_schedules_at_the_count_of_updates():
 def test_of_leaves_without_a_largest_weight():
   """Zero-size, zero and integer leaves."""
   tx = optax.partition(
-      {"flash": fo.adamw(1e-3), "none": optax.set_to_zero()},
-      {"empty": "flash", "zero": "flash", "ids": "none"},
+    {"flash": fo.adamw(1e-3), "none": optax.set_to_zero()},
+    {"empty": "flash", "zero": "flash", "ids": "none"},
   )
   params = {
-      "empty": jnp.zeros((0, 4), jnp.bfloat16),
-      "zero": jnp.zeros((4,), jnp.bfloat16),
-      "ids": jnp.arange(3),
+    "empty": jnp.zeros((0, 4), jnp.bfloat16),
+    "zero": jnp.zeros((4,), jnp.bfloat16),
+    "ids": jnp.arange(3),
   }
   assert not fo.check_numerics(params, tx.init(params), 1e-8)
 
@@ -115,9 +115,12 @@ def test_finds_what_is_not_finite(size):
     fo.check_numerics(bad, state, 1e-3, raise_error=True)
   # A gradient that is not finite gets into parameters and state.
   grads = jax.tree.map(jnp.zeros_like, params) | {"w": bad["w"]}
-  after = jax.jit(fo.step, static_argnums=0)(fo.adamw(1e-3), *(
-      {"w": tree["w"]} for tree in (grads,)
-  ), fo.adamw(1e-3).init({"w": params["w"]}), {"w": params["w"]})
+  after = jax.jit(fo.step, static_argnums=0)(
+    fo.adamw(1e-3),
+    *({"w": tree["w"]} for tree in (grads,)),
+    fo.adamw(1e-3).init({"w": params["w"]}),
+    {"w": params["w"]},
+  )
   moments = "mu/w" if size == 3 else "mu_scale/w"
   found = {leaf.path for leaf in fo.nonfinite_leaves(*after)}
   assert {"params/w", f"opt_state/{moments}"} <= found

@@ -22,16 +22,16 @@ from tests.support.tiers import slow_but
 
 # Split along an axis that has no groups, along the groups' axis, and both.
 SHARDED_SHAPES = {
-    "rows": ((8, 256), jnp.bfloat16),
-    "groups": ((3, 256), jnp.bfloat16),
-    "both": ((4, 128), jnp.bfloat16),
-    "norm": ((256,), jnp.float32),
+  "rows": ((8, 256), jnp.bfloat16),
+  "groups": ((3, 256), jnp.bfloat16),
+  "both": ((4, 128), jnp.bfloat16),
+  "norm": ((256,), jnp.float32),
 }
 SPECS = {
-    "rows": P("x", None),
-    "groups": P(None, ("x", "y")),
-    "both": P("y", "x"),
-    "norm": P("x"),
+  "rows": P("x", None),
+  "groups": P(None, ("x", "y")),
+  "both": P("y", "x"),
+  "norm": P("x"),
 }
 
 
@@ -42,9 +42,9 @@ def float32(shapes=None):
 
 def assert_close_trees(actual, desired, rtol=1e-5):
   jax.tree.map(
-      functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-7),
-      actual,
-      desired,
+    functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-7),
+    actual,
+    desired,
   )
 
 
@@ -67,14 +67,17 @@ def test_updates_hold_what_gradients_and_parameters_hold(name, storage):
   for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, None):
     grads = cases.grads_like(params, dtype=dtype)
     updates, new_state = jax.eval_shape(tx.update, grads, state, params)
-    cases.assert_same_types(updates, jax.tree.map(
+    cases.assert_same_types(
+      updates,
+      jax.tree.map(
         lambda g, p: jax.ShapeDtypeStruct(p.shape, jnp.promote_types(g.dtype, p.dtype)),
         grads,
         params,
-    ))
+      ),
+    )
     cases.assert_same_types(new_state, state)
     new_params, new_state = jax.eval_shape(
-        functools.partial(fo.step, tx), grads, state, params
+      functools.partial(fo.step, tx), grads, state, params
     )
     cases.assert_same_types(new_params, params)
     cases.assert_same_types(new_state, state)
@@ -99,7 +102,7 @@ def recorder(seen):
     return updates, state
 
   return optax.GradientTransformationExtraArgs(
-      lambda params: optax.EmptyState(), update_fn
+    lambda params: optax.EmptyState(), update_fn
   )
 
 
@@ -111,10 +114,10 @@ def test_extra_args_are_accepted_and_passed_on(name, storage):
   grads, state = cases.grads_like(params), tx.init(params)
   for function in (tx.update, functools.partial(fo.step, tx)):
     jax.eval_shape(
-        functools.partial(function, value=3.0, note="text"),
-        grads,
-        state,
-        params,
+      functools.partial(function, value=3.0, note="text"),
+      grads,
+      state,
+      params,
     )
     assert (seen[-1]["value"], seen[-1]["note"]) == (3.0, "text")
 
@@ -127,8 +130,8 @@ def test_extra_args_change_nothing(name, storage):
   grads, state = cases.grads_like(params), tx.init(params)
   for function in (cases.step, cases.update):
     cases.assert_same(
-        function(tx, grads, state, params, loss=1.0, note="text"),
-        function(tx, grads, state, params),
+      function(tx, grads, state, params, loss=1.0, note="text"),
+      function(tx, grads, state, params),
     )
 
 
@@ -138,10 +141,10 @@ def test_map_params_visits_every_mirror(name, storage):
   params = small()
   state = tx.init(params)
   mapped = optax.tree.map_params(
-      tx,
-      lambda leaf: ("param", leaf.dtype.name),
-      state,
-      transform_non_params=lambda leaf: ("other", leaf.dtype.name),
+    tx,
+    lambda leaf: ("param", leaf.dtype.name),
+    state,
+    transform_non_params=lambda leaf: ("other", leaf.dtype.name),
   )
   assert mapped.count == ("other", "int32")
   kept = cases.OPTIMIZERS[name].moments
@@ -157,17 +160,17 @@ def test_map_params_visits_every_mirror(name, storage):
 def map_specs(tx, state):
   """The parameters' specs, on the state; float32 leaves have no correction."""
   return optax.tree.map_params(
-      tx,
-      lambda leaf, spec: leaf if isinstance(leaf, optax.MaskedNode) else spec,
-      state,
-      SPECS,
-      transform_non_params=lambda leaf: P(),
-      is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    tx,
+    lambda leaf, spec: leaf if isinstance(leaf, optax.MaskedNode) else spec,
+    state,
+    SPECS,
+    transform_non_params=lambda leaf: P(),
+    is_leaf=lambda node: isinstance(node, optax.MaskedNode),
   )
 
 
 @pytest.mark.parametrize(
-    "chained", slow_but([False, True], True), ids=["alone", "chain"]
+  "chained", slow_but([False, True], True), ids=["alone", "chain"]
 )
 @every_case
 def test_map_params_gives_every_array_a_usable_spec(name, storage, chained):
@@ -193,11 +196,11 @@ def test_map_params_without_is_leaf_serves_16_bit_trees(name, storage):
   params = small()
   specs = {"matrix": P("x", "y"), "bias": P(None)}
   mapped = optax.tree.map_params(
-      tx,
-      lambda leaf, spec: spec,
-      tx.init(params),
-      specs,
-      transform_non_params=lambda leaf: P(),
+    tx,
+    lambda leaf, spec: spec,
+    tx.init(params),
+    specs,
+    transform_non_params=lambda leaf: P(),
   )
   for field in mapped[1:-1]:
     assert field in (specs, optax.MaskedNode())
@@ -255,19 +258,19 @@ def test_partition(name, storage):
       desired = function(each, part(grads, label), each.init(own), own)
       (flash,) = flash_states(state.inner_states[label])
       own_state = jax.tree.map(
-          lambda tree, label=label: (
-              part(tree, label)
-              if isinstance(tree, dict) and tree.keys() == params.keys()
-              else tree
-          ),
-          flash,
-          is_leaf=lambda node: isinstance(node, dict | optax.MaskedNode),
+        lambda tree, label=label: (
+          part(tree, label)
+          if isinstance(tree, dict) and tree.keys() == params.keys()
+          else tree
+        ),
+        flash,
+        is_leaf=lambda node: isinstance(node, dict | optax.MaskedNode),
       )
       actual = part(new_params, label), own_state
       cases.assert_equal(actual, desired, steps=1)
     # A leaf that no flash optimizer holds gets what Optax would give it.
     plain = optax.apply_updates(
-        params["scale"], -0.5 * grads["scale"].astype(jnp.bfloat16)
+      params["scale"], -0.5 * grads["scale"].astype(jnp.bfloat16)
     )
     np.testing.assert_array_equal(new_params["scale"], plain)
 
@@ -291,11 +294,11 @@ def test_masked_leaves_the_rest_to_others(name, storage):
     desired_params, desired_state = function(tx, grads, tx.init(params), params)
     new_params, state = function(split, grads, split.init(params), params)
     cases.assert_masters_close(
-        fo.to_fp32(new_params, state),
-        fo.to_fp32(desired_params, desired_state),
-        params,
-        cases.STORAGES[storage].master_bits,
-        steps=1,
+      fo.to_fp32(new_params, state),
+      fo.to_fp32(desired_params, desired_state),
+      params,
+      cases.STORAGES[storage].master_bits,
+      steps=1,
     )
     cases.assert_same(fo.moments(state), fo.moments(desired_state))
 
@@ -307,9 +310,9 @@ def test_multi_steps(name, storage):
   params = cases.tree(cases.TINY_SHAPES)
   first, second = cases.grads_like(params, 1), cases.grads_like(params, 2)
   mean = jax.tree.map(
-      lambda a, b: (a + (b.astype(jnp.float32) - a) / 2).astype(a.dtype),
-      first,
-      second,
+    lambda a, b: (a + (b.astype(jnp.float32) - a) / 2).astype(a.dtype),
+    first,
+    second,
   )
   state = multi.init(params)
   waiting, state = cases.jitted_step(multi, first, state, params)
@@ -344,13 +347,13 @@ def hyperparams(name):
   flash, _, kwargs, _ = cases.OPTIMIZERS[name]
   given = {"learning_rate": cases.LEARNING_RATE, **kwargs}
   defaults = {
-      key: value
-      for key, value in (flash.__kwdefaults__ | defaults_of(flash)).items()
-      if isinstance(value, float)
+    key: value
+    for key, value in (flash.__kwdefaults__ | defaults_of(flash)).items()
+    if isinstance(value, float)
   }
   return {
-      key: jnp.float32(value) if isinstance(value, float) else value
-      for key, value in (defaults | given).items()
+    key: jnp.float32(value) if isinstance(value, float) else value
+    for key, value in (defaults | given).items()
   }
 
 
@@ -368,20 +371,22 @@ def test_inject_hyperparams_with_defaults(name, wide, dtype):
   if "weight_decay" in kwargs:
     kwargs = kwargs | {"weight_decay": 0.125}  # Exact in bfloat16.
   inject = optax.inject_hyperparams(
-      flash, hyperparam_dtype=jnp.float32 if wide else None
+    flash, hyperparam_dtype=jnp.float32 if wide else None
   )
   injected = inject(cases.LEARNING_RATE, **kwargs)
   params = cases.tree(cases.SMALL_SHAPES, dtype=dtype)
   # In bfloat16 too: 0.999 and the like must not arrive rounded.
   arrays = hyperparams(name) | kwargs
-  tx = flash(**{
+  tx = flash(
+    **{
       key: jnp.float32(value) if isinstance(value, float) else value
       for key, value in arrays.items()
-  })
+    }
+  )
   desired = cases.train(tx, params)
   actual_params, state = cases.train(injected, params)
   assert jnp.result_type(state.hyperparams["learning_rate"]) == (
-      jnp.float32 if wide else dtype
+    jnp.float32 if wide else dtype
   )
   cases.assert_equal((actual_params, state.inner_state), desired, steps=3)
   # And through update.
@@ -453,10 +458,10 @@ def test_schedule_free_follows_optax(name):
   params = float32()
   rate = cases.LEARNING_RATE
   ours = contrib.schedule_free(
-      cases.OPTIMIZERS[name].flash(
-          rate, **cases.OPTIMIZERS[name].kwargs | kwargs, storage=storage
-      ),
-      rate,
+    cases.OPTIMIZERS[name].flash(
+      rate, **cases.OPTIMIZERS[name].kwargs | kwargs, storage=storage
+    ),
+    rate,
   )
   plain = contrib.schedule_free(cases.make_plain(name, **kwargs), rate)
   desired, desired_state = cases.train(plain, params, 4, cases.update)
@@ -495,19 +500,17 @@ def test_lookahead_follows_optax(name):
   params = optax.LookaheadParams.init_synced(float32())
   storage = cases.STORAGES["32/32"]
   kwargs = cases.OPTIMIZERS[name].kwargs
-  ours = cases.OPTIMIZERS[name].flash(
-      cases.LEARNING_RATE, **kwargs, storage=storage
-  )
+  ours = cases.OPTIMIZERS[name].flash(cases.LEARNING_RATE, **kwargs, storage=storage)
   txs = [
-      optax.lookahead(tx, sync_period=2, slow_step_size=0.5)
-      for tx in (ours, cases.make_plain(name))
+    optax.lookahead(tx, sync_period=2, slow_step_size=0.5)
+    for tx in (ours, cases.make_plain(name))
   ]
   results = [(params, tx.init(params)) for tx in txs]
   for i in range(4):
     grads = cases.grads_like(params.fast, i)
     results = [
-        cases.update(tx, grads, state, params)
-        for tx, (params, state) in zip(txs, results, strict=True)
+      cases.update(tx, grads, state, params)
+      for tx, (params, state) in zip(txs, results, strict=True)
     ]
   assert_close_trees(results[0][0], results[1][0])
   stepped, _ = cases.step(txs[0], grads, txs[0].init(params), params)
@@ -522,9 +525,7 @@ def test_lookahead_of_16_bit_params(name, storage):
   state = tx.init(params)
   before = cases.types(state)
   for i in range(2):
-    new, state = cases.update(
-        tx, cases.grads_like(params.fast, i), state, params
-    )
+    new, state = cases.update(tx, cases.grads_like(params.fast, i), state, params)
     cases.assert_same_types(new, params)
     params = new
   assert cases.types(state) == before

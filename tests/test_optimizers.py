@@ -15,8 +15,8 @@ from tests.support.tiers import slow_but
 EXACT = fo.Storage(master_bits=32, moment_bits=32)
 ALL_QUANTIZED = fo.Storage(min_quantized_size=0)
 SHAPES = {
-    "dense": {"kernel": (64, 96), "bias": (33,), "conv": (3, 3, 16, 40)},
-    "norm": {"scalar": (), "one": (1,), "table": (7, 50)},
+  "dense": {"kernel": (64, 96), "bias": (33,), "conv": (3, 3, 16, 40)},
+  "norm": {"scalar": (), "one": (1,), "table": (7, 50)},
 }
 LR = 1e-2
 STEPS = 100
@@ -45,13 +45,11 @@ def gradients(steps, dtype="bfloat16", seed=100):
   """Gradients of magnitudes that differ by orders among elements."""
   rng = np.random.default_rng(seed)
   scales = jax.tree.map(
-      lambda shape: np.exp(rng.standard_normal(shape)), SHAPES, is_leaf=is_shape
+    lambda shape: np.exp(rng.standard_normal(shape)), SHAPES, is_leaf=is_shape
   )
   return [
-      jax.tree.map(
-          lambda s: jnp.asarray(s * rng.standard_normal(s.shape), dtype), scales
-      )
-      for _ in range(steps)
+    jax.tree.map(lambda s: jnp.asarray(s * rng.standard_normal(s.shape), dtype), scales)
+    for _ in range(steps)
   ]
 
 
@@ -60,9 +58,7 @@ def to_float32(tree):
 
 
 def run_ours(tx, masters, grads, via="step", dtype=jnp.bfloat16):
-  params, state = jax.jit(
-      lambda masters: fo.from_fp32(tx, masters, dtype)
-  )(masters)
+  params, state = jax.jit(lambda masters: fo.from_fp32(tx, masters, dtype))(masters)
 
   @jax.jit
   def step(grads, state, params):
@@ -133,54 +129,50 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "adamw": Case(fo.adamw, optax.adamw, {"weight_decay": 0.1}),
-    "adamw-nesterov": Case(
-        fo.adamw, optax.adamw, {"weight_decay": 0.1, "nesterov": True}
-    ),
-    "adamw-callable-mask": Case(
-        fo.adamw, optax.adamw, {"weight_decay": 0.1, "mask": decays_matrices}
-    ),
-    "adamw-prefix-mask": Case(
-        fo.adamw,
-        optax.adamw,
-        {"weight_decay": 0.1, "mask": prefix_mask(), "b1": 0.8, "b2": 0.95},
-    ),
-    "adamw-schedules": Case(
-        fo.adamw,
-        optax.adamw,
-        {
-            "learning_rate": optax.warmup_cosine_decay_schedule(
-                1e-3, 1e-2, 20, STEPS
-            ),
-            "weight_decay": optax.linear_schedule(0.1, 0.3, STEPS),
-        },
-    ),
-    "adam": Case(fo.adam, optax.adam, {}),
-    "adam-eps": Case(fo.adam, optax.adam, {"eps": 1e-3, "eps_root": 1e-2}),
-    "adam-nesterov": Case(fo.adam, optax.adam, {"nesterov": True}),
-    "sgd": Case(fo.sgd, optax.sgd, {}),
-    "sgd-schedule": Case(
-        fo.sgd, optax.sgd, {"learning_rate": optax.cosine_decay_schedule(LR, STEPS)}
-    ),
-    "sgd-momentum": Case(fo.sgd, optax.sgd, {"momentum": 0.9}),
-    "sgd-nesterov": Case(
-        fo.sgd, optax.sgd, {"momentum": 0.9, "nesterov": True}
-    ),
-    "lion": Case(fo.lion, optax.lion, {"weight_decay": 0.1}),
-    "lion-prefix-mask": Case(
-        fo.lion, optax.lion, {"weight_decay": 0.1, "mask": prefix_mask()}
-    ),
+  "adamw": Case(fo.adamw, optax.adamw, {"weight_decay": 0.1}),
+  "adamw-nesterov": Case(
+    fo.adamw, optax.adamw, {"weight_decay": 0.1, "nesterov": True}
+  ),
+  "adamw-callable-mask": Case(
+    fo.adamw, optax.adamw, {"weight_decay": 0.1, "mask": decays_matrices}
+  ),
+  "adamw-prefix-mask": Case(
+    fo.adamw,
+    optax.adamw,
+    {"weight_decay": 0.1, "mask": prefix_mask(), "b1": 0.8, "b2": 0.95},
+  ),
+  "adamw-schedules": Case(
+    fo.adamw,
+    optax.adamw,
+    {
+      "learning_rate": optax.warmup_cosine_decay_schedule(1e-3, 1e-2, 20, STEPS),
+      "weight_decay": optax.linear_schedule(0.1, 0.3, STEPS),
+    },
+  ),
+  "adam": Case(fo.adam, optax.adam, {}),
+  "adam-eps": Case(fo.adam, optax.adam, {"eps": 1e-3, "eps_root": 1e-2}),
+  "adam-nesterov": Case(fo.adam, optax.adam, {"nesterov": True}),
+  "sgd": Case(fo.sgd, optax.sgd, {}),
+  "sgd-schedule": Case(
+    fo.sgd, optax.sgd, {"learning_rate": optax.cosine_decay_schedule(LR, STEPS)}
+  ),
+  "sgd-momentum": Case(fo.sgd, optax.sgd, {"momentum": 0.9}),
+  "sgd-nesterov": Case(fo.sgd, optax.sgd, {"momentum": 0.9, "nesterov": True}),
+  "lion": Case(fo.lion, optax.lion, {"weight_decay": 0.1}),
+  "lion-prefix-mask": Case(
+    fo.lion, optax.lion, {"weight_decay": 0.1, "mask": prefix_mask()}
+  ),
 }
 every_case = pytest.mark.parametrize(
-    "case",
-    slow_but(CASES.values(), *(CASES[name] for name in ("adamw", "sgd", "lion"))),
-    ids=CASES.keys(),
+  "case",
+  slow_but(CASES.values(), *(CASES[name] for name in ("adamw", "sgd", "lion"))),
+  ids=CASES.keys(),
 )
 some_cases = pytest.mark.parametrize(
-    "name", slow_but(["adamw", "sgd-momentum", "lion"])
+  "name", slow_but(["adamw", "sgd-momentum", "lion"])
 )
 main_cases = pytest.mark.parametrize(
-    "name", slow_but(["adamw", "adam", "sgd", "sgd-momentum", "lion"])
+  "name", slow_but(["adamw", "adam", "sgd", "sgd-momentum", "lion"])
 )
 
 
@@ -198,11 +190,11 @@ def test_full_precision_step_is_optax_on_master_weights(case):
   assert_moments_equal(state, optax_state)
   assert_masters_close(to_fp32(params, state), expected, STEPS)
   jax.tree.map(
-      lambda p, m: np.testing.assert_array_equal(
-          p.astype(np.float32), _nearest_bfloat16(m)
-      ),
-      params,
-      to_fp32(params, state),
+    lambda p, m: np.testing.assert_array_equal(
+      p.astype(np.float32), _nearest_bfloat16(m)
+    ),
+    params,
+    to_fp32(params, state),
   )
 
 
@@ -253,9 +245,7 @@ def test_one_update_lands_where_step_does_or_within_its_bound(bits, seed):
   ratio = p_new / p
   close = (ratio >= 0.5) & (ratio <= 2)
   assert 0.2 < close.mean() < 0.95
-  np.testing.assert_array_equal(
-      np.asarray(updated)[close], np.asarray(stepped)[close]
-  )
+  np.testing.assert_array_equal(np.asarray(updated)[close], np.asarray(stepped)[close])
   mine = np.asarray(to_fp32(updated, update_state), np.float64)
   of_step = np.asarray(to_fp32(stepped, step_state), np.float64)
   np.testing.assert_array_equal(mine[close], of_step[close])
@@ -311,9 +301,7 @@ def test_float32_gradients_have_updates_that_land_exactly():
   stepped, step_state = run_ours(tx, master, [grad])
   updated, update_state = run_ours(tx, master, [grad], via="update")
   np.testing.assert_array_equal(np.asarray(updated), np.asarray(stepped))
-  np.testing.assert_array_equal(
-      update_state.correction, step_state.correction
-  )
+  np.testing.assert_array_equal(update_state.correction, step_state.correction)
 
 
 # With 8-bit moments and 24-bit master weights.
@@ -334,9 +322,9 @@ def distance(name, seed, steps=1000, storage=None):
   masters = draw(seed, scale=0.5)
   rng = np.random.default_rng(seed)
   scales = jax.tree.map(
-      lambda shape: np.float32(np.exp(rng.standard_normal(shape))),
-      SHAPES,
-      is_leaf=is_shape,
+    lambda shape: np.float32(np.exp(rng.standard_normal(shape))),
+    SHAPES,
+    is_leaf=is_shape,
   )
   drift = draw(seed + 50, scale=0.3)  # Signal under a noise of 1.
 
@@ -353,7 +341,7 @@ def distance(name, seed, steps=1000, storage=None):
       grads = jax.tree.map(noisy, keys, scales, drift)
       params, state = fo.step(ours, grads, state, params)
       updates, theirs_state = theirs.update(
-          to_float32(grads), theirs_state, theirs_params
+        to_float32(grads), theirs_state, theirs_params
       )
       theirs_params = optax.apply_updates(theirs_params, updates)
       return (params, state, theirs_params, theirs_state), None
@@ -371,9 +359,9 @@ def distance(name, seed, steps=1000, storage=None):
   moved = jax.tree.leaves(jax.tree.map(squares, expected, masters))
   whole = np.sqrt(np.concatenate([np.ravel(x) for x in moved]).mean())
   return jax.tree.map(
-      lambda a, b: float(np.sqrt(squares(a, b).mean()) / whole),
-      to_fp32(params, state),
-      expected,
+    lambda a, b: float(np.sqrt(squares(a, b).mean()) / whole),
+    to_fp32(params, state),
+    expected,
   )
 
 
@@ -421,56 +409,60 @@ def decoupled(count):
   return 0.05 * schedule(count) / schedule(0)
 
 
-@pytest.mark.parametrize(("tx", "reference", "decay"), slow_but([
-    (
+@pytest.mark.parametrize(
+  ("tx", "reference", "decay"),
+  slow_but(
+    [
+      (
         fo.adamw(schedule, weight_decay=0.05, decouple_lr=True, storage=EXACT),
         numpy_adamw,
         decoupled,
-    ),
-    (
+      ),
+      (
         fo.adamw(
-            schedule,
-            weight_decay=optax.linear_schedule(0.05, 0.1, 20),
-            decouple_lr=True,
-            storage=EXACT,
+          schedule,
+          weight_decay=optax.linear_schedule(0.05, 0.1, 20),
+          decouple_lr=True,
+          storage=EXACT,
         ),
         numpy_adamw,
         lambda t: decoupled(t) * (1 + t / 20),
-    ),
-    (
+      ),
+      (
         fo.sgd(schedule, 0.8, weight_decay=0.05, decouple_lr=True, storage=EXACT),
         numpy_momentum,
         decoupled,
-    ),
-    (
+      ),
+      (
         fo.sgd(schedule, 0.8, weight_decay=0.5, storage=EXACT),
         numpy_momentum,
         lambda t: 0.5 * schedule(t),
-    ),
-    (
+      ),
+      (
         fo.lion(schedule, weight_decay=0.05, decouple_lr=True, storage=EXACT),
         numpy_lion,
         decoupled,
-    ),
-    (
+      ),
+      (
         fo.sgd(schedule, 0.8, dampening=0.3, storage=EXACT),
         functools.partial(numpy_momentum, dampening=0.3),
         lambda t: 0.0,
-    ),
-]), ids=[
-    "adamw", "adamw-schedules", "momentum", "momentum-coupled", "lion", "dampening"
-])
-def test_decoupled_decay_and_dampening_follow_their_equations(
-    tx, reference, decay
-):
+      ),
+    ]
+  ),
+  ids=["adamw", "adamw-schedules", "momentum", "momentum-coupled", "lion", "dampening"],
+)
+def test_decoupled_decay_and_dampening_follow_their_equations(tx, reference, decay):
   masters, grads = draw(3), gradients(20)
   params, state = run_ours(tx, masters, grads)
   columns = [jax.tree.leaves(g) for g in grads]
-  for i, (mine, start) in enumerate(zip(
+  for i, (mine, start) in enumerate(
+    zip(
       jax.tree.leaves(to_fp32(params, state)),
       jax.tree.leaves(masters),
       strict=True,
-  )):
+    )
+  ):
     path = [np.asarray(column[i], np.float64) for column in columns]
     expected = reference(np.asarray(start, np.float64), path, decay)
     np.testing.assert_allclose(mine, expected, rtol=0, atol=2e-5)
@@ -521,8 +513,8 @@ def test_float64_parameters(via):
     rng = np.random.default_rng(0)
     start = {"w": jnp.asarray(rng.normal(size=(7, 50))), "s": jnp.asarray(1.5)}
     grads = [
-        jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), start)
-        for _ in range(20)
+      jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), start)
+      for _ in range(20)
     ]
     assert grads[0]["w"].dtype == jnp.float64
     for storage, tolerance in ((EXACT, 1e-6), (ALL_QUANTIZED, 0.1)):
@@ -536,11 +528,9 @@ def test_float64_parameters(via):
       assert not jax.tree.leaves(state.correction)
       for name, leaf in params.items():
         assert leaf.dtype == jnp.float64
-        assert state.mu[name].dtype == (
-            jnp.float32 if storage == EXACT else jnp.int8
-        )
+        assert state.mu[name].dtype == (jnp.float32 if storage == EXACT else jnp.int8)
         np.testing.assert_allclose(
-            leaf, expected[name], rtol=0, atol=20 * LR * tolerance
+          leaf, expected[name], rtol=0, atol=20 * LR * tolerance
         )
     # Nothing on the way rounds the master weight to float32.
     tx = fo.sgd(2.0**-40)
@@ -572,9 +562,7 @@ def test_no_master_bits_is_plain_rounding(name):
   for g in gradients(10):
     expected, optax_state = reference(g, optax_state, params)
     params, state = step(g, state, params)
-    for a, b in zip(
-        jax.tree.leaves(params), jax.tree.leaves(expected), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
       rounded = np.asarray(b).astype(jnp.bfloat16).view(np.uint16)
       found = np.asarray(a).view(np.uint16)
       assert np.max(np.abs(found.astype(int) - rounded)) <= 1

@@ -21,8 +21,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 EMPTY = inspect.Parameter.empty
 OPTIONAL = (
-    "flax", "orbax", "safetensors", "torch", "triton", "jax_triton", "matplotlib",
-    "libtpu",
+  "flax",
+  "orbax",
+  "safetensors",
+  "torch",
+  "triton",
+  "jax_triton",
+  "matplotlib",
+  "libtpu",
 )
 
 
@@ -138,13 +144,13 @@ for name, tx in OPTIMIZERS.items():
 
 def test_public_names():
   names = {
-      *("adamw", "adam", "sgd", "lion", "compress", "Storage", "step", "flax"),
-      *("from_fp32", "to_fp32", "cast_params", "moments"),
-      *("to_optax", "from_optax", "convert"),
-      *("checkpoint", "export_safetensors", "import_safetensors"),
-      *("from_pytorch", "load_pytorch"),
-      *("memory_report", "check_numerics", "nonfinite_leaves"),
-      *("released_call", "value_and_release"),
+    *("adamw", "adam", "sgd", "lion", "compress", "Storage", "step", "flax"),
+    *("from_fp32", "to_fp32", "cast_params", "moments"),
+    *("to_optax", "from_optax", "convert"),
+    *("checkpoint", "export_safetensors", "import_safetensors"),
+    *("from_pytorch", "load_pytorch"),
+    *("memory_report", "check_numerics", "nonfinite_leaves"),
+    *("released_call", "value_and_release"),
   }
   assert names <= set(fo.__all__)
   for name in fo.__all__:
@@ -160,37 +166,37 @@ ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0, "mu_dtype": None}
 
 
 @pytest.mark.parametrize(
-    ("name", "positional", "keyword"),
-    [
-        (
-            "adamw",
-            {**ADAM, "weight_decay": 1e-4, "mask": None},
-            {"nesterov": False, "decouple_lr": False, **EXTRAS},
-        ),
-        ("adam", ADAM, {"nesterov": False, **EXTRAS}),
-        (
-            "sgd",
-            {"momentum": None, "nesterov": False, "accumulator_dtype": None},
-            {
-                "dampening": 0.0,
-                "weight_decay": 0.0,
-                "mask": None,
-                "decouple_lr": False,
-                **EXTRAS,
-            },
-        ),
-        (
-            "lion",
-            {
-                "b1": 0.9,
-                "b2": 0.99,
-                "mu_dtype": None,
-                "weight_decay": 1e-3,
-                "mask": None,
-            },
-            {"decouple_lr": False, **EXTRAS},
-        ),
-    ],
+  ("name", "positional", "keyword"),
+  [
+    (
+      "adamw",
+      {**ADAM, "weight_decay": 1e-4, "mask": None},
+      {"nesterov": False, "decouple_lr": False, **EXTRAS},
+    ),
+    ("adam", ADAM, {"nesterov": False, **EXTRAS}),
+    (
+      "sgd",
+      {"momentum": None, "nesterov": False, "accumulator_dtype": None},
+      {
+        "dampening": 0.0,
+        "weight_decay": 0.0,
+        "mask": None,
+        "decouple_lr": False,
+        **EXTRAS,
+      },
+    ),
+    (
+      "lion",
+      {
+        "b1": 0.9,
+        "b2": 0.99,
+        "mu_dtype": None,
+        "weight_decay": 1e-3,
+        "mask": None,
+      },
+      {"decouple_lr": False, **EXTRAS},
+    ),
+  ],
 )
 def test_optimizer_signatures(name, positional, keyword):
   ours = inspect.signature(getattr(fo, name)).parameters.values()
@@ -210,23 +216,23 @@ def test_optimizer_signatures(name, positional, keyword):
 
 
 @pytest.mark.parametrize(
-    ("name", "signature"),
-    [
-        ("step", "(tx, grads, opt_state, params, **extra_args)"),
-        ("to_fp32", "(params, opt_state)"),
-        ("cast_params", "(params, dtype, keep=())"),
-        ("moments", "(opt_state)"),
-        ("memory_report", "(tx, params)"),
-        (
-            "check_numerics",
-            "(params, opt_state, learning_rate, *, raise_error=False)",
-        ),
-        (
-            "Storage",
-            "(master_bits=24, moment_bits=8, group_size=32, companding='root',"
-            " min_quantized_size=4096)",
-        ),
-    ],
+  ("name", "signature"),
+  [
+    ("step", "(tx, grads, opt_state, params, **extra_args)"),
+    ("to_fp32", "(params, opt_state)"),
+    ("cast_params", "(params, dtype, keep=())"),
+    ("moments", "(opt_state)"),
+    ("memory_report", "(tx, params)"),
+    (
+      "check_numerics",
+      "(params, opt_state, learning_rate, *, raise_error=False)",
+    ),
+    (
+      "Storage",
+      "(master_bits=24, moment_bits=8, group_size=32, companding='root',"
+      " min_quantized_size=4096)",
+    ),
+  ],
 )
 def test_other_signatures(name, signature):
   assert bare_signature(getattr(fo, name)) == signature
@@ -236,12 +242,10 @@ def bare_signature(function) -> str:
   """A signature without annotations."""
   signature = inspect.signature(function)
   return str(
-      signature.replace(
-          parameters=[
-              p.replace(annotation=EMPTY) for p in signature.parameters.values()
-          ],
-          return_annotation=inspect.Signature.empty,
-      )
+    signature.replace(
+      parameters=[p.replace(annotation=EMPTY) for p in signature.parameters.values()],
+      return_annotation=inspect.Signature.empty,
+    )
   )
 
 
@@ -255,9 +259,9 @@ def test_from_fp32_signature():
 def modules():
   skip = ("flashoptim_jax.kernels.triton", "flashoptim_jax.kernels.mosaic")
   return [
-      info.name
-      for info in pkgutil.walk_packages(fo.__path__, "flashoptim_jax.")
-      if not info.name.startswith(skip)
+    info.name
+    for info in pkgutil.walk_packages(fo.__path__, "flashoptim_jax.")
+    if not info.name.startswith(skip)
   ] + ["flashoptim_jax"]
 
 
@@ -290,9 +294,7 @@ def contents(name: str) -> set[str]:
   folder = ROOT / "flashoptim_jax"
   kinds = ("*.py", "*.json", "py.typed")
   return {
-      f"{name}{path.relative_to(ROOT)}"
-      for kind in kinds
-      for path in folder.rglob(kind)
+    f"{name}{path.relative_to(ROOT)}" for kind in kinds for path in folder.rglob(kind)
   }
 
 
@@ -300,10 +302,10 @@ def hatch(folder, target, output):
   """Builds in the running environment: no network."""
   command = [sys.executable, "-m", "hatchling", "build", "--target", target]
   subprocess.run(
-      [*command, "--directory", str(output)],
-      cwd=folder,
-      check=True,
-      capture_output=True,
+    [*command, "--directory", str(output)],
+    cwd=folder,
+    check=True,
+    capture_output=True,
   )
 
 
@@ -327,9 +329,9 @@ def test_sdist_and_the_wheel_built_from_it(tmp_path):
   assert {name.split("/")[0] for name in others} == {"flashoptim_jax"}
   assert f"{info}licenses/LICENSE" in names
   required = [
-      line.removeprefix("Requires-Dist: ")
-      for line in metadata.splitlines()
-      if line.startswith("Requires-Dist: ") and "extra ==" not in line
+    line.removeprefix("Requires-Dist: ")
+    for line in metadata.splitlines()
+    if line.startswith("Requires-Dist: ") and "extra ==" not in line
   ]
   assert sorted(required) == ["jax>=0.10", "optax>=0.2.8"]
   assert "Name: flashoptim-optax" in metadata

@@ -58,11 +58,11 @@ def test_files_of_another_kind(tmp_path, monkeypatch, capsys):
   path.write_bytes(b"\xef\xbb\xbf" + json.dumps(TINY).encode())  # a byte-order mark
   assert models.load(path).num_params == models.from_config(TINY, "x").num_params
   for text, message in (
-      ("[" * 200_000, "nested too deep"),
-      ('{"a":' * 200_000, "nested too deep"),
-      (" " * 2**24 + "{}", "more than 16777216 bytes"),
-      ('{"hidden_size": ' + "9" * 5000 + "}", "is not JSON: Exceeds the limit"),
-      ("null", "holds a NoneType"),
+    ("[" * 200_000, "nested too deep"),
+    ('{"a":' * 200_000, "nested too deep"),
+    (" " * 2**24 + "{}", "more than 16777216 bytes"),
+    ('{"hidden_size": ' + "9" * 5000 + "}", "is not JSON: Exceeds the limit"),
+    ("null", "holds a NoneType"),
   ):
     path.write_text(text)
     status, out, error = run(monkeypatch, capsys, str(path), "--device", "h100")
@@ -93,36 +93,36 @@ def placed_params(dtype, mesh=MESH):
     return jnp.zeros(array.shape, dtype, device=sharding)
 
   return jax.tree.map(
-      make,
-      separate(models.from_config(TINY, "tiny")),
-      is_leaf=is_array,
+    make,
+    separate(models.from_config(TINY, "tiny")),
+    is_leaf=is_array,
   )
 
 
 def on_one_device(tree):
   device = jax.devices()[0]
   return sum(
-      shard.data.nbytes
-      for leaf in jax.tree.leaves(tree)
-      for shard in leaf.addressable_shards
-      if shard.device == device
+    shard.data.nbytes
+    for leaf in jax.tree.leaves(tree)
+    for shard in leaf.addressable_shards
+    if shard.device == device
   )
 
 
 @pytest.mark.filterwarnings("ignore:Shards cut groups")
 @pytest.mark.parametrize(
-    ("row", "dtype", "tx"),
-    [(0, jnp.float32, optax.adamw(1e-3)), (1, jnp.bfloat16, fo.adamw(1e-3))],
+  ("row", "dtype", "tx"),
+  [(0, jnp.float32, optax.adamw(1e-3)), (1, jnp.bfloat16, fo.adamw(1e-3))],
 )
 def test_bytes_are_those_of_arrays(row, dtype, tx):
   params = placed_params(dtype)
   shardings = fo.state_shardings(
-      tx, params, jax.tree.map(lambda leaf: leaf.sharding, params)
+    tx, params, jax.tree.map(lambda leaf: leaf.sharding, params)
   )
   state = jax.tree.map(
-      lambda s, sharding: jnp.zeros(s.shape, s.dtype, device=sharding),
-      jax.eval_shape(tx.init, params),
-      shardings,
+    lambda s, sharding: jnp.zeros(s.shape, s.dtype, device=sharding),
+    jax.eval_shape(tx.init, params),
+    shardings,
   )
   found = plan().rows[row]
   assert found.params == found.gradients == on_one_device(params)
@@ -131,14 +131,16 @@ def test_bytes_are_those_of_arrays(row, dtype, tx):
 
 def test_one_device_is_the_memory_report():
   types = jax.tree.map(
-      lambda array: jax.ShapeDtypeStruct(array.shape, jnp.bfloat16),
-      separate(models.load("gpt2")),
-      is_leaf=is_array,
+    lambda array: jax.ShapeDtypeStruct(array.shape, jnp.bfloat16),
+    separate(models.load("gpt2")),
+    is_leaf=is_array,
   )
   report = fo.memory_report(fo.adamw(1e-3), types)
   usual, flash, *_ = planning.plan(models.load("gpt2"), {"fsdp": 1}, "v5e").rows
   assert (flash.params, flash.state, flash.gradients) == (
-      report.params, report.state, report.gradients
+    report.params,
+    report.state,
+    report.gradients,
   )
   assert usual.total == sum(report.baseline.values())
 
@@ -153,18 +155,18 @@ def test_small_leaves_in_float32_take_next_to_nothing(shapes):
 @pytest.mark.parametrize("name", slow_but(["gpt2", "llama3-8b", "gemma2-9b"]))
 def test_small_leaves_of_built_in_models(name, layers):
   check_small_leaves(
-      jax.tree.map(
-          lambda array: jax.ShapeDtypeStruct(array.shape, jnp.bfloat16),
-          layers(models.load(name)),
-          is_leaf=is_array,
-      )
+    jax.tree.map(
+      lambda array: jax.ShapeDtypeStruct(array.shape, jnp.bfloat16),
+      layers(models.load(name)),
+      is_leaf=is_array,
+    )
   )
 
 
 def check_small_leaves(shapes):
   usual, small_too = (
-      fo.memory_report(fo.adamw(1e-3, storage=storage), shapes)
-      for storage in (fo.Storage(), fo.Storage(min_quantized_size=0))
+    fo.memory_report(fo.adamw(1e-3, storage=storage), shapes)
+    for storage in (fo.Storage(), fo.Storage(min_quantized_size=0))
   )
   assert usual.moments >= small_too.moments == 2 * usual.num_params
   assert usual.bytes_per_param <= 1.005 * small_too.bytes_per_param
@@ -177,7 +179,7 @@ def test_bytes_are_those_measured_on_gpus(row, name):
   measured = json.loads(path.read_text())["train"][f"8b {name} 4 GPUs"]
   found = planning.plan(models.load("llama3-8b"), {"fsdp": 4}, "h200").rows[row]
   assert found.params + found.state == pytest.approx(
-      measured["params_and_state_bytes"], rel=1e-3
+    measured["params_and_state_bytes"], rel=1e-3
   )
 
 
@@ -221,20 +223,20 @@ def test_experts_are_divided():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "message"),
-    [
-        ("fsdp", "found 'fsdp'; expected axes once each"),
-        ("fsdp=x", "found 'fsdp=x'"),
-        ("fsdp=-1", "found 'fsdp=-1'"),
-        ("fsdp=2,fsdp=2", "found 'fsdp=2'"),
-        ("", "found ''"),
-        ("fsdp=0", "has size 0; expected 1 or more"),
-        ("fsdp=99999999999999999999", "has size 9{20}; expected 1 or more, at most"),
-        ("fsdp=" + "9" * 5000, "expected axes once each"),
-        ("fsdp=٣", "expected axes once each"),
-        ("fsdp=65536,tp=65536", "has 4294967296 devices; expected at most"),
-        ("pipe=2", "'pipe' is not known; expected one of data"),
-    ],
+  ("mesh", "message"),
+  [
+    ("fsdp", "found 'fsdp'; expected axes once each"),
+    ("fsdp=x", "found 'fsdp=x'"),
+    ("fsdp=-1", "found 'fsdp=-1'"),
+    ("fsdp=2,fsdp=2", "found 'fsdp=2'"),
+    ("", "found ''"),
+    ("fsdp=0", "has size 0; expected 1 or more"),
+    ("fsdp=99999999999999999999", "has size 9{20}; expected 1 or more, at most"),
+    ("fsdp=" + "9" * 5000, "expected axes once each"),
+    ("fsdp=٣", "expected axes once each"),
+    ("fsdp=65536,tp=65536", "has 4294967296 devices; expected at most"),
+    ("pipe=2", "'pipe' is not known; expected one of data"),
+  ],
 )
 def test_bad_meshes(mesh, message):
   with pytest.raises(ValueError, match=message):
@@ -268,8 +270,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
   expected = planning.plan(models.load(path), {"fsdp": 2, "tp": 2}, "h100")
   assert found["mesh"] == {"fsdp": 2, "tp": 2}
   for row, real in zip(found["rows"], expected.rows, strict=True):
-    assert row["total"] == real.total == (
-        row["params"] + row["state"] + row["gradients"] + row["in_flight"]
+    assert (
+      row["total"]
+      == real.total
+      == (row["params"] + row["state"] + row["gradients"] + row["in_flight"])
     )
     assert row["fits"] is True
   path.write_text("{}")
@@ -281,26 +285,26 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_what_does_not_fit(monkeypatch, capsys):
   _, out, _ = run(monkeypatch, capsys, "llama3-8b", "--device", "h100")
   fits = {
-      line[:32].strip(): line.split()[-1]
-      for line in out.splitlines()
-      if line.startswith(("optax", "fo."))
+    line[:32].strip(): line.split()[-1]
+    for line in out.splitlines()
+    if line.startswith(("optax", "fo."))
   }
   assert fits == {
-      "optax.adamw, float32": "no",
-      "fo.adamw": "yes",
-      "fo.adamw, gradient release": "yes",
-      "fo.adamw, state on the host": "yes",
+    "optax.adamw, float32": "no",
+    "fo.adamw": "yes",
+    "fo.adamw, gradient release": "yes",
+    "fo.adamw, state on the host": "yes",
   }
 
 
 def test_a_reader_that_stops():
   """As `| head` may: the command says nothing about it."""
   process = subprocess.Popen(
-      [sys.executable, "-m", "flashoptim_jax", "plan", "gpt2", "--device", "h100"],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    [sys.executable, "-m", "flashoptim_jax", "plan", "gpt2", "--device", "h100"],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
   )
   process.stdout.close()
   with process.stderr:

@@ -28,29 +28,36 @@ def _clipped(grad, old, new, h):
 
 
 MU, NU, TREND = (
-    Moment(name, kind, "rate", "one_minus_rate")
-    for name, kind in (("mu", "first"), ("nu", "second"), ("trend", "first"))
+  Moment(name, kind, "rate", "one_minus_rate")
+  for name, kind in (("mu", "first"), ("nu", "second"), ("trend", "first"))
 )
 TWO = Rule("clipped", (MU, NU), _clipped)
 THREE = Rule("trending", (MU, NU, TREND), _clipped)
 # With the name of a rule that kernels know, and another arithmetic.
 DISGUISED = ADAM._replace(direction=_clipped)
 SCALARS = {
-    "rate": 0.25, "one_minus_rate": 0.75, "damping": 0.5, "eps": 1e-3,
-    "b1": 0.75, "one_minus_b1": 0.25, "b2": 0.75, "one_minus_b2": 0.25,
-    "learning_rate": 2.0**-7, "weight_decay": 0.5,
+  "rate": 0.25,
+  "one_minus_rate": 0.75,
+  "damping": 0.5,
+  "eps": 1e-3,
+  "b1": 0.75,
+  "one_minus_b1": 0.25,
+  "b2": 0.75,
+  "one_minus_b2": 0.25,
+  "learning_rate": 2.0**-7,
+  "weight_decay": 0.5,
 }
 
 
 def make(rule, implementation=None):
   moments = tuple((moment.name, moment.kind) for moment in rule.moments)
   return flash_transformation(
-      rule,
-      Format(rule.name, moments, cases.QUANTIZED),
-      lambda count: SCALARS,
-      plain=lambda: None,
-      decay=True,
-      implementation=implementation,
+    rule,
+    Format(rule.name, moments, cases.QUANTIZED),
+    lambda count: SCALARS,
+    plain=lambda: None,
+    decay=True,
+    implementation=implementation,
   )
 
 
@@ -70,12 +77,12 @@ def signum(learning_rate, b1=0.75, *, storage, implementation=None):
     return {"b1": b1, "one_minus_b1": 1 - b1}
 
   return optimizers._transformation(
-      SIGNUM,
-      scalars,
-      learning_rate,
-      plain=lambda: optax.signum(learning_rate, b1),
-      storage=storage,
-      implementation=implementation,
+    SIGNUM,
+    scalars,
+    learning_rate,
+    plain=lambda: optax.signum(learning_rate, b1),
+    storage=storage,
+    implementation=implementation,
   )
 
 
@@ -114,8 +121,8 @@ def test_a_new_optimizer_is_on_every_backend_or_refused(storage):
 @pytest.mark.slow
 def test_tpu_kernel_equals_xla():
   both = [
-      cases.train(make(TWO, implementation), params(), 3, cases.jitted_step)
-      for implementation in ("mosaic_tpu", "xla")
+    cases.train(make(TWO, implementation), params(), 3, cases.jitted_step)
+    for implementation in ("mosaic_tpu", "xla")
   ]
   cases.assert_equal(*both, 3)
   assert not np.array_equal(both[0][0]["w"], params()["w"])
@@ -138,10 +145,10 @@ def test_tpu_kernel_takes_any_moments():
   def update(implementation):
     def updated(*arrays):
       (result,) = dispatch.update_leaves(
-          UpdateSpec(THREE, storage, implementation, new_params=True),
-          [Leaf(*arrays, path="w", decay=True)],
-          scalars,
-          shardings={},
+        UpdateSpec(THREE, storage, implementation, new_params=True),
+        [Leaf(*arrays, path="w", decay=True)],
+        scalars,
+        shardings={},
       )
       return result
 
@@ -150,9 +157,11 @@ def test_tpu_kernel_takes_any_moments():
   kernel, xla = update("mosaic_tpu"), update("xla")
   cases.assert_same(kernel.moments, xla.moments)
   cases.assert_within_units(
-      codec.merge(kernel.result, kernel.correction),
-      codec.merge(xla.result, xla.correction),
-      1, jnp.bfloat16, 24,
+    codec.merge(kernel.result, kernel.correction),
+    codec.merge(xla.result, xla.correction),
+    1,
+    jnp.bfloat16,
+    24,
   )
 
 

@@ -41,8 +41,8 @@ def test_moves_where_shards_cut_groups():
   optax_state = fo.to_optax(tx, *given)
   back = fo.from_optax(tx, given[0], optax_state, params_fp32=masters)
   for actual in (
-      (given[0], back),
-      fo.convert(wide, tx, *fo.convert(tx, wide, *given)),
+    (given[0], back),
+    fo.convert(wide, tx, *fo.convert(tx, wide, *given)),
   ):
     cases.assert_same(*jax.device_get((actual, (params, state))))
     for x, place in zip(*map(jax.tree.leaves, (actual, places)), strict=True):
@@ -67,21 +67,21 @@ def nestings():
   labels = {"fsdp": "a", "tensor": "a", "one_axis": "b", "mixed": "b"}
   labels |= {"replicated": "a"}
   return {
-      "chain": optax.chain(optax.clip(1.0), optax.trace(0.9), flash),
-      "partition": optax.partition({"a": flash, "b": optax.adam(0.1)}, labels),
-      "partition_by_function": optax.partition(
-          {"a": flash, "b": optax.adam(0.1)}, lambda params: labels
-      ),
-      "inject_hyperparams": optax.inject_hyperparams(fo.adamw)(0.1),
-      "MultiSteps": optax.MultiSteps(flash, 2),
-      "apply_if_finite": optax.apply_if_finite(flash, 2),
-      "schedule_free": optax.contrib.schedule_free(flash, 0.1),
-      "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=8),
+    "chain": optax.chain(optax.clip(1.0), optax.trace(0.9), flash),
+    "partition": optax.partition({"a": flash, "b": optax.adam(0.1)}, labels),
+    "partition_by_function": optax.partition(
+      {"a": flash, "b": optax.adam(0.1)}, lambda params: labels
+    ),
+    "inject_hyperparams": optax.inject_hyperparams(fo.adamw)(0.1),
+    "MultiSteps": optax.MultiSteps(flash, 2),
+    "apply_if_finite": optax.apply_if_finite(flash, 2),
+    "schedule_free": optax.contrib.schedule_free(flash, 0.1),
+    "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=8),
   }
 
 
 @pytest.mark.parametrize(
-    "nesting", slow_but(nestings(), "partition", "inject_hyperparams")
+  "nesting", slow_but(nestings(), "partition", "inject_hyperparams")
 )
 def test_state_shardings_through_wrappers(nesting):
   tx = nestings()[nesting]
@@ -108,20 +108,20 @@ def test_state_shardings_of_unusual_leaves():
   mesh = make_mesh("4x2")
   place = functools.partial(NamedSharding, mesh)
   params = {
-      "w": {"mu": jnp.ones((8, 64))},  # A name that the state has, too.
-      "mu": {"w": jnp.ones((64, 64))},
-      "scalar": jnp.ones(()),
-      "empty": jnp.ones((0, 64)),
-      "long": [jnp.ones((4, 96))],  # Three groups on two devices.
-      "root_like": jnp.ones((2,)),
+    "w": {"mu": jnp.ones((8, 64))},  # A name that the state has, too.
+    "mu": {"w": jnp.ones((64, 64))},
+    "scalar": jnp.ones(()),
+    "empty": jnp.ones((0, 64)),
+    "long": [jnp.ones((4, 96))],  # Three groups on two devices.
+    "root_like": jnp.ones((2,)),
   }
   shardings = {
-      "w": {"mu": place(P("fsdp"))},
-      "mu": {"w": place(P(None, "tensor"))},
-      "scalar": place(P()),
-      "empty": place(P(None, "tensor")),
-      "long": [place(P("fsdp", "tensor"))],
-      "root_like": place(P("tensor")),
+    "w": {"mu": place(P("fsdp"))},
+    "mu": {"w": place(P(None, "tensor"))},
+    "scalar": place(P()),
+    "empty": place(P(None, "tensor")),
+    "long": [place(P("fsdp", "tensor"))],
+    "root_like": place(P("tensor")),
   }
   tx = cases.make("adam")
   with pytest.warns(UserWarning) as caught:
@@ -146,7 +146,7 @@ def test_state_shardings_of_unusual_leaves():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "kind"), [("adamw", "auto"), ("momentum", "explicit")]
+  ("name", "kind"), [("adamw", "auto"), ("momentum", "explicit")]
 )
 def test_state_in_host_memory(kind, name):
   tx = optax.chain(optax.trace(0.5), cases.make(name))
@@ -170,10 +170,12 @@ def test_state_in_host_memory(kind, name):
     new_params, state = compiled(grads, state, donated)
     new_params, state = compiled(grads, state, new_params)
     jax.tree.map(
-        lambda leaf, sharding: leaf.sharding.memory_kind == sharding.memory_kind
-        or pytest.fail(f"{leaf.sharding} instead of {sharding}"),
-        state,
-        placed,
+      lambda leaf, sharding: (
+        leaf.sharding.memory_kind == sharding.memory_kind
+        or pytest.fail(f"{leaf.sharding} instead of {sharding}")
+      ),
+      state,
+      placed,
     )
     exported = fo.to_fp32(new_params, state), fo.moments(state)
     results.append((new_params, state, exported))
@@ -188,8 +190,8 @@ def test_bad_shardings_are_refused():
   mesh = make_mesh("4x2")
   good = shardings_on(mesh)
   for bad, match in (
-      ({**good, "fsdp": P("fsdp")}, "'fsdp'.*expected a jax.sharding.Sharding"),
-      ({"fsdp": good["fsdp"]}, "not a prefix"),
+    ({**good, "fsdp": P("fsdp")}, "'fsdp'.*expected a jax.sharding.Sharding"),
+    ({"fsdp": good["fsdp"]}, "not a prefix"),
   ):
     for function in (fo.state_shardings, fo.with_shardings):
       with pytest.raises(ValueError, match=match):
@@ -204,6 +206,6 @@ def test_with_shardings_changes_nothing_else():
   grads, state = cases.grads_like(params), tx.init(params)
   cases.assert_same(told.init(params), state)
   cases.assert_same(
-      cases.jitted_step(told, grads, state, params),
-      cases.jitted_step(tx, grads, state, params),
+    cases.jitted_step(told, grads, state, params),
+    cases.jitted_step(tx, grads, state, params),
   )

@@ -27,14 +27,14 @@ ADAM = {"adam": {}, "nadam": {"nesterov": True}}
 COMPANDINGS = ("root", "paper")
 # Of one optimizer: ours, ours around Optax's, and Optax's in float32.
 TRANSFORMATIONS = {
-    "adam": (fo.adam, optax.adam, {}),
-    "nadam": (fo.adam, optax.adam, {"nesterov": True}),
-    "lion": (fo.lion, optax.lion, {"weight_decay": 0.0}),
-    "momentum": (fo.sgd, optax.sgd, {"momentum": 0.9}),
+  "adam": (fo.adam, optax.adam, {}),
+  "nadam": (fo.adam, optax.adam, {"nesterov": True}),
+  "lion": (fo.lion, optax.lion, {"weight_decay": 0.0}),
+  "momentum": (fo.sgd, optax.sgd, {"momentum": 0.9}),
 }
 every_companding = pytest.mark.parametrize("companding", slow_but(COMPANDINGS))
 every_way = pytest.mark.parametrize(
-    "compressed", slow_but([False, True]), ids=["fused", "compress"]
+  "compressed", slow_but([False, True]), ids=["fused", "compress"]
 )
 
 
@@ -137,7 +137,7 @@ def gradients(draw):
 @hypothesis.given(grads=gradients(), betas=st.sampled_from(BETAS))
 def test_no_step_is_longer_than_adams(name, companding, compressed, grads, betas):
   found = np.asarray(
-      steps_taken(name, companding, compressed, jnp.array(betas), grads), np.float64
+    steps_taken(name, companding, compressed, jnp.array(betas), grads), np.float64
   )
   bound = cases.largest_steps(*betas, name == "nadam", STEPS)[:, None, None]
   # `compress` knows of no bound. There a first moment's code may be rounded up, to 2,
@@ -152,7 +152,7 @@ def test_no_step_is_longer_than_adams(name, companding, compressed, grads, betas
 def test_no_step_of_the_tpu_kernel_is_longer(name):
   steps, shape = 20, (5, 168)
   tx = fo.adam(
-      1.0, b2=0.95, storage=storage(), implementation="mosaic_tpu", **ADAM[name]
+    1.0, b2=0.95, storage=storage(), implementation="mosaic_tpu", **ADAM[name]
   )
   params = jnp.zeros(shape)
   step = jax.jit(functools.partial(fo.step, tx))
@@ -182,8 +182,8 @@ def test_weights_whose_gradients_end_come_to_rest(name, companding, compressed):
   grads[last:, :, dead] = 0
   params = jnp.zeros((4, 40))
   moved = [
-      np.abs(np.diff(run(tx, params, grads)[2][last - 1 :, :, dead], axis=0)).sum(0)
-      for tx in (ours, plain)
+    np.abs(np.diff(run(tx, params, grads)[2][last - 1 :, :, dead], axis=0)).sum(0)
+    for tx in (ours, plain)
   ]
   assert (moved[0] <= 1.1 * moved[1] + 20 * LR).all()
   assert moved[0].mean() <= 1.1 * moved[1].mean()
@@ -196,9 +196,7 @@ def test_weights_without_gradients_rest(name, companding, compressed):
   """Masked or pruned ones, and half a group of them."""
   ours, _ = make(name, companding, compressed)
   grads = noise((3, 64), 300)
-  masked = np.stack([
-      np.arange(64) % 8 < 4, np.arange(64) != 5, np.arange(64) % 2 == 0
-  ])
+  masked = np.stack([np.arange(64) % 8 < 4, np.arange(64) != 5, np.arange(64) % 2 == 0])
   grads[:, masked] = 0
   params, _, _ = run(ours, jnp.full((3, 64), 0.5), grads)
   np.testing.assert_array_equal(np.asarray(params)[masked], 0.5)
@@ -219,8 +217,8 @@ def test_others_go_on_beside_weights_without_gradients(companding, compressed, b
   ours, plain = make("adam", companding, compressed, b2=b2)
   params = jnp.zeros((4, 32))
   found, expected = (
-      run(tx, params, grads, lambda params, state: (params, second_moments(state)))[2]
-      for tx in (ours, plain)
+    run(tx, params, grads, lambda params, state: (params, second_moments(state)))[2]
+    for tx in (ours, plain)
   )
   roots = [np.sqrt(x[1][300:, live]).mean(0) for x in (found, expected)]
   np.testing.assert_allclose(*roots, rtol=0.1)
@@ -257,12 +255,14 @@ def test_rare_rows_move_as_far_as_in_float32(name, companding, compressed):
 @every_way
 @every_companding
 @pytest.mark.parametrize(
-    ("name", "arguments"),
-    slow_but([
-        *itertools.product(ADAM, ({"b2": 0.95}, {"b2": 0.999})),
-        ("lion", {}),
-        ("momentum", {}),
-    ]),
+  ("name", "arguments"),
+  slow_but(
+    [
+      *itertools.product(ADAM, ({"b2": 0.95}, {"b2": 0.999})),
+      ("lion", {}),
+      ("momentum", {}),
+    ]
+  ),
 )
 def test_a_spike_is_its_own_affair(name, arguments, companding, compressed):
   """One finite gradient beyond all others, in the first update or in the fourth."""
@@ -319,7 +319,7 @@ def test_second_moments_follow_shrinking_gradients(compressed, b2):
 
 
 @pytest.mark.parametrize(
-    "function", slow_but([fo.step, cases.update]), ids=["step", "update"]
+  "function", slow_but([fo.step, cases.update]), ids=["step", "update"]
 )
 @pytest.mark.parametrize("dtype", slow_but(["bfloat16", "float16"]))
 @pytest.mark.parametrize("name", slow_but(["adam", "lion"]))

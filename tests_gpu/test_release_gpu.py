@@ -1,6 +1,6 @@
 """Gradient release with the Triton kernel, against the ordinary step, on a GPU.
 
-    python -m pytest tests_gpu/test_release_gpu.py -n 0
+python -m pytest tests_gpu/test_release_gpu.py -n 0
 """
 
 import functools
@@ -29,10 +29,10 @@ def available():
 def make(name, storage="root", implementation="triton"):
   case = OPTIMIZERS[name]
   return case.flash(
-      2.0**-7,
-      storage=STORAGES[storage],
-      implementation=implementation,
-      **case.kwargs,
+    2.0**-7,
+    storage=STORAGES[storage],
+    implementation=implementation,
+    **case.kwargs,
   )
 
 
@@ -48,17 +48,17 @@ def assert_equals_ordinary(tx, model, params):
     params, state = step(grads, state, params)
     np.testing.assert_allclose(value, expected, rtol=1e-4)
     leaves = zip(
-        jax.tree.leaves(fo.moments(ours[1])),
-        jax.tree.leaves(fo.moments(state)),
-        strict=True,
+      jax.tree.leaves(fo.moments(ours[1])),
+      jax.tree.leaves(fo.moments(state)),
+      strict=True,
     )
     for a, b in leaves:
       differing += int(jnp.sum(a != b))
       codes += a.size
     pairs = zip(
-        jax.tree.leaves(fo.to_fp32(*ours)),
-        jax.tree.leaves(fo.to_fp32(params, state)),
-        strict=True,
+      jax.tree.leaves(fo.to_fp32(*ours)),
+      jax.tree.leaves(fo.to_fp32(params, state)),
+      strict=True,
     )
     for a, b in pairs:
       spacing = float(jnp.max(jnp.abs(b))) * 2.0**-15

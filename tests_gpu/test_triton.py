@@ -29,32 +29,28 @@ from tests.support.cases import OPTIMIZERS, QUANTIZED, STORAGES
 STEPS = 50
 SHARE_OF_CODES = 1e-4
 SHAPES = {
-    "matrix": (64, 96),
-    "ragged": (7, 50),
-    "odd": (129, 37),
-    "vector": (33,),
-    "conv": (3, 3, 16, 40),
-    "wide": (257, 768),
-    "eighth": (100, 1000),
-    "other axis": (64, 5),
-    "scalar": (),
-    "empty": (0, 64),
+  "matrix": (64, 96),
+  "ragged": (7, 50),
+  "odd": (129, 37),
+  "vector": (33,),
+  "conv": (3, 3, 16, 40),
+  "wide": (257, 768),
+  "eighth": (100, 1000),
+  "other axis": (64, 5),
+  "scalar": (),
+  "empty": (0, 64),
 }
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 CASES = [
-    *(
-        (name, storage, BF16, BF16, "step")
-        for name in OPTIMIZERS
-        for storage in STORAGES
-    ),
-    *((name, "root", BF16, BF16, "update") for name in OPTIMIZERS),
-    *(
-        ("adamw", storage, param, grad, via)
-        for storage in ("root", "32/32", "none/8")
-        for param, grad in ((F16, F32), (F32, BF16), (BF16, F32), (F16, F16))
-        for via in ("step", "update")
-    ),
+  *((name, storage, BF16, BF16, "step") for name in OPTIMIZERS for storage in STORAGES),
+  *((name, "root", BF16, BF16, "update") for name in OPTIMIZERS),
+  *(
+    ("adamw", storage, param, grad, via)
+    for storage in ("root", "32/32", "none/8")
+    for param, grad in ((F16, F32), (F32, BF16), (BF16, F32), (F16, F16))
+    for via in ("step", "update")
+  ),
 ]
 
 
@@ -68,8 +64,8 @@ def available():
 def random_tree(seed, dtype, scale):
   keys = jax.random.split(jax.random.key(seed), len(SHAPES))
   return {
-      name: (scale * jax.random.normal(key, shape)).astype(dtype)
-      for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)
+    name: (scale * jax.random.normal(key, shape)).astype(dtype)
+    for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)
   }
 
 
@@ -99,11 +95,11 @@ def differences(ours, reference, dtype, storage, rounding=None):
   found = {}
   for name in ("mu", "nu", "mu_scale", "nu_scale"):
     pairs = list(
-        zip(
-            jax.tree.leaves(getattr(state, name)),
-            jax.tree.leaves(getattr(state_ref, name)),
-            strict=True,
-        )
+      zip(
+        jax.tree.leaves(getattr(state, name)),
+        jax.tree.leaves(getattr(state_ref, name)),
+        strict=True,
+      )
     )
     pairs = [(a.astype(F32), b.astype(F32)) for a, b in pairs if a.size]
     if not pairs:
@@ -127,9 +123,9 @@ def differences(ours, reference, dtype, storage, rounding=None):
 
 
 @pytest.mark.parametrize(
-    ("name", "storage", "dtype", "grad_dtype", "via"),
-    CASES,
-    ids=lambda value: getattr(value, "__name__", str(value)),
+  ("name", "storage", "dtype", "grad_dtype", "via"),
+  CASES,
+  ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_equals_xla(name, storage, dtype, grad_dtype, via):
   case, storage = OPTIMIZERS[name], STORAGES[storage]
@@ -170,15 +166,13 @@ def test_odd_shapes(via):
   tx = fo.adamw(1e-2, storage=QUANTIZED)
   params, state = fo.from_fp32(tx, random_tree(0, F32, 1.0))
   grads = random_tree(1, BF16, 1.0)
-  params, state = jax.jit(functools.partial(VIA[via], tx))(
-      grads, state, params
-  )
+  params, state = jax.jit(functools.partial(VIA[via], tx))(grads, state, params)
   assert all(jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(
-    ("count", "storage"),
-    [*((count, QUANTIZED) for count in (1, 2, 15, 16, 17, 40)), (60, fo.Storage())],
+  ("count", "storage"),
+  [*((count, QUANTIZED) for count in (1, 2, 15, 16, 17, 40)), (60, fo.Storage())],
 )
 def test_many_leaves_share_launches(count, storage):
   shapes = [(i % 5 + 1, 32 * (i % 3 + 1)) for i in range(count)]
@@ -235,13 +229,11 @@ def test_bad_gradients_as_in_xla(bad, storage):
   grads = {"w": jnp.ones((4, 96), BF16).at[1, 40].set(bad)}
   results = []
   for implementation in ("triton", "xla"):
-    tx = fo.adamw(
-        1e-2, storage=STORAGES[storage], implementation=implementation
-    )
+    tx = fo.adamw(1e-2, storage=STORAGES[storage], implementation=implementation)
     start, state = fo.from_fp32(tx, params)
     after, state = jax.jit(functools.partial(fo.step, tx))(grads, state, start)
     after, state = jax.jit(functools.partial(fo.step, tx))(
-        jax.tree.map(jnp.ones_like, grads), state, after
+      jax.tree.map(jnp.ones_like, grads), state, after
     )
     finite = jax.tree.map(jnp.isfinite, (after, fo.moments(state)))
     results.append(jax.device_get(finite))
@@ -267,7 +259,7 @@ def test_zeros_set_from_outside_as_in_xla(zero, storage):
 def test_updates_in_place():
   tx = fo.adamw(1e-3, storage=QUANTIZED)
   params, state = fo.from_fp32(
-      tx, [jnp.ones((512, 1024)), jnp.ones((1024, 100)), jnp.ones((1024,))]
+    tx, [jnp.ones((512, 1024)), jnp.ones((1024, 100)), jnp.ones((1024,))]
   )
   grads = jax.tree.map(jnp.ones_like, params)
   step = jax.jit(functools.partial(fo.step, tx), donate_argnums=(1, 2))
@@ -290,8 +282,8 @@ def test_new_learning_rate_does_not_recompile():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "reason"),
-    [((64, 5), BF16, "another axis"), ((0, 64), BF16, "empty")],
+  ("shape", "dtype", "reason"),
+  [((64, 5), BF16, "another axis"), ((0, 64), BF16, "empty")],
 )
 def test_forced_on_a_leaf_that_it_cannot_update(shape, dtype, reason):
   tx = fo.adamw(1e-3, storage=QUANTIZED, implementation="triton")
@@ -315,7 +307,7 @@ def test_arrays_on_the_cpu_of_a_machine_with_a_gpu(how, wrap):
     if wrap is jax.vmap:
       arrays = jax.tree.map(lambda x: jnp.stack([x, x]), arrays)
     ours, reference = (
-        wrap(functools.partial(fo.step, each))(*arrays) for each in (tx, plain)
+      wrap(functools.partial(fo.step, each))(*arrays) for each in (tx, plain)
     )
     for leaf in jax.tree.leaves(ours):
       assert {device.platform for device in leaf.devices()} == {"cpu"}
@@ -337,12 +329,10 @@ def test_each_device_gets_its_own_program():
   gpu, cpu = step(*arrays), step(*on_cpu(arrays))
   again = step(*arrays)
   cases.assert_same(jax.device_get(again), jax.device_get(gpu))
-  found = differences(
-      jax.device_put(cpu, jax.devices()[0]), gpu, BF16, fo.Storage()
-  )
+  found = differences(jax.device_put(cpu, jax.devices()[0]), gpu, BF16, fo.Storage())
   assert float(found["master gap"]) <= 1.0
   programs = [
-      step.lower(*each).compile().as_text() for each in (arrays, on_cpu(arrays))
+    step.lower(*each).compile().as_text() for each in (arrays, on_cpu(arrays))
   ]
   assert ["triton_kernel_call" in program for program in programs] == [True, False]
 
@@ -355,7 +345,10 @@ def test_one_lowering_for_gpu_and_cpu():
   version = jax.extend.backend.get_backend().platform_version
   platform = "rocm" if "rocm" in version else "cuda"
   for platforms, kernels_found in (
-      ((platform,), 1), (("cpu",), 0), (("tpu",), 0), (("cpu", platform), 1)
+    ((platform,), 1),
+    (("cpu",), 0),
+    (("tpu",), 0),
+    (("cpu", platform), 1),
   ):
     text = traced.lower(lowering_platforms=platforms).as_text()
     assert text.count("@triton_kernel_call") == kernels_found, platforms

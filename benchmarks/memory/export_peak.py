@@ -66,9 +66,7 @@ def main() -> None:
     export = measured(lambda: fo.export_safetensors(path, params, opt_state))
     size = path.stat().st_size
     sharded = measured(
-      lambda: fo.export_safetensors(
-        path, params, opt_state, max_shard_bytes=2**30
-      )
+      lambda: fo.export_safetensors(path, params, opt_state, max_shard_bytes=2**30)
     )
   result = {
     **record.about(),

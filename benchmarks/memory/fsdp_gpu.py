@@ -45,7 +45,7 @@ SEQ = 2048
 BATCH = {"1b": 8, "8b": 2}
 OPTIMIZERS = ("optax", "flash", "released")
 COLLECTIVE = re.compile(
-    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+  r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
 )
 UPDATE_KERNEL = re.compile(r"update_\d+_leaves")  # Triton's
 
@@ -72,7 +72,7 @@ class Training:
       spec = {2: PartitionSpec("fsdp"), 3: PartitionSpec(None, "fsdp")}
       whole = leaf.shape[0] == config.layers and leaf.ndim == 2
       return NamedSharding(
-          mesh, PartitionSpec() if whole else spec.get(leaf.ndim, PartitionSpec())
+        mesh, PartitionSpec() if whole else spec.get(leaf.ndim, PartitionSpec())
       )
 
     along_batch = NamedSharding(mesh, PartitionSpec("fsdp"))
@@ -85,22 +85,22 @@ class Training:
     state_placed = fo.state_shardings(self.tx, params, placed)
     self.shardings = placed, state_placed
     self.carry = jax.tree.map(
-        lambda leaf, sharding: leaf.update(sharding=sharding),
-        (params, state),
-        self.shardings,
+      lambda leaf, sharding: leaf.update(sharding=sharding),
+      (params, state),
+      self.shardings,
     )
     self.tokens = jax.ShapeDtypeStruct(
-        (sequences, seq), jnp.int32, sharding=along_batch
+      (sequences, seq), jnp.int32, sharding=along_batch
     )
     make = {
-        "optax": llama.ordinary_step,
-        "flash": llama.ordinary_step,
-        "released": llama.released_step,
+      "optax": llama.ordinary_step,
+      "flash": llama.ordinary_step,
+      "released": llama.released_step,
     }[optimizer]
     self.step = jax.jit(
-        make(config, self.tx),
-        donate_argnums=(0, 1),
-        out_shardings=(None, *self.shardings),
+      make(config, self.tx),
+      donate_argnums=(0, 1),
+      out_shardings=(None, *self.shardings),
     )
 
   def compile(self):
@@ -129,15 +129,15 @@ class Training:
     import flashoptim_jax as fo
 
     grads = jax.jit(
-        lambda: jax.tree.map(
-            lambda leaf: jnp.ones(leaf.shape, jnp.bfloat16), self.carry[0]
-        ),
-        out_shardings=self.shardings[0],
+      lambda: jax.tree.map(
+        lambda leaf: jnp.ones(leaf.shape, jnp.bfloat16), self.carry[0]
+      ),
+      out_shardings=self.shardings[0],
     )()
     update = jax.jit(
-        lambda params, state, grads: fo.step(self.tx, grads, state, params),
-        donate_argnums=(0, 1),
-        out_shardings=self.shardings,
+      lambda params, state, grads: fo.step(self.tx, grads, state, params),
+      donate_argnums=(0, 1),
+      out_shardings=self.shardings,
     )
     compiled = update.lower(*carry, grads).compile()
     carry = jax.block_until_ready(compiled(*carry, grads))
@@ -179,9 +179,7 @@ def train(model, optimizer, warmup=3, steps=10):
   import jax
 
   count = jax.device_count()
-  training = Training(
-      config_of(model), optimizer, jax.devices(), count * BATCH[model]
-  )
+  training = Training(config_of(model), optimizer, jax.devices(), count * BATCH[model])
   begun = time.perf_counter()
   compiled = training.compile()
   compile_seconds = time.perf_counter() - begun
@@ -207,19 +205,19 @@ def train(model, optimizer, warmup=3, steps=10):
   update_seconds, update_text = training.update_alone(carry)
   analysis = compiled.memory_analysis()
   return {
-      "parameters": sum(leaf.size for leaf in jax.tree.leaves(carry[0])),
-      "sequences": training.tokens.shape[0],
-      "params_and_state_bytes": max(kept.values()),
-      "peak_bytes": peak,
-      "argument_bytes": analysis.argument_size_in_bytes,
-      "temporary_bytes": analysis.temp_size_in_bytes,
-      "aliased_bytes": analysis.alias_size_in_bytes,
-      "step_seconds": statistics.median(seconds[warmup:]),
-      "update_seconds": update_seconds,
-      "collectives_in_update": sorted(set(COLLECTIVE.findall(update_text))),
-      "busy_seconds": busy,
-      "losses": losses,
-      "compile_seconds": compile_seconds,
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(carry[0])),
+    "sequences": training.tokens.shape[0],
+    "params_and_state_bytes": max(kept.values()),
+    "peak_bytes": peak,
+    "argument_bytes": analysis.argument_size_in_bytes,
+    "temporary_bytes": analysis.temp_size_in_bytes,
+    "aliased_bytes": analysis.alias_size_in_bytes,
+    "step_seconds": statistics.median(seconds[warmup:]),
+    "update_seconds": update_seconds,
+    "collectives_in_update": sorted(set(COLLECTIVE.findall(update_text))),
+    "busy_seconds": busy,
+    "losses": losses,
+    "compile_seconds": compile_seconds,
   }
 
 
@@ -252,32 +250,30 @@ def batch(model, optimizer):
 
   @functools.cache
   def planned(per_gpu):
-    training = Training(
-        config_of(model), optimizer, jax.devices(), per_gpu * count
-    )
+    training = Training(config_of(model), optimizer, jax.devices(), per_gpu * count)
     found = training.compile().memory_analysis()
     return found.argument_size_in_bytes + found.temp_size_in_bytes
 
   sequences = bisect.bisect_right(range(1, 256), limit, key=planned)
   return {
-      "sequences_per_gpu": sequences,
-      "planned_bytes": planned(sequences) if sequences else None,
-      "planned_bytes_of_one_more": planned(sequences + 1),
-      "limit_bytes": limit,
+    "sequences_per_gpu": sequences,
+    "planned_bytes": planned(sequences) if sequences else None,
+    "planned_bytes_of_one_more": planned(sequences + 1),
+    "limit_bytes": limit,
   }
 
 
 def equality():
   """One GPU against all of the process, for the update and for training."""
   update = {
-      ", ".join(case): update_equality(*case)
-      for case in itertools.product(
-          ("adamw", "lion", "momentum"), ("triton", "xla"), ("auto", "explicit")
-      )
+    ", ".join(case): update_equality(*case)
+    for case in itertools.product(
+      ("adamw", "lion", "momentum"), ("triton", "xla"), ("auto", "explicit")
+    )
   }
   return {
-      "update": update,
-      "training": {optimizer: train_equality(optimizer) for optimizer in OPTIMIZERS},
+    "update": update,
+    "training": {optimizer: train_equality(optimizer) for optimizer in OPTIMIZERS},
   }
 
 
@@ -292,30 +288,30 @@ def update_equality(optimizer, implementation, axes, steps=20):
   import flashoptim_jax as fo
 
   make = {
-      "adamw": functools.partial(fo.adamw, weight_decay=0.1),
-      "lion": fo.lion,
-      "momentum": functools.partial(fo.sgd, momentum=0.9),
+    "adamw": functools.partial(fo.adamw, weight_decay=0.1),
+    "lion": fo.lion,
+    "momentum": functools.partial(fo.sgd, momentum=0.9),
   }[optimizer]
   tx = make(1e-3, implementation=implementation)
   shapes = {
-      "rows": (1024, 768),
-      "columns": (768, 2048),
-      "stack": (4, 512, 1408),
-      "odd": (16, 33),
-      "gain": (4096,),
+    "rows": (1024, 768),
+    "columns": (768, 2048),
+    "stack": (4, 512, 1408),
+    "odd": (16, 33),
+    "gain": (4096,),
   }
   specs = {
-      "rows": P("x"),
-      "columns": P(None, "x"),
-      "stack": P(None, "x"),
-      "odd": P("x"),
-      "gain": P(),
+    "rows": P("x"),
+    "columns": P(None, "x"),
+    "stack": P(None, "x"),
+    "odd": P("x"),
+    "gain": P(),
   }
 
   def draw(key):
     return {
-        name: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.bfloat16)
-        for i, (name, shape) in enumerate(shapes.items())
+      name: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.bfloat16)
+      for i, (name, shape) in enumerate(shapes.items())
     }
 
   params, *grads = map(draw, jax.random.split(jax.random.key(0), steps + 1))
@@ -326,8 +322,8 @@ def update_equality(optimizer, implementation, axes, steps=20):
     placed = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
     state_placed = fo.state_shardings(tx, params, placed)
     step = jax.jit(
-        lambda grads, state, params: fo.step(tx, grads, state, params),
-        out_shardings=(placed, state_placed),
+      lambda grads, state, params: fo.step(tx, grads, state, params),
+      out_shardings=(placed, state_placed),
     )
     p = jax.device_put(params, placed)
     s = jax.device_put(tx.init(params), state_placed)
@@ -338,10 +334,10 @@ def update_equality(optimizer, implementation, axes, steps=20):
 
   (one, _), (many, text) = run(jax.devices()[:1]), run(jax.devices())
   return {
-      "elements": sum(np.size(leaf) for leaf in one),
-      "differ": int(sum(map(np.sum, map(np.not_equal, one, many)))),
-      "collectives": sorted(set(COLLECTIVE.findall(text))),
-      "kernels": len(re.findall(r'custom_call_target="[^"]*triton', text)),
+    "elements": sum(np.size(leaf) for leaf in one),
+    "differ": int(sum(map(np.sum, map(np.not_equal, one, many)))),
+    "collectives": sorted(set(COLLECTIVE.findall(text))),
+    "kernels": len(re.findall(r'custom_call_target="[^"]*triton', text)),
   }
 
 
@@ -369,13 +365,13 @@ def train_equality(optimizer, steps=20):
 
   (loss, one), (sharded_loss, many) = run(jax.devices()[:1]), run(jax.devices())
   squares = [
-      (np.sum((a - b) ** 2), np.sum(a**2)) for a, b in zip(one, many, strict=True)
+    (np.sum((a - b) ** 2), np.sum(a**2)) for a, b in zip(one, many, strict=True)
   ]
   difference, size = np.sqrt(np.sum(squares, axis=0))
   return {
-      "final_loss": float(loss[-1]),
-      "largest_loss_difference": float(np.max(np.abs(loss - sharded_loss))),
-      "relative_difference_of_parameters": float(difference / size),
+    "final_loss": float(loss[-1]),
+    "largest_loss_difference": float(np.max(np.abs(loss - sharded_loss))),
+    "relative_difference_of_parameters": float(difference / size),
   }
 
 
@@ -396,22 +392,22 @@ class Cell(NamedTuple):
       The exit code and what was printed.
     """
     environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+      "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
+      "TF_CPP_MIN_LOG_LEVEL": "2",
+      "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
     }
     if self.part == "batch":  # They share their GPUs; XLA's trials would fill them.
       environment |= {
-          "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-          "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0",
       }
     done = subprocess.run(
-        [sys.executable, __file__, "--here", self.part, *self.arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        check=False,
+      [sys.executable, __file__, "--here", self.part, *self.arguments],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=environment,
+      check=False,
     )
     return done.returncode, done.stdout.splitlines()
 
@@ -451,26 +447,26 @@ def run_all(waiting, available):
 def table(results):
   """What was measured, in short."""
   lines = [
-      "                            GiB per GPU: kept     peak   ms/step"
-      "   update   share  kernels   communication"
+    "                            GiB per GPU: kept     peak   ms/step"
+    "   update   share  kernels   communication"
   ]
   for name, cell in sorted(results.get("train", {}).items()):
     busy = cell["busy_seconds"]
     lines.append(
-        f"{name:36}{cell['params_and_state_bytes'] / GIB:12.2f}"
-        f"{cell['peak_bytes'] / GIB:9.2f}{1e3 * cell['step_seconds']:10.1f}"
-        f"{1e3 * cell['update_seconds']:9.2f}"
-        f"{100 * cell['update_seconds'] / cell['step_seconds']:7.2f}%"
-        f"{1e3 * busy['update_kernels']:9.2f}{1e3 * busy['communication']:16.1f}"
-        f"  {' '.join(cell['collectives_in_update'])}"
+      f"{name:36}{cell['params_and_state_bytes'] / GIB:12.2f}"
+      f"{cell['peak_bytes'] / GIB:9.2f}{1e3 * cell['step_seconds']:10.1f}"
+      f"{1e3 * cell['update_seconds']:9.2f}"
+      f"{100 * cell['update_seconds'] / cell['step_seconds']:7.2f}%"
+      f"{1e3 * busy['update_kernels']:9.2f}{1e3 * busy['communication']:16.1f}"
+      f"  {' '.join(cell['collectives_in_update'])}"
     )
   for name, cell in sorted(results.get("batch", {}).items()):
     lines.append(f"{name}: {cell['sequences_per_gpu']} sequences per GPU")
   for name, cell in results.get("equality", {}).items():
     for case, found in cell["update"].items():
       lines.append(
-          f"{name}, {case}: {found['differ']} of {found['elements']} differ,"
-          f" {found['kernels']} kernels, collectives {found['collectives']}"
+        f"{name}, {case}: {found['differ']} of {found['elements']} differ,"
+        f" {found['kernels']} kernels, collectives {found['collectives']}"
       )
     for optimizer, found in cell["training"].items():
       lines.append(f"{name}, {optimizer}: {found}")
@@ -490,7 +486,7 @@ def main():
     return
 
   listed = subprocess.run(
-      ["nvidia-smi", "--list-gpus"], stdout=subprocess.PIPE, text=True, check=True
+    ["nvidia-smi", "--list-gpus"], stdout=subprocess.PIPE, text=True, check=True
   )
   available = len(listed.stdout.splitlines())
   results = record.earlier("fsdp_gpu.json", arguments.output)
@@ -502,7 +498,7 @@ def main():
   compiling = [cell for cell in grid if cell.part == "batch"]
   measuring = [cell for cell in grid if cell.part != "batch"]
   for cell, code, lines in itertools.chain(
-      run_all(measuring, available), run_all(compiling, available)
+    run_all(measuring, available), run_all(compiling, available)
   ):
     name = " ".join((*cell.arguments, f"{cell.gpus} GPUs"))
     if code:

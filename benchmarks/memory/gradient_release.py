@@ -45,14 +45,14 @@ def measure(topology):
 
   small = topology is None
   config = (
-      llama.Config(256, 24, 4, 2, 1024, 1024, chunk=64)
-      if small
-      else llama.Config(2048, 24, 16, 8, 5632, 32768)
+    llama.Config(256, 24, 4, 2, 1024, 1024, chunk=64)
+    if small
+    else llama.Config(2048, 24, 16, 8, 5632, 32768)
   )
   devices = (
-      jax.devices()[:1]
-      if small
-      else topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    jax.devices()[:1]
+    if small
+    else topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
   )
   mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
   tokens_per_device = 128 if small else 2048
@@ -76,37 +76,37 @@ def measure(topology):
   tx = fo.adamw(1e-3)
   # State arrays are placed as their parameters, scales where they divide.
   state = jax.tree.map(
-      lambda s: split(s) if s.ndim else placed(s), jax.eval_shape(tx.init, params)
+    lambda s: split(s) if s.ndim else placed(s), jax.eval_shape(tx.init, params)
   )
   batch = jax.ShapeDtypeStruct((len(devices), tokens_per_device), jnp.int32)
   batch = placed(batch, "fsdp")
   grads = sum(llama.per_device(leaf) for leaf in jax.tree.leaves(params))
   kept = sum(llama.per_device(leaf) for leaf in jax.tree.leaves((params, state)))
   result = {
-      **record.about("libtpu", device=devices[0].device_kind),
-      "backend": devices[0].platform,
-      "devices": len(devices),
-      "topology": topology,
-      "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-      "tokens_per_device": tokens_per_device,
-      "per_device_bytes": {"gradients": grads, "params_and_state": kept},
+    **record.about("libtpu", device=devices[0].device_kind),
+    "backend": devices[0].platform,
+    "devices": len(devices),
+    "topology": topology,
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    "tokens_per_device": tokens_per_device,
+    "per_device_bytes": {"gradients": grads, "params_and_state": kept},
   }
   for name, make in (
-      ("ordinary", llama.ordinary_step),
-      ("released", llama.released_step),
+    ("ordinary", llama.ordinary_step),
+    ("released", llama.released_step),
   ):
     step = jax.jit(
-        make(config, tx),
-        donate_argnums=(0, 1),
-        out_shardings=(
-            None,
-            *jax.tree.map(lambda s: s.sharding, (params, state)),
-        ),
+      make(config, tx),
+      donate_argnums=(0, 1),
+      out_shardings=(
+        None,
+        *jax.tree.map(lambda s: s.sharding, (params, state)),
+      ),
     )
     memory = step.lower(params, state, batch, batch).compile().memory_analysis()
     result["per_device_bytes"][name] = {
-        "temporaries": memory.temp_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
+      "temporaries": memory.temp_size_in_bytes,
+      "aliased": memory.alias_size_in_bytes,
     }
   found = result["per_device_bytes"]
   saved = found["ordinary"]["temporaries"] - found["released"]["temporaries"]

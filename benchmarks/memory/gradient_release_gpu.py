@@ -66,16 +66,16 @@ def memory(attention, steps=3):
     jax.block_until_ready(params)
     seconds.append(time.perf_counter() - begun)
   return {
-      "parameters": sum(x.size for x in jax.tree.leaves(params)),
-      "tokens": SEQUENCES * LENGTH,
-      "params_and_state_bytes": kept,
-      "peak_bytes_after_init": after_init,
-      "peak_bytes": stats()["peak_bytes_in_use"],
-      "temporary_bytes": analysis.temp_size_in_bytes,
-      "aliased_bytes": analysis.alias_size_in_bytes,
-      "losses": losses,
-      "step_seconds": seconds,
-      "compile_seconds": compile_seconds,
+    "parameters": sum(x.size for x in jax.tree.leaves(params)),
+    "tokens": SEQUENCES * LENGTH,
+    "params_and_state_bytes": kept,
+    "peak_bytes_after_init": after_init,
+    "peak_bytes": stats()["peak_bytes_in_use"],
+    "temporary_bytes": analysis.temp_size_in_bytes,
+    "aliased_bytes": analysis.alias_size_in_bytes,
+    "losses": losses,
+    "step_seconds": seconds,
+    "compile_seconds": compile_seconds,
   }
 
 
@@ -103,29 +103,27 @@ def baseline(attention):
   def measure(cast):
     def step(masters, state, tokens, targets):
       value, grads = jax.value_and_grad(
-          lambda masters: llama.ordinary_loss(
-              config, cast(masters), tokens, targets
-          )
+        lambda masters: llama.ordinary_loss(config, cast(masters), tokens, targets)
       )(masters)
       updates, new_state = tx.update(grads, state, masters)
       return value, optax.apply_updates(masters, updates), new_state
 
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(
-        masters, state, tokens, tokens
+      masters, state, tokens, tokens
     )
     found = compiled.compile().memory_analysis()
     return {
-        "masters_and_state_bytes": found.argument_size_in_bytes,
-        "temporary_bytes": found.temp_size_in_bytes,
-        "total_bytes": found.argument_size_in_bytes
-        + found.temp_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes,
+      "masters_and_state_bytes": found.argument_size_in_bytes,
+      "temporary_bytes": found.temp_size_in_bytes,
+      "total_bytes": found.argument_size_in_bytes
+      + found.temp_size_in_bytes
+      + found.output_size_in_bytes
+      - found.alias_size_in_bytes,
     }
 
   return {
-      "cast_in_layers": measure(lambda masters: masters),
-      "cast_first": measure(llama.as_bfloat16),
+    "cast_in_layers": measure(lambda masters: masters),
+    "cast_first": measure(llama.as_bfloat16),
   }
 
 
@@ -151,9 +149,9 @@ def speed(attention, batch=8, steps=10, repeats=5):
     compiled[name] = step.lower(params, state, *data).compile()
     analysis = compiled[name].memory_analysis()
     result[name] = {
-        "temporary_bytes": analysis.temp_size_in_bytes,
-        "losses": [],
-        "step_seconds": [],
+      "temporary_bytes": analysis.temp_size_in_bytes,
+      "losses": [],
+      "step_seconds": [],
     }
   carries = {name: start(config, tx) for name in steps_of}
   for name, run in compiled.items():  # the same steps from the same start
@@ -171,9 +169,7 @@ def speed(attention, batch=8, steps=10, repeats=5):
       result[name]["step_seconds"].append(seconds)
   times = {n: statistics.median(result[n]["step_seconds"]) for n in steps_of}
   result["released_over_ordinary"] = times["released"] / times["ordinary"]
-  pairs = zip(
-      result["ordinary"]["losses"], result["released"]["losses"], strict=True
-  )
+  pairs = zip(result["ordinary"]["losses"], result["released"]["losses"], strict=True)
   result["largest_loss_difference"] = max(abs(a - b) for a, b in pairs)
   return result
 
@@ -186,10 +182,10 @@ def table(results):
   lines = []
   if found := results.get("memory"):
     lines.append(
-        f"8 B released: peak {found['peak_bytes'] / GIB:.2f} GiB, parameters and"
-        f" state {found['params_and_state_bytes'] / GIB:.2f} GiB, losses"
-        f" {', '.join(f'{loss:.4f}' for loss in found['losses'])},"
-        f" {min(found['step_seconds']):.3f} s a step"
+      f"8 B released: peak {found['peak_bytes'] / GIB:.2f} GiB, parameters and"
+      f" state {found['params_and_state_bytes'] / GIB:.2f} GiB, losses"
+      f" {', '.join(f'{loss:.4f}' for loss in found['losses'])},"
+      f" {min(found['step_seconds']):.3f} s a step"
     )
   if found := results.get("baseline"):
     for how, cell in found.items():
@@ -197,13 +193,13 @@ def table(results):
       lines.append(f"8 B optax.adamw fp32, {how}: {total:.2f} GiB")
   if found := results.get("speed"):
     times = [
-        1e3 * statistics.median(found[name]["step_seconds"])
-        for name in ("ordinary", "released")
+      1e3 * statistics.median(found[name]["step_seconds"])
+      for name in ("ordinary", "released")
     ]
     lines.append(
-        f"1 B step: ordinary {times[0]:.1f} ms, released {times[1]:.1f} ms,"
-        f" ratio {found['released_over_ordinary']:.3f}; losses differ by at most"
-        f" {found['largest_loss_difference']:.2e}"
+      f"1 B step: ordinary {times[0]:.1f} ms, released {times[1]:.1f} ms,"
+      f" ratio {found['released_over_ordinary']:.3f}; losses differ by at most"
+      f" {found['largest_loss_difference']:.2e}"
     )
   return "\n".join(lines)
 
@@ -212,10 +208,10 @@ def main():
   parser = record.parser(__doc__)
   parser.add_argument("--part", choices=PARTS, action="append")
   parser.add_argument(
-      "--attention",
-      choices=("cudnn", "xla"),
-      default="cudnn",
-      help="implementation of jax.nn.dot_product_attention",
+    "--attention",
+    choices=("cudnn", "xla"),
+    default="cudnn",
+    help="implementation of jax.nn.dot_product_attention",
   )
   parser.add_argument("--here", choices=PARTS, help=argparse.SUPPRESS)
   arguments = parser.parse_args()

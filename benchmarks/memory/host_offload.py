@@ -31,8 +31,8 @@ def make(seed, scale):
   shapes = llama32_1b()
   keys = jax.random.split(jax.random.key(seed), len(shapes))
   return {
-      name: scale * jax.random.normal(key, shape, jnp.bfloat16)
-      for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    name: scale * jax.random.normal(key, shape, jnp.bfloat16)
+    for key, (name, shape) in zip(keys, shapes.items(), strict=True)
   }
 
 
@@ -44,24 +44,24 @@ def measure(storage, memory_kind):
   # The whole device state at once, before it is moved, would count as a peak.
   resident = fo.state_shardings(tx, params, SingleDeviceSharding(device))
   placed = fo.state_shardings(
-      tx, params, SingleDeviceSharding(device), memory_kind=memory_kind
+    tx, params, SingleDeviceSharding(device), memory_kind=memory_kind
   )
   state = jax.tree.map(
-      lambda leaf, here, there: jax.device_put(
-          jnp.zeros(leaf.shape, leaf.dtype, device=here), there
-      ),
-      jax.eval_shape(tx.init, params),
-      resident,
-      placed,
+    lambda leaf, here, there: jax.device_put(
+      jnp.zeros(leaf.shape, leaf.dtype, device=here), there
+    ),
+    jax.eval_shape(tx.init, params),
+    resident,
+    placed,
   )
   nbytes = {
-      name: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-      for name, tree in (("params", params), ("state", state))
+    name: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    for name, tree in (("params", params), ("state", state))
   }
   step = jax.jit(
-      lambda grads, state, params: fo.step(tx, grads, state, params),
-      donate_argnums=(1, 2),
-      out_shardings=(None, placed),
+    lambda grads, state, params: fo.step(tx, grads, state, params),
+    donate_argnums=(1, 2),
+    out_shardings=(None, placed),
   )
   compiled = step.lower(grads, state, params).compile()
   analysis = compiled.memory_analysis()
@@ -74,22 +74,22 @@ def measure(storage, memory_kind):
   stats = device.memory_stats() or {}
   kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.mu)}
   return {
-      "storage": repr(storage),
-      "memory_kind": memory_kind or "device",
-      "state_is_in": sorted(kinds),
-      "milliseconds": 1e3 * sorted(times)[STEPS // 2],
-      "params_bytes": nbytes["params"],
-      "state_bytes": nbytes["state"],
-      "argument_bytes": analysis.argument_size_in_bytes,
-      "host_argument_bytes": analysis.host_argument_size_in_bytes,
-      "temporary_bytes": analysis.temp_size_in_bytes,
-      "aliased_bytes": analysis.alias_size_in_bytes,
-      "host_aliased_bytes": analysis.host_alias_size_in_bytes,
-      "in_use_before_bytes": before,
-      "peak_bytes": stats.get("peak_bytes_in_use", 0),
-      "checksum": float(
-          sum(jnp.sum(jnp.abs(p.astype(jnp.float32))) for p in params.values())
-      ),
+    "storage": repr(storage),
+    "memory_kind": memory_kind or "device",
+    "state_is_in": sorted(kinds),
+    "milliseconds": 1e3 * sorted(times)[STEPS // 2],
+    "params_bytes": nbytes["params"],
+    "state_bytes": nbytes["state"],
+    "argument_bytes": analysis.argument_size_in_bytes,
+    "host_argument_bytes": analysis.host_argument_size_in_bytes,
+    "temporary_bytes": analysis.temp_size_in_bytes,
+    "aliased_bytes": analysis.alias_size_in_bytes,
+    "host_aliased_bytes": analysis.host_alias_size_in_bytes,
+    "in_use_before_bytes": before,
+    "peak_bytes": stats.get("peak_bytes_in_use", 0),
+    "checksum": float(
+      sum(jnp.sum(jnp.abs(p.astype(jnp.float32))) for p in params.values())
+    ),
   }
 
 
@@ -97,9 +97,9 @@ def main():
   arguments = record.parser(__doc__).parse_args()
   # Offloaded first: the allocator's peak is that of the whole process so far.
   variants = {
-      "host, 24/8": (fo.Storage(), "pinned_host"),
-      "device, 24/8": (fo.Storage(), None),
-      "host, float32 moments": (fo.Storage(moment_bits=32), "pinned_host"),
+    "host, 24/8": (fo.Storage(), "pinned_host"),
+    "device, 24/8": (fo.Storage(), None),
+    "host, float32 moments": (fo.Storage(moment_bits=32), "pinned_host"),
   }
   result = record.about("triton", "jax-triton") | {"variants": {}}
   for name, variant in variants.items():

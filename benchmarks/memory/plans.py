@@ -15,10 +15,10 @@ from flashoptim_jax import models, planning
 
 # Mesh and device of each.
 PLANS = {
-    "gpt2": ({"fsdp": 1}, "v5e"),
-    "llama-1b": ({"fsdp": 1}, "h100"),
-    "llama3-8b": ({"fsdp": 1}, "h100"),
-    "llama3-70b": ({"fsdp": 32, "tp": 8}, "v5e"),
+  "gpt2": ({"fsdp": 1}, "v5e"),
+  "llama-1b": ({"fsdp": 1}, "h100"),
+  "llama3-8b": ({"fsdp": 1}, "h100"),
+  "llama3-70b": ({"fsdp": 32, "tp": 8}, "v5e"),
 }
 
 

@@ -96,7 +96,7 @@ def roundtrip(x, kind, variant, count):
   exact = codec.exact_scale(x, kind, storage)
   scale = codec.round_scale(exact, codec.TO_NEAREST.scale)
   factor = codec.group_expand(
-      codec.encode_factor(scale, kind, storage), x.shape, storage
+    codec.encode_factor(scale, kind, storage), x.shape, storage
   )
   root = jnp.sqrt(jnp.abs(x) if kind == "first" else jnp.sqrt(x))
   level = jnp.clip(jnp.round(root * factor), max=codec.LEVELS[kind])
@@ -116,7 +116,7 @@ def simulate(key, sigma, b2, *, steps, groups, shrink, heavy):
   shape = (groups, GROUP)
   scale = jnp.exp(sigma * jax.random.normal(scale_key, shape))
   start = {
-      name: (jnp.zeros(shape), jnp.zeros(shape)) for name in (*VARIANTS, "float32")
+    name: (jnp.zeros(shape), jnp.zeros(shape)) for name in (*VARIANTS, "float32")
   }
 
   def gradients(key, count):
@@ -155,10 +155,10 @@ def simulate(key, sigma, b2, *, steps, groups, shrink, heavy):
   moments = several(start, 0, steps - gap * WINDOW)
   moments, last = lax.scan(kept, moments, window)
   once = {
-      name: jax.vmap(functools.partial(roundtrip, kind="first", variant=name))(
-          last["float32"][0], count=window
-      )
-      for name in VARIANTS
+    name: jax.vmap(functools.partial(roundtrip, kind="first", variant=name))(
+      last["float32"][0], count=window
+    )
+    for name in VARIANTS
   }
   counts = jnp.arange(steps, steps + max(STOPPED))
   after = lax.scan(stopped, moments, counts)[1]
@@ -168,15 +168,15 @@ def simulate(key, sigma, b2, *, steps, groups, shrink, heavy):
 
 def measure(case, *, steps, groups, seed):
   scale, moments, once, after = jax.device_get(
-      simulate(
-          jax.random.key(seed),
-          case.sigma,
-          case.b2,
-          steps=steps,
-          groups=groups,
-          shrink=case.shrink,
-          heavy=case.heavy,
-      )
+    simulate(
+      jax.random.key(seed),
+      case.sigma,
+      case.b2,
+      steps=steps,
+      groups=groups,
+      shrink=case.shrink,
+      heavy=case.heavy,
+    )
   )
   scale = scale / SHRINKING if case.shrink else scale
   m_true, v_true = (x.astype(np.float64) for x in moments["float32"])
@@ -190,21 +190,19 @@ def measure(case, *, steps, groups, seed):
       log = np.log(ratio)
     direction = np.sum(m[lives] / np.sqrt(v[lives]) * direction_true[lives])
     figures[name] = {
-        "collapsed": float(np.mean(~lives & (v_true > 0))),
-        "median_abs_log": float(np.median(np.abs(log))),
-        "mean_log": float(np.mean(log[lives])),
-        "percentile_1": float(np.quantile(ratio, 0.01)),
-        "percentile_99": float(np.quantile(ratio, 0.99)),
-        "inverse": float(np.mean(1 / ratio[lives])) - 1,
-        "direction": float(direction / np.sum(direction_true[lives] ** 2)) - 1,
-        "m_rms": rms((m - m_true) / spread),
-        "m_rms_once": rms((once[name] - m_true) / spread),
-        **{
-            f"stopped_{count}": largest_error(m, true)
-            for count, m, true in zip(
-                STOPPED, after[name], after["float32"], strict=True
-            )
-        },
+      "collapsed": float(np.mean(~lives & (v_true > 0))),
+      "median_abs_log": float(np.median(np.abs(log))),
+      "mean_log": float(np.mean(log[lives])),
+      "percentile_1": float(np.quantile(ratio, 0.01)),
+      "percentile_99": float(np.quantile(ratio, 0.99)),
+      "inverse": float(np.mean(1 / ratio[lives])) - 1,
+      "direction": float(direction / np.sum(direction_true[lives] ** 2)) - 1,
+      "m_rms": rms((m - m_true) / spread),
+      "m_rms_once": rms((once[name] - m_true) / spread),
+      **{
+        f"stopped_{count}": largest_error(m, true)
+        for count, m, true in zip(STOPPED, after[name], after["float32"], strict=True)
+      },
     }
   return figures
 
@@ -213,8 +211,7 @@ def largest_error(m, true):
   """That of elements without gradients, in codes of the true m's groups."""
   largest = np.max(np.abs(true), axis=-1, keepdims=True)
   m, true = (
-      np.sign(x) * codec.LEVELS["first"] * np.sqrt(np.abs(x) / largest)
-      for x in (m, true)
+    np.sign(x) * codec.LEVELS["first"] * np.sqrt(np.abs(x) / largest) for x in (m, true)
   )
   return float(np.max(np.abs(m - true)[:, ::2]))
 
@@ -226,8 +223,8 @@ def rms(x):
 def table(results):
   """The figures as a Markdown table."""
   by_case = {
-      Case(*(run[field] for field in Case._fields)): run["figures"]
-      for run in results["runs"]
+    Case(*(run[field] for field in Case._fields)): run["figures"]
+    for run in results["runs"]
   }
 
   def row(title, cell):
@@ -250,78 +247,80 @@ def table(results):
   def drift(shrink):
     changed = ", gradients having shrunk tenfold" if shrink else ""
     return [
-        figures(
-            f"mean log of decoded/true sqrt(v), β2={b2:g}, σ=0 / 0.5 / 1 / 2{changed}",
-            "mean_log",
-            "{:+.3f}",
-            [Case(sigma, b2, shrink) for sigma in SIGMAS],
-        )
-        for b2 in B2S
+      figures(
+        f"mean log of decoded/true sqrt(v), β2={b2:g}, σ=0 / 0.5 / 1 / 2{changed}",
+        "mean_log",
+        "{:+.3f}",
+        [Case(sigma, b2, shrink) for sigma in SIGMAS],
+      )
+      for b2 in B2S
     ]
 
   def steps(key, what):
     return [
-        figures(
-            f"{what}, {'heavy-tailed' if heavy else 'normal'} gradients,"
-            " β2=0.95, σ=0.5 / 1.5, β2=0.999, σ=0.5 / 1.5",
-            key,
-            "{:+.1%}",
-            [
-                Case(sigma, b2, heavy=heavy)
-                for b2, sigma in itertools.product(STEP_B2S, STEP_SIGMAS)
-            ],
-        )
-        for heavy in (False, True)
+      figures(
+        f"{what}, {'heavy-tailed' if heavy else 'normal'} gradients,"
+        " β2=0.95, σ=0.5 / 1.5, β2=0.999, σ=0.5 / 1.5",
+        key,
+        "{:+.1%}",
+        [
+          Case(sigma, b2, heavy=heavy)
+          for b2, sigma in itertools.product(STEP_B2S, STEP_SIGMAS)
+        ],
+      )
+      for heavy in (False, True)
     ]
 
   hard = [Case(2.0, b2) for b2 in (0.95, 0.999)]
   even = [Case(sigma, 0.999) for sigma in (0.0, 1.0, 2.0)]
-  return "\n".join([
+  return "\n".join(
+    [
       "| | " + " | ".join(TITLES) + " |",
       "|---|" + "---|" * len(TITLES),
       figures(
-          "share of v codes that collapse to zero, σ=2, β2=0.95 / 0.999",
-          "collapsed",
-          "{:.3%}",
-          hard,
+        "share of v codes that collapse to zero, σ=2, β2=0.95 / 0.999",
+        "collapsed",
+        "{:.3%}",
+        hard,
       ),
       figures(
-          "median error of log sqrt(v), σ=2, β2=0.95 / 0.999",
-          "median_abs_log",
-          "{:.3f}",
-          hard,
+        "median error of log sqrt(v), σ=2, β2=0.95 / 0.999",
+        "median_abs_log",
+        "{:.3f}",
+        hard,
       ),
       *(
-          row(
-              f"1 %–99 % range of decoded/true sqrt(v), σ={sigma:g}, β2=0.999",
-              quantiles(Case(sigma, 0.999)),
-          )
-          for sigma in (0.5, 1.0, 2.0)
+        row(
+          f"1 %–99 % range of decoded/true sqrt(v), σ={sigma:g}, β2=0.999",
+          quantiles(Case(sigma, 0.999)),
+        )
+        for sigma in (0.5, 1.0, 2.0)
       ),
       *drift(shrink=False),
       *drift(shrink=True),
       *steps("inverse", "mean of true/decoded sqrt(v), less 1"),
       *steps("direction", "m/sqrt(v) along the true one, less 1"),
       figures(
-          "RMS error of one encoding of m, in its own σ, σ=0 / 1 / 2",
-          "m_rms_once",
-          "{:.3f}",
-          even,
+        "RMS error of one encoding of m, in its own σ, σ=0 / 1 / 2",
+        "m_rms_once",
+        "{:.3f}",
+        even,
       ),
       figures(
-          "the same of m kept in 8 bits from step to step", "m_rms", "{:.3f}", even
+        "the same of m kept in 8 bits from step to step", "m_rms", "{:.3f}", even
       ),
       *(
-          figures(
-              f"m's largest error, in codes, {count} steps after the last gradient,"
-              " σ=0 / 1 / 2",
-              f"stopped_{count}",
-              "{:.1f}",
-              even,
-          )
-          for count in STOPPED
+        figures(
+          f"m's largest error, in codes, {count} steps after the last gradient,"
+          " σ=0 / 1 / 2",
+          f"stopped_{count}",
+          "{:.1f}",
+          even,
+        )
+        for count in STOPPED
       ),
-  ])
+    ]
+  )
 
 
 def main():
@@ -335,23 +334,23 @@ def main():
   for case in cases():
     slow = case.b2 == SLOWEST
     found = measure(
-        case,
-        steps=args.steps * (LONGER if slow else 1),
-        groups=args.groups // (FEWER if slow else 1),
-        seed=args.seed,
+      case,
+      steps=args.steps * (LONGER if slow else 1),
+      groups=args.groups // (FEWER if slow else 1),
+      seed=args.seed,
     )
     runs.append({**case._asdict(), "figures": found})
     print(f"{case}: {time.monotonic() - start:.0f} s", flush=True)
   results = {
-      **record.about("numpy"),
-      "seconds": round(time.monotonic() - start, 1),
-      "steps": args.steps,
-      "groups": args.groups,
-      "group_size": GROUP,
-      "b1": B1,
-      "window": WINDOW,
-      "seed": args.seed,
-      "runs": runs,
+    **record.about("numpy"),
+    "seconds": round(time.monotonic() - start, 1),
+    "steps": args.steps,
+    "groups": args.groups,
+    "group_size": GROUP,
+    "b1": B1,
+    "window": WINDOW,
+    "seed": args.seed,
+    "runs": runs,
   }
   record.write("companding.json", results, args.output)
   print(table(results))

@@ -83,9 +83,7 @@ def run(name: str, problem: str, tx, dtype, rounded: bool = False) -> np.ndarray
 
   @jax.jit
   def train(params, state):
-    (params, state), _ = jax.lax.scan(
-      step, (params, state), length=optimizer.steps
-    )
+    (params, state), _ = jax.lax.scan(step, (params, state), length=optimizer.steps)
     compressed = isinstance(state, fo.CompressedState)
     masters = fo.to_fp32(params, state) if compressed else params
     if name.startswith("schedule_free"):
@@ -110,17 +108,13 @@ def measure(name: str, problem: str) -> dict:
   optimizer = OPTIMIZERS[name]
   plain = optimizer.make(optimizer.rate)
   compressed = {
-    variant: functools.partial(
-      run, tx=fo.compress(plain, storage), dtype=jnp.bfloat16
-    )
+    variant: functools.partial(run, tx=fo.compress(plain, storage), dtype=jnp.bfloat16)
     for variant, storage in STORAGES.items()
   }
   variants = {
     "compressed": compressed.pop("compressed"),
     "plain": functools.partial(run, tx=plain, dtype=None),
-    "rounded gradients": functools.partial(
-      run, tx=plain, dtype=None, rounded=True
-    ),
+    "rounded gradients": functools.partial(run, tx=plain, dtype=None, rounded=True),
     **compressed,
   }
   found = {}

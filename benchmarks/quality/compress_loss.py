@@ -168,19 +168,23 @@ def measure(name: str, steps: int) -> dict:
   compressed = fo.compress(plain)
   corpus = data.standard_library()
   seeds = np.arange(optimizer.seeds)
-  starts = np.stack([
-    np.random.default_rng(int(seed)).integers(
-      0, len(corpus.train) - SEQ, (steps, BATCH), np.int32
-    )
-    for seed in seeds
-  ])
+  starts = np.stack(
+    [
+      np.random.default_rng(int(seed)).integers(
+        0, len(corpus.train) - SEQ, (steps, BATCH), np.int32
+      )
+      for seed in seeds
+    ]
+  )
   valid = np.linspace(0, len(corpus.valid) - SEQ - 1, VALID_BATCHES * BATCH)
   valid = jnp.asarray(valid.reshape(VALID_BATCHES, BATCH), jnp.int32)
   train_bytes, valid_bytes = map(jnp.asarray, (corpus.train, corpus.valid))
   module = model.Transformer(CONFIG)
-  masters = jax.jit(jax.vmap(
-    lambda seed: module.init(jax.random.key(seed), jnp.zeros((1, SEQ), jnp.int32))
-  ))(seeds)["params"]
+  masters = jax.jit(
+    jax.vmap(
+      lambda seed: module.init(jax.random.key(seed), jnp.zeros((1, SEQ), jnp.int32))
+    )
+  )(seeds)["params"]
   one = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), masters
   )
@@ -218,7 +222,11 @@ def measure(name: str, steps: int) -> dict:
       "valid_loss": float(valid_losses.mean()),
       # Means over a twentieth of the run.
       "train_losses": losses.mean(0)[: steps // 20 * 20]
-      .reshape(20, -1).mean(1).tolist() if steps >= 20 else losses.mean(0).tolist(),
+      .reshape(20, -1)
+      .mean(1)
+      .tolist()
+      if steps >= 20
+      else losses.mean(0).tolist(),
     }
 
   row["plain"] = run(plain, start_plain)

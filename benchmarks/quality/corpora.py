@@ -64,8 +64,7 @@ def prepare(folder: pathlib.Path) -> dict:
 
   folder.mkdir(parents=True, exist_ok=True)
   documents = {
-    kind: list(_documents(suffixes, BYTES[kind]))
-    for kind, suffixes in SUFFIXES.items()
+    kind: list(_documents(suffixes, BYTES[kind])) for kind, suffixes in SUFFIXES.items()
   }
   sample, size = [], 0
   for text, valid in documents["python"]:

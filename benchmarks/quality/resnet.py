@@ -113,10 +113,12 @@ def train_images(experiment, name, seed, folder):
     return *carry, losses
 
   random = np.random.default_rng(seed)
-  order = np.concatenate([
-    random.permutation(len(train.labels))[: steps // setting.epochs * setting.batch]
-    for _ in range(setting.epochs)
-  ]).reshape(steps, setting.batch)
+  order = np.concatenate(
+    [
+      random.permutation(len(train.labels))[: steps // setting.epochs * setting.batch]
+      for _ in range(setting.epochs)
+    ]
+  ).reshape(steps, setting.batch)
   params, state, averages, losses = run(
     params,
     state,

@@ -272,9 +272,7 @@ def train_finetune(experiment: Experiment, name: str, seed: int, folder) -> dict
   if variant.dtype != jnp.float32:
     masters = fo.to_fp32(params, state)
     stalled = fo.check_numerics(params, state, experiment.learning_rate)
-  params, state, losses = train_tokens(
-    setting, tx, params, state, headers.train, seed
-  )
+  params, state, losses = train_tokens(setting, tx, params, state, headers.train, seed)
   end = params if variant.dtype == jnp.float32 else fo.to_fp32(params, state)
   moved = sum(
     int(jnp.sum(a != b))
@@ -361,9 +359,9 @@ EXPERIMENTS = {
     },
     train_lm,
     seeds=5,
-    once=frozenset({
-      "fo.adamw 24/8 paper", "fo.adamw 32/8 root", "fo.adamw bf16/8 root", LINEAR
-    }),
+    once=frozenset(
+      {"fo.adamw 24/8 paper", "fo.adamw 32/8 root", "fo.adamw bf16/8 root", LINEAR}
+    ),
     per_gpu=1,
   ),
   "lm_lion": Experiment(
@@ -427,8 +425,12 @@ EXPERIMENTS = {
     RESNET18,
     0.05,
     pair(
-      optax.sgd, fo.sgd, "sgd", lambda make, **k: lambda rate: make(rate, **k),
-      momentum=0.9, nesterov=True,
+      optax.sgd,
+      fo.sgd,
+      "sgd",
+      lambda make, **k: lambda rate: make(rate, **k),
+      momentum=0.9,
+      nesterov=True,
     ),
     train_images,
     seeds=5,

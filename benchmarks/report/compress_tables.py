@@ -58,17 +58,24 @@ def quality():
     by_seed = row["difference_percent_by_seed"]
     spread = f", {min(by_seed):+.2f} to {max(by_seed):+.2f}" if len(by_seed) > 1 else ""
     diverged = math.isnan(ours["valid_loss"])
-    rows.append([
-      f"`{row['optimizer']}`",
-      f"{size['plain']:.2f}",
-      f"{size['compressed']:.2f}",
-      f"{plain['valid_loss']:.4f}",
-      "NaN" if diverged else f"{ours['valid_loss']:.4f}",
-      "" if diverged else f"{row['difference_percent']:+.2f}{spread}",
-      "; ".join(kept),
-    ])
+    rows.append(
+      [
+        f"`{row['optimizer']}`",
+        f"{size['plain']:.2f}",
+        f"{size['compressed']:.2f}",
+        f"{plain['valid_loss']:.4f}",
+        "NaN" if diverged else f"{ours['valid_loss']:.4f}",
+        "" if diverged else f"{row['difference_percent']:+.2f}{spread}",
+        "; ".join(kept),
+      ]
+    )
   header = [
-    "", "B/param", "compressed", "loss", "compressed", "difference, % (of seeds)",
+    "",
+    "B/param",
+    "compressed",
+    "loss",
+    "compressed",
+    "difference, % (of seeds)",
     "kept in float32",
   ]
   (device,) = {row["device"] for row in found["optimizers"]}

@@ -217,9 +217,7 @@ def codes(canvas, curves):
     ax.set_yscale("log")
     ax.set_xlabel("code")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set_title(
-      {"first": "m / scale", "second": "sqrt(v) / scale"}[kind], fontsize=10
-    )
+    ax.set_title({"first": "m / scale", "second": "sqrt(v) / scale"}[kind], fontsize=10)
   axes[0].legend(frameon=False)
 
 

@@ -29,21 +29,22 @@ def loss_rows():
     flash, usual = result["runs"]
     difference = 100 * (flash["valid_loss"] / usual["valid_loss"] - 1)
     differences.append(difference)
-    rows.append((
-      f"`examples/train_lm.py`, seed {result['settings']['seed']}:"
-      " validation loss",
-      f"{flash['valid_loss']:.4f}",
-      f"{usual['valid_loss']:.4f}",
-      f"{difference:+.2f} %",
-    ))
+    rows.append(
+      (
+        f"`examples/train_lm.py`, seed {result['settings']['seed']}: validation loss",
+        f"{flash['valid_loss']:.4f}",
+        f"{usual['valid_loss']:.4f}",
+        f"{difference:+.2f} %",
+      )
+    )
   if len(rows) > 1:
-    rows.append((
-      "the same, mean over seeds",
-      *(
-        f"{statistics.mean(float(row[i]) for row in rows):.4f}" for i in (1, 2)
-      ),
-      f"{statistics.mean(differences):+.2f} %",
-    ))
+    rows.append(
+      (
+        "the same, mean over seeds",
+        *(f"{statistics.mean(float(row[i]) for row in rows):.4f}" for i in (1, 2)),
+        f"{statistics.mean(differences):+.2f} %",
+      )
+    )
   return rows
 
 
@@ -59,20 +60,20 @@ def quality_rows():
     ours, usual = map(statistics.mean, values.values())
     label = {"adamw": "AdamW", "lion": "Lion, beside `optax.lion`"}[name]
     seeds = len(values[found["baseline"]])
-    rows.append((
-      f"language model of 124 M, {label}: validation loss, {seeds} seeds",
-      f"{ours:.3f}",
-      f"{usual:.3f} ± {statistics.stdev(values[found['baseline']]):.3f}",
-      f"{round(100 * (ours / usual - 1), 2) + 0.0:+.2f} %",
-    ))
+    rows.append(
+      (
+        f"language model of 124 M, {label}: validation loss, {seeds} seeds",
+        f"{ours:.3f}",
+        f"{usual:.3f} ± {statistics.stdev(values[found['baseline']]):.3f}",
+        f"{round(100 * (ours / usual - 1), 2) + 0.0:+.2f} %",
+      )
+    )
   return rows
 
 
 def step_row():
   step = record.load("xla_step_cpu.json")
-  flash, usual = (
-    step["step_seconds"][name] for name in ("fo.adamw", "optax.adamw")
-  )
+  flash, usual = (step["step_seconds"][name] for name in ("fo.adamw", "optax.adamw"))
   return (
     f"CPU: update of {step['parameters'] / 1e6:.0f} M parameters, ms",
     f"{flash * 1e3:.0f}",
@@ -87,12 +88,14 @@ def gpu_rows():
   for name, found in record.load("gpu_step.json").items():
     flash, usual = found["rows"]["adamw"], found["rows"]["optax.adamw fp32"]
     times = [cell["device_milliseconds"] for cell in (flash, usual)]
-    rows.append((
-      f"{_short(found['device'])}: update of {name}, ms",
-      f"{times[0]:.2f}",
-      f"{times[1]:.2f}",
-      f"×{times[0] / times[1]:.2f}",
-    ))
+    rows.append(
+      (
+        f"{_short(found['device'])}: update of {name}, ms",
+        f"{times[0]:.2f}",
+        f"{times[1]:.2f}",
+        f"×{times[0] / times[1]:.2f}",
+      )
+    )
   return rows
 
 
@@ -172,16 +175,24 @@ def plans():
     plan = record.load(f"plan_{name}.json")
     axes = ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     for row in plan["rows"]:
-      rows.append((
-        f"{name} on {plan['device']}, {axes}",
-        row["name"],
-        *(
-          _gib(row[key])
-          for key in ("params", "state", "gradients", "in_flight", "total")
-        ),
-      ))
+      rows.append(
+        (
+          f"{name} on {plan['device']}, {axes}",
+          row["name"],
+          *(
+            _gib(row[key])
+            for key in ("params", "state", "gradients", "in_flight", "total")
+          ),
+        )
+      )
   header = (
-    "GiB per device", "", "parameters", "state", "gradients", "in flight", "total"
+    "GiB per device",
+    "",
+    "parameters",
+    "state",
+    "gradients",
+    "in flight",
+    "total",
   )
   return markdown(header, rows)
 
@@ -270,18 +281,20 @@ def release_memory():
   for path in sorted(record.RESULTS.glob("release_memory_*.json")):
     found = record.load(path.name)
     sizes = found["per_device_bytes"]
-    rows.append((
-      f"{found['devices']} × {found['device']}",
-      f"{found['parameters'] / 1e6:,.0f} M",
-      *(
-        f"{size / 1e6:,.1f}"
-        for size in (
-          sizes["gradients"],
-          sizes["ordinary"]["temporaries"],
-          sizes["released"]["temporaries"],
-        )
-      ),
-    ))
+    rows.append(
+      (
+        f"{found['devices']} × {found['device']}",
+        f"{found['parameters'] / 1e6:,.0f} M",
+        *(
+          f"{size / 1e6:,.1f}"
+          for size in (
+            sizes["gradients"],
+            sizes["ordinary"]["temporaries"],
+            sizes["released"]["temporaries"],
+          )
+        ),
+      )
+    )
   header = (
     "MB per device",
     "parameters",
@@ -306,7 +319,11 @@ def host_offload():
     for name, cell in found["variants"].items()
   ]
   header = (
-    "state", "step, ms", "state, GiB", "temporaries, GiB", "peak on the device, GiB"
+    "state",
+    "step, ms",
+    "state, GiB",
+    "temporaries, GiB",
+    "peak on the device, GiB",
   )
   return f"{markdown(header, rows)}\n\n{_note(found)}"
 
@@ -411,14 +428,16 @@ def tpu_compile():
     cells = [row for row in found["rows"] if row["chip"] == chip]
     pairs = {(row["optimizer"], row["storage"]) for row in cells}
     shapes = {tuple(shape) for row in cells for shape in row["shapes"]}
-    rows.append((
-      chip,
-      str(len(pairs)),
-      str(len(shapes)),
-      f"{sum(row['kernels'] for row in cells)} of {sum(r['leaves'] for r in cells)}",
-      f"{sum(row['aliased'] for row in cells)} of {sum(r['outputs'] for r in cells)}",
-      str(sum(len(row["copies"]) for row in cells)),
-    ))
+    rows.append(
+      (
+        chip,
+        str(len(pairs)),
+        str(len(shapes)),
+        f"{sum(row['kernels'] for row in cells)} of {sum(r['leaves'] for r in cells)}",
+        f"{sum(row['aliased'] for row in cells)} of {sum(r['outputs'] for r in cells)}",
+        str(sum(len(row["copies"]) for row in cells)),
+      )
+    )
   header = (
     "chip",
     "optimizers × storages",
@@ -449,16 +468,18 @@ def tpu_interpret():
       for key in ("codes", "codes_differing", "scales_differing")
     )
     together = sum(value for key, value in released.items() if "differing" in key)
-    rows.append((
-      name,
-      str(len(cells)),
-      f"{differing} of {codes:,}",
-      str(max(row.get("largest_code_gap", 0) for row in cells)),
-      str(scales),
-      f"{max(row['master_units'] for row in cells):.2f}",
-      f"{max(row.get('float32_moment_units', 0) for row in cells):.2f}",
-      str(together),
-    ))
+    rows.append(
+      (
+        name,
+        str(len(cells)),
+        f"{differing} of {codes:,}",
+        str(max(row.get("largest_code_gap", 0) for row in cells)),
+        str(scales),
+        f"{max(row['master_units'] for row in cells):.2f}",
+        f"{max(row.get('float32_moment_units', 0) for row in cells):.2f}",
+        str(together),
+      )
+    )
   header = (
     "optimizer",
     "storages",
@@ -511,14 +532,16 @@ def tpu_train_step():
   for model, cells in found["models"].items():
     for name, label in STEPS.items():
       sizes = cells["steps"][name]["per_device_bytes"]
-      rows.append((
-        f"{model}, {cells['topology']}",
-        label,
-        *(
-          "–" if sizes[kind] is None else f"{sizes[kind] / 1e6:,.1f}"
-          for kind in kinds
-        ),
-      ))
+      rows.append(
+        (
+          f"{model}, {cells['topology']}",
+          label,
+          *(
+            "–" if sizes[kind] is None else f"{sizes[kind] / 1e6:,.1f}"
+            for kind in kinds
+          ),
+        )
+      )
     saved = cells["saved_share_of_all_but_activations"]
     less = saved and f" all but activations is {saved:.1%} less than with Optax;"
     notes.append(
@@ -822,16 +845,18 @@ def quality_table(found):
       for seed, value in finite.items()
       if name != found["baseline"] and usual.get(seed) is not None
     ]
-    rows.append((
-      name,
-      f"{len(finite)} of {len(runs)}",
-      _mean_and_spread(list(finite.values())),
-      _mean_and_spread(differences),
-      *(
-        _MORE[key][1].format(statistics.mean(run[key] for run in runs.values()))
-        for key in more
-      ),
-    ))
+    rows.append(
+      (
+        name,
+        f"{len(finite)} of {len(runs)}",
+        _mean_and_spread(list(finite.values())),
+        _mean_and_spread(differences),
+        *(
+          _MORE[key][1].format(statistics.mean(run[key] for run in runs.values()))
+          for key in more
+        ),
+      )
+    )
   header = (
     found["metric"],
     "seeds that ended finite",
@@ -846,10 +871,13 @@ def moments():
   """Errors of the update's direction with 8-bit moments, by kind of layer."""
   found = record.load("moments.json")
   rows = [
-    (layer, *(
-      f"{cells[name]['error']:.1%}, {cells[name]['collapsed']:.2%}"
-      for name in ("root", "paper", "linear")
-    ))
+    (
+      layer,
+      *(
+        f"{cells[name]['error']:.1%}, {cells[name]['collapsed']:.2%}"
+        for name in ("root", "paper", "linear")
+      ),
+    )
     for layer, cells in found["layers"].items()
   ]
   header = ("", "root (default)", "paper", "no companding")

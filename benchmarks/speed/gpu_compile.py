@@ -47,15 +47,15 @@ def compile_once(optimizer):
   ours = optimizer == "adamw"
   tx = fo.adamw(1e-3) if ours else optax.adamw(1e-3)
   step, carry = (
-      (gpu_step.flash_step(tx), gpu_step.flash_carry)
-      if ours
-      else (gpu_step.optax_step(tx), gpu_step.optax_carry)
+    (gpu_step.flash_step(tx), gpu_step.flash_carry)
+    if ours
+    else (gpu_step.optax_step(tx), gpu_step.optax_carry)
   )
   shapes = LEAF_SETS[LEAF_SET]()
   types = jax.eval_shape(lambda: carry(tx, shapes))
   hits = []
   jax.monitoring.register_event_listener(
-      lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None
+    lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None
   )
   jax.block_until_ready(jax.numpy.zeros(()))  # The device is up.
   hits.clear()
@@ -65,27 +65,27 @@ def compile_once(optimizer):
   middle = time.perf_counter()
   lowered.compile()
   return {
-      "import_seconds": imports,
-      "lower_seconds": middle - start,
-      "compile_seconds": time.perf_counter() - middle,
-      "from_cache": bool(hits),
+    "import_seconds": imports,
+    "lower_seconds": middle - start,
+    "compile_seconds": time.perf_counter() - middle,
+    "from_cache": bool(hits),
   }
 
 
 def in_process(optimizer, cache):
   """``compile_once`` in a process of its own."""
   environment = os.environ | {
-      "JAX_COMPILATION_CACHE_DIR": cache,
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-      "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "JAX_COMPILATION_CACHE_DIR": cache,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   }
   done = subprocess.run(
-      [sys.executable, __file__, "--one", optimizer],
-      stdout=subprocess.PIPE,
-      text=True,
-      env=environment,
-      check=True,
+    [sys.executable, __file__, "--one", optimizer],
+    stdout=subprocess.PIPE,
+    text=True,
+    env=environment,
+    check=True,
   )
   return json.loads(done.stdout.splitlines()[-1])
 
@@ -101,7 +101,7 @@ def main():
   for optimizer in OPTIMIZERS:
     with tempfile.TemporaryDirectory() as cache:
       runs[optimizer] = {
-          run: in_process(optimizer, cache) for run in ("first", "second")
+        run: in_process(optimizer, cache) for run in ("first", "second")
       }
   result = record.about_in_process("triton", "jax-triton") | {"runs": runs}
   record.write("gpu_compile.json", result, arguments.output)

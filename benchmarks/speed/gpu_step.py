@@ -33,10 +33,10 @@ from benchmarks.support.leaf_sets import LEAF_SETS
 # read and written. Updates are written, and read with the parameter that they
 # are added to.
 BYTES = {
-    "adamw": 12.25,
-    "lion": 10.125,
-    "sgd momentum": 10.125,
-    "optax.adamw fp32": 30.0,
+  "adamw": 12.25,
+  "lion": 10.125,
+  "sgd momentum": 10.125,
+  "optax.adamw fp32": 30.0,
 }
 
 
@@ -61,8 +61,8 @@ def time_jax(step, carry, steps, repeats=5):
   import jax
 
   loop = jax.jit(
-      lambda carry: jax.lax.fori_loop(0, steps, lambda _, c: step(c), carry),
-      donate_argnums=0,
+    lambda carry: jax.lax.fori_loop(0, steps, lambda _, c: step(c), carry),
+    donate_argnums=0,
   )
   start = time.perf_counter()
   compiled = loop.lower(carry).compile()
@@ -79,10 +79,10 @@ def time_jax(step, carry, steps, repeats=5):
     carries[0] = jax.block_until_ready(compiled(carries[0]))
 
   return {
-      "milliseconds": 1e3 * sorted(times)[repeats // 2],
-      "device_milliseconds": device_milliseconds(run) / steps,
-      "compile_seconds": compile_seconds,
-      "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    "milliseconds": 1e3 * sorted(times)[repeats // 2],
+    "device_milliseconds": device_milliseconds(run) / steps,
+    "compile_seconds": compile_seconds,
+    "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
   }
 
 
@@ -96,14 +96,14 @@ def device_milliseconds(run):
     (path,) = pathlib.Path(folder).rglob("*.trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
   gpus = {
-      event["pid"]
-      for event in events
-      if event.get("name") == "process_name" and "GPU" in event["args"]["name"]
+    event["pid"]
+    for event in events
+    if event.get("name") == "process_name" and "GPU" in event["args"]["name"]
   }
   spans = sorted(
-      (event["ts"], event["ts"] + event["dur"])
-      for event in events
-      if event.get("ph") == "X" and event["pid"] in gpus
+    (event["ts"], event["ts"] + event["dur"])
+    for event in events
+    if event.get("ph") == "X" and event["pid"] in gpus
   )
   busy, until = 0.0, 0.0
   for start, end in spans:
@@ -228,7 +228,7 @@ def peer_flashoptim(shapes, steps):
   import torch
 
   return torch_optimizer(
-      shapes, steps, lambda p: flashoptim.FlashAdamW(p, lr=1e-3), torch.bfloat16
+    shapes, steps, lambda p: flashoptim.FlashAdamW(p, lr=1e-3), torch.bfloat16
   )
 
 
@@ -237,17 +237,17 @@ def peer_torch_fused(shapes, steps):
   import torch
 
   return torch_optimizer(
-      shapes,
-      steps,
-      lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-      torch.float32,
+    shapes,
+    steps,
+    lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    torch.float32,
   )
 
 
 PEERS = {
-    "flashoptim (PyTorch)": peer_flashoptim,
-    "flashoptim-jax": peer_flashoptim_jax,
-    "torch AdamW fused fp32": peer_torch_fused,
+  "flashoptim (PyTorch)": peer_flashoptim,
+  "flashoptim-jax": peer_flashoptim_jax,
+  "torch AdamW fused fp32": peer_torch_fused,
 }
 
 
@@ -266,23 +266,23 @@ def measure(leaf_set, row):
   import flashoptim_jax as fo
 
   rows = {
-      "adamw": (fo.adamw(1e-3), "step"),
-      "adamw, update": (fo.adamw(1e-3), "update"),
-      "adamw, XLA": (fo.adamw(1e-3, implementation="xla"), "step"),
-      "lion": (fo.lion(1e-3), "step"),
-      "sgd momentum": (fo.sgd(1e-3, 0.9), "step"),
+    "adamw": (fo.adamw(1e-3), "step"),
+    "adamw, update": (fo.adamw(1e-3), "update"),
+    "adamw, XLA": (fo.adamw(1e-3, implementation="xla"), "step"),
+    "lion": (fo.lion(1e-3), "step"),
+    "sgd momentum": (fo.sgd(1e-3, 0.9), "step"),
   }
   tx, via = rows[row]
   return time_jax(flash_step(tx, via), flash_carry(tx, shapes), steps)
 
 
 OURS = (
-    "adamw",
-    "adamw, update",
-    "adamw, XLA",
-    "lion",
-    "sgd momentum",
-    "optax.adamw fp32",
+  "adamw",
+  "adamw, update",
+  "adamw, XLA",
+  "lion",
+  "sgd momentum",
+  "optax.adamw fp32",
 )
 
 
@@ -291,18 +291,18 @@ def in_subprocess(arguments, path):
   import os
 
   environment = {
-      **os.environ,
-      "PYTHONPATH": path,
-      "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    **os.environ,
+    "PYTHONPATH": path,
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   }
   # jax-triton sets this to a folder that can't exist.
   environment.pop("TRITON_CACHE_DIR", None)
   done = subprocess.run(
-      [sys.executable, __file__, *arguments],
-      capture_output=True,
-      text=True,
-      env=environment,
-      check=False,
+    [sys.executable, __file__, *arguments],
+    capture_output=True,
+    text=True,
+    env=environment,
+    check=False,
   )
   if done.returncode:
     return {"error": done.stderr.strip().splitlines()[-1:]}
@@ -345,12 +345,12 @@ def main():
 
   # Before this process takes the GPU's memory.
   peers: dict[str, dict[str, dict]] = {
-      leaf_set: {
-          row: in_subprocess(["--one", leaf_set, row], arguments.peers)
-          for row in PEERS
-          if arguments.peers
-      }
-      for leaf_set in arguments.leaf_sets
+    leaf_set: {
+      row: in_subprocess(["--one", leaf_set, row], arguments.peers)
+      for row in PEERS
+      if arguments.peers
+    }
+    for leaf_set in arguments.leaf_sets
   }
 
   ceiling = copy_ceiling()

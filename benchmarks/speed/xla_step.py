@@ -77,10 +77,16 @@ def profile(rule, storage, leaf, scalars):
     kept = (spec, moment), (leaf.grad, stored, scalars, scale, zero)
     passes[moment.name] = xla._codes_pass, *kept, stored[0]
   passes["correction"] = (
-    xla._correction_pass, (spec,), (leaf, scalars), leaf.correction
+    xla._correction_pass,
+    (spec,),
+    (leaf, scalars),
+    leaf.correction,
   )
   passes["param"] = (
-    xla._param_pass, (spec,), (leaf, scalars, leaf.correction), leaf.param
+    xla._param_pass,
+    (spec,),
+    (leaf, scalars, leaf.correction),
+    leaf.param,
   )
   seconds = {}
   for name, (function, static, inputs, target) in passes.items():
@@ -114,10 +120,7 @@ def main():
     "optax.adamw": (optax_step, usual, (usual.init(masters), masters, copy)),
   }
   temporaries = {
-    name: step.lower(tx, grads, *kept)
-    .compile()
-    .memory_analysis()
-    .temp_size_in_bytes
+    name: step.lower(tx, grads, *kept).compile().memory_analysis().temp_size_in_bytes
     for name, (step, tx, kept) in runs.items()
   }
   seconds = {name: [] for name in runs}
@@ -164,9 +167,7 @@ def main():
   print(f"{result['device']}, {result['parameters'] / 1e6:.1f} M parameters")
   print(f"{'':14}{'ms per step':>14}{'temporaries, MiB':>20}")
   for name in runs:
-    print(
-      f"{name:14}{medians[name] * 1e3:14.1f}{temporaries[name] / 2**20:20.1f}"
-    )
+    print(f"{name:14}{medians[name] * 1e3:14.1f}{temporaries[name] / 2**20:20.1f}")
   for name, seconds in result["profile_of_wide_seconds"].items():
     print(f"  pass {name:14}{seconds * 1e3:9.1f} ms, wide")
   low, high = result["ratio_range"]

@@ -13,15 +13,15 @@ def _llama(vocabulary: int, dim: int, kv: int, hidden: int, layers: int) -> Shap
   shapes: Shapes = {"embed": (vocabulary, dim)}
   for i in range(layers):
     shapes |= {
-        f"layer{i}/wq": (dim, dim),
-        f"layer{i}/wk": (dim, kv),
-        f"layer{i}/wv": (dim, kv),
-        f"layer{i}/wo": (dim, dim),
-        f"layer{i}/gate": (dim, hidden),
-        f"layer{i}/up": (dim, hidden),
-        f"layer{i}/down": (hidden, dim),
-        f"layer{i}/attention_norm": (dim,),
-        f"layer{i}/mlp_norm": (dim,),
+      f"layer{i}/wq": (dim, dim),
+      f"layer{i}/wk": (dim, kv),
+      f"layer{i}/wv": (dim, kv),
+      f"layer{i}/wo": (dim, dim),
+      f"layer{i}/gate": (dim, hidden),
+      f"layer{i}/up": (dim, hidden),
+      f"layer{i}/down": (hidden, dim),
+      f"layer{i}/attention_norm": (dim,),
+      f"layer{i}/mlp_norm": (dim,),
     }
   return shapes
 
@@ -49,10 +49,10 @@ def gpt2() -> Shapes:
     for norm in ("ln_1", "ln_2"):
       shapes |= {f"h{i}/{norm}/scale": (768,), f"h{i}/{norm}/bias": (768,)}
     for name, rows, columns in (
-        ("attn/qkv", 768, 2304),
-        ("attn/proj", 768, 768),
-        ("mlp/fc", 768, 3072),
-        ("mlp/proj", 3072, 768),
+      ("attn/qkv", 768, 2304),
+      ("attn/proj", 768, 768),
+      ("mlp/fc", 768, 3072),
+      ("mlp/proj", 3072, 768),
     ):
       shapes[f"h{i}/{name}/kernel"] = (rows, columns)
       shapes[f"h{i}/{name}/bias"] = (columns,)
@@ -70,9 +70,7 @@ def resnet50() -> Shapes:
 
   conv("stem", 7, 3, 64)
   inputs = 64
-  for stage, (blocks, width) in enumerate(
-      ((3, 64), (4, 128), (6, 256), (3, 512))
-  ):
+  for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512))):
     for block in range(blocks):
       name = f"stage{stage}/block{block}"
       if block == 0:
@@ -85,8 +83,8 @@ def resnet50() -> Shapes:
 
 
 LEAF_SETS = {
-    "one leaf, 268 M": one_leaf,
-    "Llama-3-8B, 4 layers + embedding": lambda: llama3_8b(4),
-    "GPT-2 124 M": gpt2,
-    "ResNet-50": resnet50,
+  "one leaf, 268 M": one_leaf,
+  "Llama-3-8B, 4 layers + embedding": lambda: llama3_8b(4),
+  "GPT-2 124 M": gpt2,
+  "ResNet-50": resnet50,
 }

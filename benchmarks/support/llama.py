@@ -53,21 +53,21 @@ class Config:
     """Shapes of the parameters."""
     head = self.dim // self.heads
     layer = {
-        "attention_norm": (self.dim,),
-        "wq": (self.dim, self.heads * head),
-        "wk": (self.dim, self.kv_heads * head),
-        "wv": (self.dim, self.kv_heads * head),
-        "wo": (self.heads * head, self.dim),
-        "mlp_norm": (self.dim,),
-        "gate": (self.dim, self.hidden),
-        "up": (self.dim, self.hidden),
-        "down": (self.hidden, self.dim),
+      "attention_norm": (self.dim,),
+      "wq": (self.dim, self.heads * head),
+      "wk": (self.dim, self.kv_heads * head),
+      "wv": (self.dim, self.kv_heads * head),
+      "wo": (self.heads * head, self.dim),
+      "mlp_norm": (self.dim,),
+      "gate": (self.dim, self.hidden),
+      "up": (self.dim, self.hidden),
+      "down": (self.hidden, self.dim),
     }
     return {
-        "embed": (self.vocabulary, self.dim),
-        "layers": {name: (self.layers, *shape) for name, shape in layer.items()},
-        "norm": (self.dim,),
-        "head": (self.dim, self.vocabulary),
+      "embed": (self.vocabulary, self.dim),
+      "layers": {name: (self.layers, *shape) for name, shape in layer.items()},
+      "norm": (self.dim,),
+      "head": (self.dim, self.vocabulary),
     }
 
 
@@ -77,25 +77,25 @@ ONE_BILLION = Config(2048, 16, 32, 8, 8192, 32768)
 
 # Of the parameters, over axes of devices called fsdp and tensor.
 SPECS = {
-    "embed": P("tensor", "fsdp"),
-    "head": P("fsdp", "tensor"),
-    "norm": P(),
-    "layers": {
-        **dict.fromkeys(("attention_norm", "mlp_norm"), P()),
-        **dict.fromkeys(("wq", "gate", "up"), P(None, "fsdp", "tensor")),
-        # Two of the eight heads' 128 channels on each of eight devices.
-        **dict.fromkeys(("wk", "wv"), P(None, "fsdp", "tensor")),
-        **dict.fromkeys(("wo", "down"), P(None, "tensor", "fsdp")),
-    },
+  "embed": P("tensor", "fsdp"),
+  "head": P("fsdp", "tensor"),
+  "norm": P(),
+  "layers": {
+    **dict.fromkeys(("attention_norm", "mlp_norm"), P()),
+    **dict.fromkeys(("wq", "gate", "up"), P(None, "fsdp", "tensor")),
+    # Two of the eight heads' 128 channels on each of eight devices.
+    **dict.fromkeys(("wk", "wv"), P(None, "fsdp", "tensor")),
+    **dict.fromkeys(("wo", "down"), P(None, "tensor", "fsdp")),
+  },
 }
 
 
 def structs(config: Config, dtype=jnp.bfloat16):
   """The parameters' types."""
   return jax.tree.map(
-      lambda shape: jax.ShapeDtypeStruct(shape, dtype),
-      config.shapes(),
-      is_leaf=lambda node: isinstance(node, tuple),
+    lambda shape: jax.ShapeDtypeStruct(shape, dtype),
+    config.shapes(),
+    is_leaf=lambda node: isinstance(node, tuple),
   )
 
 
@@ -128,12 +128,12 @@ def init(config: Config, seed: int = 0):
     if len(shape) == 2:
       scale = 0.02
     return jax.lax.map(
-        lambda k: (scale * jax.random.normal(k, shape[1:])).astype(jnp.bfloat16),
-        jax.random.split(key, shape[0]),
+      lambda k: (scale * jax.random.normal(k, shape[1:])).astype(jnp.bfloat16),
+      jax.random.split(key, shape[0]),
     )
 
   shapes, treedef = jax.tree.flatten(
-      config.shapes(), is_leaf=lambda node: isinstance(node, tuple)
+    config.shapes(), is_leaf=lambda node: isinstance(node, tuple)
   )
   keys = jax.random.split(jax.random.key(seed), len(shapes))
   return treedef.unflatten(draw(k, s) for k, s in zip(keys, shapes, strict=True))
@@ -169,11 +169,11 @@ def layer(config: Config, w, x):
   k = keep(h @ w["wk"]).reshape(*x.shape[:2], config.kv_heads, head)
   v = keep(h @ w["wv"]).reshape(*x.shape[:2], config.kv_heads, head)
   h = jax.nn.dot_product_attention(
-      rotary(q),
-      rotary(k),
-      v,
-      is_causal=True,
-      implementation=config.attention,
+    rotary(q),
+    rotary(k),
+    v,
+    is_causal=True,
+    implementation=config.attention,
   )
   x = keep(x + keep(h.reshape(x.shape)) @ w["wo"])
   h = keep(rms_norm(x, w["mlp_norm"]))
@@ -214,9 +214,7 @@ def released_loss(config: Config, live, tokens, targets):
 
   x, _ = jax.lax.scan(body, x, jnp.arange(config.layers))
   top = {"norm": live["norm"], "head": live["head"]}
-  return fo.released_call(
-      functools.partial(token_loss, config), top, x, targets
-  )
+  return fo.released_call(functools.partial(token_loss, config), top, x, targets)
 
 
 def ordinary_loss(config: Config, params, tokens, targets):

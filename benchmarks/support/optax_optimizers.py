@@ -84,7 +84,10 @@ OPTIMIZERS: dict[str, Optimizer] = {
   "lamb": _alias("lamb", 1e-3, 5e-3, 3),
   "lars": _alias("lars", 1.0, 1.0),
   "lbfgs": Optimizer(
-    lambda rate: optax.lbfgs(), 1.0, None, needs="value_fn",
+    lambda rate: optax.lbfgs(),
+    1.0,
+    None,
+    needs="value_fn",
     note="(its line search needs one loss function, not one per batch)",
   ),
   "lion": _alias("lion", 1e-2, 3e-4, 3, weight_decay=1e-4),
@@ -119,14 +122,22 @@ OPTIMIZERS: dict[str, Optimizer] = {
   "dog": _contrib("dog", 1.0, 1.0),
   "dowg": _contrib("dowg", 1.0, 1.0),
   "dpsgd": _contrib(
-    "dpsgd", 1e-3, None, l2_norm_clip=1.0, noise_multiplier=0.0, seed=0,
-    needs="examples", note="(it takes one gradient per example)",
+    "dpsgd",
+    1e-3,
+    None,
+    l2_norm_clip=1.0,
+    noise_multiplier=0.0,
+    seed=0,
+    needs="examples",
+    note="(it takes one gradient per example)",
   ),
   "galore": _contrib("galore", 1e-2, 2e-3, rank=8),
   "madgrad": _contrib("madgrad", 1e-2, 2e-3),
   "mechanize": Optimizer(
     lambda rate: contrib.mechanize(optax.sgd(rate), weight_decay=0.0),
-    1e-1, 1.0, 30_000,
+    1e-1,
+    1.0,
+    30_000,
   ),
   "momo": _contrib("momo", 1e-1, 0.3, needs="value"),
   "momo_adam": _contrib("momo_adam", 1e-1, 1e-2, needs="value"),
@@ -134,13 +145,14 @@ OPTIMIZERS: dict[str, Optimizer] = {
   "prodigy": _contrib("prodigy", 1e-1, 1.0),
   "reduce_on_plateau": Optimizer(
     lambda rate: optax.chain(optax.sgd(rate), contrib.reduce_on_plateau()),
-    1e-3, 0.3, 30_000, needs="value",
+    1e-3,
+    0.3,
+    30_000,
+    needs="value",
   ),
   "sam": Optimizer(_sam, 1e-3, 0.3, 50_000),
   "schedule_free": Optimizer(_schedule_free, 1e-2, 1.0, 30_000),
-  "schedule_free_adamw": _contrib(
-    "schedule_free_adamw", 1e-2, 3e-3, warmup_steps=5000
-  ),
+  "schedule_free_adamw": _contrib("schedule_free_adamw", 1e-2, 3e-3, warmup_steps=5000),
   "schedule_free_sgd": _contrib("schedule_free_sgd", 1e-2, 1.0, warmup_steps=5000),
   "simplified_ademamix": _contrib("simplified_ademamix", 1e-3, 1e-3),
   "sophia": _contrib("sophia", 1e-2, 1e-3, needs="obj_fn"),
@@ -155,7 +167,8 @@ def exported() -> set[str]:
   names = {
     name
     for name in dir(optax)
-    if _is_function(getattr(optax, name)) and hasattr(alias, name)
+    if _is_function(getattr(optax, name))
+    and hasattr(alias, name)
     and inspect.getmodule(_unwrap(getattr(optax, name))) is alias
   }
   return names | {

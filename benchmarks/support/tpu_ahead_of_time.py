@@ -18,30 +18,28 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 jax.config.update("jax_platforms", "cpu")
 
 TOPOLOGIES = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
+  "v4": "v4:2x2x1",
+  "v5e": "v5e:2x2",
+  "v5p": "v5p:2x2x1",
+  "v6e": "v6e:2x2",
 }
 OPTIMIZERS = {
-    "adamw": lambda **kwargs: fo.adamw(1e-3, **kwargs),
-    "adamw_nesterov": lambda **kwargs: fo.adamw(1e-3, nesterov=True, **kwargs),
-    "adam": lambda **kwargs: fo.adam(1e-3, **kwargs),
-    "lion": lambda **kwargs: fo.lion(1e-3, **kwargs),
-    "sgd": lambda **kwargs: fo.sgd(1e-3, **kwargs),
-    "momentum": lambda **kwargs: fo.sgd(1e-3, momentum=0.9, **kwargs),
-    "nesterov": lambda **kwargs: fo.sgd(
-        1e-3, momentum=0.9, nesterov=True, **kwargs
-    ),
+  "adamw": lambda **kwargs: fo.adamw(1e-3, **kwargs),
+  "adamw_nesterov": lambda **kwargs: fo.adamw(1e-3, nesterov=True, **kwargs),
+  "adam": lambda **kwargs: fo.adam(1e-3, **kwargs),
+  "lion": lambda **kwargs: fo.lion(1e-3, **kwargs),
+  "sgd": lambda **kwargs: fo.sgd(1e-3, **kwargs),
+  "momentum": lambda **kwargs: fo.sgd(1e-3, momentum=0.9, **kwargs),
+  "nesterov": lambda **kwargs: fo.sgd(1e-3, momentum=0.9, nesterov=True, **kwargs),
 }
 STORAGES = {
-    "24/8": fo.Storage(),
-    "24/8 paper": fo.Storage(companding="paper"),
-    "32/8": fo.Storage(master_bits=32),
-    "none/8": fo.Storage(master_bits=None),
-    "24/32": fo.Storage(moment_bits=32),
-    "32/32": fo.Storage(master_bits=32, moment_bits=32),
-    "none/32": fo.Storage(master_bits=None, moment_bits=32),
+  "24/8": fo.Storage(),
+  "24/8 paper": fo.Storage(companding="paper"),
+  "32/8": fo.Storage(master_bits=32),
+  "none/8": fo.Storage(master_bits=None),
+  "24/32": fo.Storage(moment_bits=32),
+  "32/32": fo.Storage(master_bits=32, moment_bits=32),
+  "none/32": fo.Storage(master_bits=None, moment_bits=32),
 }
 
 
@@ -49,7 +47,7 @@ STORAGES = {
 def devices_of(chip: str) -> list[jax.Device]:
   """Devices of a chip that need not be there."""
   return topologies.get_topology_desc(
-      topology_name=TOPOLOGIES[chip], platform="tpu"
+    topology_name=TOPOLOGIES[chip], platform="tpu"
   ).devices
 
 
@@ -66,14 +64,14 @@ def compile_step(tx, params, chip: str):
   """``fo.step`` compiled for one device, with params and state donated."""
   spec = jax.sharding.PartitionSpec()
   args = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=single(chip)),
-      (params, jax.eval_shape(tx.init, params), params),
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=single(chip)),
+    (params, jax.eval_shape(tx.init, params), params),
   )
   step = jax.shard_map(
-      lambda grads, state, params: fo.step(tx, grads, state, params),
-      mesh=mesh(chip),
-      in_specs=spec,
-      out_specs=spec,
-      check_vma=False,
+    lambda grads, state, params: fo.step(tx, grads, state, params),
+    mesh=mesh(chip),
+    in_specs=spec,
+    out_specs=spec,
+    check_vma=False,
   )
   return jax.jit(step, donate_argnums=(1, 2)).lower(*args).compile()

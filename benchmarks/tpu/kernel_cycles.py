@@ -32,10 +32,10 @@ from benchmarks import record
 # HBM bytes/s and clock of a chip (the vendor's public
 # figures), and cores that share a grid.
 CHIPS = {
-    "v5e": (819e9, 1.5e9, 1),
-    "v5p": (2765e9, 1.75e9, 2),
-    "v6e": (1640e9, 1.75e9, 1),
-    "v4": (1228e9, 1.05e9, 2),
+  "v5e": (819e9, 1.5e9, 1),
+  "v5p": (2765e9, 1.75e9, 2),
+  "v6e": (1640e9, 1.75e9, 1),
+  "v4": (1228e9, 1.05e9, 2),
 }
 SHAPE = (8192, 4096)
 # XLA keeps these with the axis of their groups along rows.
@@ -55,16 +55,16 @@ def main():
   optimizers = ("adamw", "lion", "momentum", "sgd")
   cases = [(chip, name, "mosaic_tpu", SHAPE) for chip in CHIPS for name in optimizers]
   cases += [
-      (chip, "adamw", "mosaic_tpu", shape) for chip in CHIPS for shape in ODD_SHAPES
+    (chip, "adamw", "mosaic_tpu", shape) for chip in CHIPS for shape in ODD_SHAPES
   ]
   rows = []
   # XLA takes minutes to compile its form, so it is compared on one chip.
   for case in [*cases, ("v5e", "adamw", "xla", SHAPE)]:
     rows.append(run(*case))
     result = {
-        **record.about("libtpu", device=""),
-        "fp32_adamw_over_hbm_cycles": round(FP32_ADAMW_BYTES / 12.25, 3),
-        "rows": rows,
+      **record.about("libtpu", device=""),
+      "fp32_adamw_over_hbm_cycles": round(FP32_ADAMW_BYTES / 12.25, 3),
+      "rows": rows,
     }
     record.write("tpu_static.json", result, args.output)
 
@@ -76,12 +76,12 @@ def run(*case):
   found = subprocess.run(command, check=True, capture_output=True, text=True)
   row = json.loads(found.stdout.splitlines()[-1])
   print(
-      f"{row['chip']:4} {row['optimizer']:9} {row['backend']:10} {row['shape']}"
-      f" {row['cycles']:>10,} cycles, over HBM's {row['over_hbm_cycles']:6.2f}"
-      f" (inner loop {row['loop_over_hbm_cycles'] or 0:5.2f})"
-      f" compile {row['compile_seconds']:5.1f} s"
-      f" temporaries {row['temporary_bytes'] >> 20:4} MiB",
-      flush=True,
+    f"{row['chip']:4} {row['optimizer']:9} {row['backend']:10} {row['shape']}"
+    f" {row['cycles']:>10,} cycles, over HBM's {row['over_hbm_cycles']:6.2f}"
+    f" (inner loop {row['loop_over_hbm_cycles'] or 0:5.2f})"
+    f" compile {row['compile_seconds']:5.1f} s"
+    f" temporaries {row['temporary_bytes'] >> 20:4} MiB",
+    flush=True,
   )
   return row
 
@@ -113,9 +113,7 @@ def measure(chip: str, optimizer: str, backend: str, shape: tuple[int, ...]) -> 
     counts = bundles_by_depth(dump)
     mesh = tpu_ahead_of_time.mesh(chip).abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):
-      blocks = cut_into_blocks(
-          shape, 2, nbytes / math.prod(shape), optimizer != "sgd"
-      )
+      blocks = cut_into_blocks(shape, 2, nbytes / math.prod(shape), optimizer != "sgd")
     rows = math.prod(blocks.leading) * math.ceil(blocks.rows / blocks.block_rows)
     units = rows * math.ceil(blocks.columns / (UNIT // blocks.block_rows))
     steps = rows * math.ceil(blocks.columns / blocks.block_columns)
@@ -127,19 +125,19 @@ def measure(chip: str, optimizer: str, backend: str, shape: tuple[int, ...]) -> 
     estimates = re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())
     total = sum(map(int, estimates))
   return {
-      "chip": chip,
-      "optimizer": optimizer,
-      "backend": backend,
-      "shape": shape,
-      "bytes_per_parameter": round(nbytes / math.prod(shape), 4),
-      "hbm_cycles": round(cycles),
-      "cycles": round(total),
-      "over_hbm_cycles": round(total / cycles, 3),
-      "loop_over_hbm_cycles": loop and round(loop / cycles, 3),
-      "bundles_by_loop_depth": counts,
-      "compile_seconds": round(seconds, 1),
-      "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-      "vmem_block_bytes": vmem,
+    "chip": chip,
+    "optimizer": optimizer,
+    "backend": backend,
+    "shape": shape,
+    "bytes_per_parameter": round(nbytes / math.prod(shape), 4),
+    "hbm_cycles": round(cycles),
+    "cycles": round(total),
+    "over_hbm_cycles": round(total / cycles, 3),
+    "loop_over_hbm_cycles": loop and round(loop / cycles, 3),
+    "bundles_by_loop_depth": counts,
+    "compile_seconds": round(seconds, 1),
+    "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    "vmem_block_bytes": vmem,
   }
 
 

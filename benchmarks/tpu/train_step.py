@@ -50,8 +50,8 @@ class Model(NamedTuple):
 
 
 MODELS = {
-    "Llama, 1.1 B": Model(llama.ONE_BILLION, "v5e:4x4"),
-    "Llama-3-70B": Model(llama.LLAMA3_70B, "v5e:16x16"),
+  "Llama, 1.1 B": Model(llama.ONE_BILLION, "v5e:4x4"),
+  "Llama-3-70B": Model(llama.LLAMA3_70B, "v5e:16x16"),
 }
 STEPS = ("flash", "released", "optax")
 
@@ -77,11 +77,11 @@ def measure(name, mesh, config):
     tx = optax.adamw(1e-3)
     found = jax.eval_shape(tx.init, params)
     state_shardings = optax.tree.map_params(
-        tx,
-        lambda _, sharding: sharding,
-        found,
-        shardings,
-        transform_non_params=lambda _: NamedSharding(mesh, P()),
+      tx,
+      lambda _, sharding: sharding,
+      found,
+      shardings,
+      transform_non_params=lambda _: NamedSharding(mesh, P()),
     )
   else:
     tx = fo.with_shardings(fo.adamw(1e-3), params, shardings)
@@ -89,14 +89,14 @@ def measure(name, mesh, config):
     state_shardings = fo.state_shardings(tx, params, shardings)
   state = llama.placed(found, state_shardings)
   batch = jax.ShapeDtypeStruct(
-      (mesh.size, SEQUENCE), jnp.int32, sharding=NamedSharding(mesh, P("fsdp"))
+    (mesh.size, SEQUENCE), jnp.int32, sharding=NamedSharding(mesh, P("fsdp"))
   )
   loss = functools.partial(llama.ordinary_loss, config)
   released = name == "released"
   step = jax.jit(
-      llama.released_step(config, tx) if released else llama.train_step(loss, tx),
-      donate_argnums=(0, 1),
-      out_shardings=(None, shardings, state_shardings),
+    llama.released_step(config, tx) if released else llama.train_step(loss, tx),
+    donate_argnums=(0, 1),
+    out_shardings=(None, shardings, state_shardings),
   )
   gradients = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
   compiled = step.lower(params, state, batch, batch).compile()
@@ -107,49 +107,47 @@ def measure(name, mesh, config):
   arguments = memory.argument_size_in_bytes - 2 * held(batch)
   beyond_activations = memory.temp_size_in_bytes - alone.temp_size_in_bytes
   return {
-      "kernels": len(kernels),
-      "per_device_bytes": {
-          "params": held(params),
-          "state": held(state),
-          "arguments": arguments,
-          "gradients": held(params),
-          "temporaries": memory.temp_size_in_bytes,
-          "temporaries_of_gradients_alone": alone.temp_size_in_bytes,
-          "aliased": memory.alias_size_in_bytes,
-          "all": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-          "all_but_activations": (
-              arguments + beyond_activations
-              if name == "released" or beyond_activations >= 0
-              else None
-          ),
-      },
+    "kernels": len(kernels),
+    "per_device_bytes": {
+      "params": held(params),
+      "state": held(state),
+      "arguments": arguments,
+      "gradients": held(params),
+      "temporaries": memory.temp_size_in_bytes,
+      "temporaries_of_gradients_alone": alone.temp_size_in_bytes,
+      "aliased": memory.alias_size_in_bytes,
+      "all": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+      "all_but_activations": (
+        arguments + beyond_activations
+        if name == "released" or beyond_activations >= 0
+        else None
+      ),
+    },
   }
 
 
 def measure_model(model: Model):
   """Every step of a model; its part of the result."""
   devices = topologies.get_topology_desc(
-      topology_name=model.topology, platform="tpu"
+    topology_name=model.topology, platform="tpu"
   ).devices
   mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
-  config = dataclasses.replace(
-      model.config, activations=NamedSharding(mesh, P("fsdp"))
-  )
+  config = dataclasses.replace(model.config, activations=NamedSharding(mesh, P("fsdp")))
   steps = {name: measure(name, mesh, config) for name in STEPS}
   flash, plain = (
-      steps[name]["per_device_bytes"]["all_but_activations"]
-      for name in ("flash", "optax")
+    steps[name]["per_device_bytes"]["all_but_activations"]
+    for name in ("flash", "optax")
   )
   return {
-      "topology": model.topology,
-      "device": devices[0].device_kind,
-      "devices": len(devices),
-      "parameters": sum(leaf.size for leaf in jax.tree.leaves(llama.structs(config))),
-      "tokens_per_device": SEQUENCE,
-      "steps": steps,
-      "saved_share_of_all_but_activations": (
-          1 - flash / plain if flash and plain else None
-      ),
+    "topology": model.topology,
+    "device": devices[0].device_kind,
+    "devices": len(devices),
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(llama.structs(config))),
+    "tokens_per_device": SEQUENCE,
+    "steps": steps,
+    "saved_share_of_all_but_activations": (
+      1 - flash / plain if flash and plain else None
+    ),
   }
 
 

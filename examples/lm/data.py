@@ -68,9 +68,7 @@ def train_batch(
   return _windows(tokens, starts, seq)
 
 
-def valid_batches(
-  tokens: np.ndarray, batch: int, seq: int, count: int
-) -> np.ndarray:
+def valid_batches(tokens: np.ndarray, batch: int, seq: int, count: int) -> np.ndarray:
   """Batches spread evenly over the validation bytes, the same in every run.
 
   Returns:

@@ -85,9 +85,7 @@ def picture(path: pathlib.Path, results: Sequence[Mapping[str, Any]]) -> None:
   for name, colour in zip(COMPONENTS, _COLOURS, strict=True):
     heights = np.array([result["components"][name] for result in results])
     if heights.any():
-      bars.bar(
-        range(len(results)), heights, 0.6, bottom, color=colour, label=name
-      )
+      bars.bar(range(len(results)), heights, 0.6, bottom, color=colour, label=name)
     bottom += heights
   for i, total in enumerate(bottom):
     bars.text(i, total + 0.15, f"{total:.2f}", ha="center", va="bottom")

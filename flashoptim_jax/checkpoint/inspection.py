@@ -16,13 +16,13 @@ from flashoptim_jax import paths
 from flashoptim_jax.checkpoint import orbax
 
 _COMPONENTS = {
-    "count": "counts",
-    "correction": "corrections",
-    "mu": "moments",
-    "nu": "moments",
-    "mu_scale": "scales",
-    "nu_scale": "scales",
-    "scales": "scales",
+  "count": "counts",
+  "correction": "corrections",
+  "mu": "moments",
+  "nu": "moments",
+  "mu_scale": "scales",
+  "nu_scale": "scales",
+  "scales": "scales",
 }
 _BATCH = 2**29  # Bytes that are read at once.
 
@@ -72,50 +72,56 @@ class Inspection:
   def __str__(self) -> str:
     total = sum(array.nbytes for array in self.arrays)
     lines = [
-        f"{self.directory}",
-        f"{len(self.arrays)} arrays, {_size(total)} in memory,"
-        f" {_size(self.bytes_on_disk)} on disk",
-        "",
+      f"{self.directory}",
+      f"{len(self.arrays)} arrays, {_size(total)} in memory,"
+      f" {_size(self.bytes_on_disk)} on disk",
+      "",
     ]
     if not self.states:
       lines += ["Saved without flashoptim_jax.checkpoint: storage unknown.", ""]
     for path, state_format in self.states.items():
       storage = ", ".join(f"{k}={v!r}" for k, v in state_format["storage"].items())
       lines.append(
-          f"{path}: flashoptim_jax.{state_format['optimizer']}, step"
-          f" {self.counts.get(path, 'unknown')}, Storage({storage})"
+        f"{path}: flashoptim_jax.{state_format['optimizer']}, step"
+        f" {self.counts.get(path, 'unknown')}, Storage({storage})"
       )
     components: dict[str, list[Array]] = {}
     for array in self.arrays:
       components.setdefault(array.component, []).append(array)
-    lines += ["", *_table(
+    lines += [
+      "",
+      *_table(
         ("component", "arrays", "bytes", "share", "non-finite"),
         [
-            (
-                name,
-                str(len(arrays)),
-                _size(nbytes := sum(array.nbytes for array in arrays)),
-                f"{nbytes / max(total, 1):.1%}",
-                str(sum(array.nonfinite for array in arrays)),
-            )
-            for name, arrays in components.items()
+          (
+            name,
+            str(len(arrays)),
+            _size(nbytes := sum(array.nbytes for array in arrays)),
+            f"{nbytes / max(total, 1):.1%}",
+            str(sum(array.nonfinite for array in arrays)),
+          )
+          for name, arrays in components.items()
         ],
-    )]
+      ),
+    ]
     largest = sorted(self.arrays, key=lambda array: -array.nbytes)[:10]
     for title, arrays in (("largest arrays", largest), ("tree", self.arrays)):
-      lines += ["", *_table(
+      lines += [
+        "",
+        *_table(
           (title, "shape", "dtype", "bytes", "non-finite"),
           [
-              (
-                  array.path,
-                  "×".join(map(str, array.shape)) or "scalar",
-                  array.dtype,
-                  _size(array.nbytes),
-                  str(array.nonfinite),
-              )
-              for array in arrays
+            (
+              array.path,
+              "×".join(map(str, array.shape)) or "scalar",
+              array.dtype,
+              _size(array.nbytes),
+              str(array.nonfinite),
+            )
+            for array in arrays
           ],
-      )]
+        ),
+      ]
     return "\n".join(lines)
 
 
@@ -137,28 +143,28 @@ def inspect(path: str | os.PathLike) -> Inspection:
     nonfinite, counts = _read(directory, description.states)
     stored = orbax.stored_arrays(directory)
     arrays = {  # Random keys have their size from the numbers that make them up.
-        name: stored[name] if orbax.is_key(array[1]) else array
-        for name, array in description.arrays.items()
+      name: stored[name] if orbax.is_key(array[1]) else array
+      for name, array in description.arrays.items()
     }
   except Exception as error:
     raise orbax.damaged(directory, error) from error
   return Inspection(
-      directory=directory,
-      bytes_on_disk=sum(
-          file.stat().st_size for file in directory.rglob("*") if file.is_file()
-      ),
-      states=description.states,
-      counts=counts,
-      arrays=tuple(
-          Array(
-              name,
-              shape,
-              dtype,
-              _component(name, description.states),
-              nonfinite.get(name, 0),
-          )
-          for name, (shape, dtype) in arrays.items()
-      ),
+    directory=directory,
+    bytes_on_disk=sum(
+      file.stat().st_size for file in directory.rglob("*") if file.is_file()
+    ),
+    states=description.states,
+    counts=counts,
+    arrays=tuple(
+      Array(
+        name,
+        shape,
+        dtype,
+        _component(name, description.states),
+        nonfinite.get(name, 0),
+      )
+      for name, (shape, dtype) in arrays.items()
+    ),
   )
 
 
@@ -170,8 +176,8 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     return path
   # Orbax marks steps; one without the mark was being deleted, or is very old.
   steps = sorted(
-      ((path / str(step) / "_CHECKPOINT_METADATA").is_file(), step)
-      for step in ocp.utils.checkpoint_steps(path)
+    ((path / str(step) / "_CHECKPOINT_METADATA").is_file(), step)
+    for step in ocp.utils.checkpoint_steps(path)
   )
   for _, step in reversed(steps):
     with contextlib.suppress(FileNotFoundError):  # An incomplete one.
@@ -181,8 +187,8 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     raise FileNotFoundError(f"There is no complete checkpoint under {path}.")
   if len(items) > 1:
     raise ValueError(
-        f"The checkpoint {path} has several items; expected one of"
-        f" {', '.join(map(str, items))}."
+      f"The checkpoint {path} has several items; expected one of"
+      f" {', '.join(map(str, items))}."
     )
   return items[0]
 
@@ -201,16 +207,16 @@ def _component(name: str, states: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _read(
-    directory: pathlib.Path, states: Iterable[str]
+  directory: pathlib.Path, states: Iterable[str]
 ) -> tuple[dict[str, int], dict[str, int]]:
   """Non-finite elements by array's path, and counts by flash state's path."""
   handler = ocp.PyTreeCheckpointHandler()
   metadata = handler.metadata(directory).tree
   counters = {
-      "count" if state == "<root>" else f"{state}/count": state for state in states
+    "count" if state == "<root>" else f"{state}/count": state for state in states
   }
   restore_args = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata
   )
   treedef: Any
   leaves, treedef = jax.tree.flatten(metadata)
@@ -218,8 +224,8 @@ def _read(
   nonfinite, counts = {}, {}
   for batch in _batches(dict(zip(names, leaves, strict=True)), counters):
     wanted = treedef.unflatten(
-        leaf if name in batch else ocp.PLACEHOLDER
-        for name, leaf in zip(names, leaves, strict=True)
+      leaf if name in batch else ocp.PLACEHOLDER
+      for name, leaf in zip(names, leaves, strict=True)
     )
     args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args)
     restored = handler.restore(directory, args=args)
@@ -234,9 +240,7 @@ def _read(
   return nonfinite, counts
 
 
-def _batches(
-    leaves: Mapping[str, Any], counters: Iterable[str]
-) -> Iterator[set[str]]:
+def _batches(leaves: Mapping[str, Any], counters: Iterable[str]) -> Iterator[set[str]]:
   """Paths of counters and of arrays of floats, a few at a time."""
   batch: set[str] = set()
   filled = 0
@@ -272,6 +276,6 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
   columns = list(zip(header, *rows, strict=True))
   first, *widths = [max(map(len, column)) for column in columns]
   return [
-      "  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)])
-      for row in (header, *rows)
+    "  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)])
+    for row in (header, *rows)
   ]

@@ -65,8 +65,8 @@ def describe(tree: Any) -> Description:
   formats = [(p, node.format) for p, node in nodes if state_lib.is_flash_state(node)]
   paths.require_distinct(((p, paths.name(p)) for p, _ in formats), "optimizer state")
   states = {
-      paths.name(path): json.loads(json.dumps(dataclasses.asdict(state_format)))
-      for path, state_format in formats
+    paths.name(path): json.loads(json.dumps(dataclasses.asdict(state_format)))
+    for path, state_format in formats
   }
   return Description(states, paths.arrays(tree))
 
@@ -97,11 +97,11 @@ class Handler(ocp.StandardCheckpointHandler):
       item, save_args = args.item, args.save_args
     # Of two arrays under one name, Orbax would keep one.
     paths.require_distinct(
-        ((path, state_lib.dotted(path)) for path, _ in jax.tree.leaves_with_path(item)),
-        "Orbax's array",
+      ((path, state_lib.dotted(path)) for path, _ in jax.tree.leaves_with_path(item)),
+      "Orbax's array",
     )
     args = ocp.args.StandardSave(
-        item, save_args, custom_metadata={KEY: _to_json(describe(item))}
+      item, save_args, custom_metadata={KEY: _to_json(describe(item))}
     )
     return await super().async_save(directory, args=args)
 
@@ -115,10 +115,10 @@ class Handler(ocp.StandardCheckpointHandler):
       restored = super().restore(directory, args=ocp.args.StandardRestore(request))
     except Exception as error:
       raise ValueError(
-          f"Nothing of the checkpoint in {directory} was loaded: {error} Either it is"
-          " damaged or incomplete, or what was asked for can't be made here: before"
-          " giving it up, ask for arrays without shardings, as jax.eval_shape returns"
-          " them."
+        f"Nothing of the checkpoint in {directory} was loaded: {error} Either it is"
+        " damaged or incomplete, or what was asked for can't be made here: before"
+        " giving it up, ask for arrays without shardings, as jax.eval_shape returns"
+        " them."
       ) from error
     return jax.tree.map_with_path(_as_asked, target, restored)
 
@@ -171,19 +171,19 @@ def check(found: Description, target: Any) -> None:
     wanted = Description(wanted.states, paths.arrays(_as_stored(target)))
     found = Description({}, _canonical(found.arrays), described=False)
     states = {
-        path: state_format
-        for path, state_format in wanted.states.items()
-        if f"{path}/count".removeprefix("<root>/") in found.arrays
+      path: state_format
+      for path, state_format in wanted.states.items()
+      if f"{path}/count".removeprefix("<root>/") in found.arrays
     }
   part = wanted.states.items() <= states.items()
   if part and wanted.arrays.items() < found.arrays.items():
     missing = [path for path in found.arrays if path not in wanted.arrays]
     raise ValueError(
-        f"The checkpoint holds {missing[0]!r} and {len(missing) - 1} other arrays"
-        " that were not asked for. Ask for the whole tree; or, for a part of it, such"
-        " as the parameters without the optimizer's state, restore with"
-        " ocp.args.PyTreeRestore(part, restore_args="
-        "ocp.checkpoint_utils.construct_restore_args(part), partial_restore=True)."
+      f"The checkpoint holds {missing[0]!r} and {len(missing) - 1} other arrays"
+      " that were not asked for. Ask for the whole tree; or, for a part of it, such"
+      " as the parameters without the optimizer's state, restore with"
+      " ocp.args.PyTreeRestore(part, restore_args="
+      "ocp.checkpoint_utils.construct_restore_args(part), partial_restore=True)."
     )
   for path in [*wanted.states, *states]:
     seen, expected = states.get(path), wanted.states.get(path)
@@ -191,23 +191,18 @@ def check(found: Description, target: Any) -> None:
       continue
     if seen is None:
       advice = (
-          "Restore Optax's state and call flashoptim_jax.from_optax, or"
-          " float32 parameters and call flashoptim_jax.from_fp32."
+        "Restore Optax's state and call flashoptim_jax.from_optax, or"
+        " float32 parameters and call flashoptim_jax.from_fp32."
       )
     elif expected is None:
-      advice = (
-          "Restore the state of that optimizer and call"
-          " flashoptim_jax.to_optax."
-      )
+      advice = "Restore the state of that optimizer and call flashoptim_jax.to_optax."
     elif seen["optimizer"] != expected["optimizer"]:
       advice = "There is no conversion from one to the other."
     else:
-      advice = (
-          "Restore the state of that optimizer and call flashoptim_jax.convert."
-      )
+      advice = "Restore the state of that optimizer and call flashoptim_jax.convert."
     raise ValueError(
-        f"The checkpoint holds {_text(seen)} at {path!r}; asked for"
-        f" {_text(expected)}. {advice}"
+      f"The checkpoint holds {_text(seen)} at {path!r}; asked for"
+      f" {_text(expected)}. {advice}"
     )
   difference = paths.first_difference(found.arrays, wanted.arrays)
   if difference is not None:
@@ -217,8 +212,8 @@ def check(found: Description, target: Any) -> None:
     else:
       advice = _advice(found.arrays.get(path), wanted.arrays.get(path))
     raise ValueError(
-        f"The checkpoint is not the tree that was asked for: at {path!r},"
-        f" {what}. {advice}"
+      f"The checkpoint is not the tree that was asked for: at {path!r},"
+      f" {what}. {advice}"
     )
 
 
@@ -229,18 +224,16 @@ def _is_key(leaf: Any) -> bool:
 def _as_stored(tree: Any) -> Any:
   """The tree with the numbers that make up its random keys."""
   return jax.tree.map(
-      lambda leaf: (
-          jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-      ),
-      tree,
+    lambda leaf: jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf,
+    tree,
   )
 
 
 def _canonical(arrays: Mapping[str, _ARRAY]) -> dict[str, _ARRAY]:
   """Arrays in the dtypes that JAX takes them in: int32 for NumPy's int64."""
   return {
-      path: (shape, jax.dtypes.canonicalize_dtype(dtype).name)
-      for path, (shape, dtype) in arrays.items()
+    path: (shape, jax.dtypes.canonicalize_dtype(dtype).name)
+    for path, (shape, dtype) in arrays.items()
   }
 
 
@@ -254,9 +247,9 @@ def _check_shardings(target: Any) -> None:
       sharding.shard_shape(tuple(leaf.shape))
     except ValueError as error:
       raise ValueError(
-          f"The sharding to restore {paths.name(path)!r} to, {sharding}, does not fit"
-          f" its shape {tuple(leaf.shape)}; expected one that divides it. The"
-          " checkpoint itself was not read."
+        f"The sharding to restore {paths.name(path)!r} to, {sharding}, does not fit"
+        f" its shape {tuple(leaf.shape)}; expected one that divides it. The"
+        " checkpoint itself was not read."
       ) from error
 
 
@@ -291,9 +284,9 @@ def _as_asked(path: jax.tree_util.KeyPath, leaf: Any, restored: Any) -> Any:
   wanted, found = (jnp.result_type(x) for x in (leaf, restored))
   if (_is_key(leaf) or _is_key(restored)) and wanted != found:
     raise ValueError(
-        f"The checkpoint holds an array of {found.name} at {paths.name(path)!r};"
-        f" asked for {wanted.name}. Restore what was saved, and call"
-        " jax.random.wrap_key_data or jax.random.key_data."
+      f"The checkpoint holds an array of {found.name} at {paths.name(path)!r};"
+      f" asked for {wanted.name}. Restore what was saved, and call"
+      " jax.random.wrap_key_data or jax.random.key_data."
     )
   if restored.dtype != leaf.dtype:
     with np.errstate(over="ignore"):
@@ -302,8 +295,8 @@ def _as_asked(path: jax.tree_util.KeyPath, leaf: Any, restored: Any) -> Any:
     kept = narrow == restored if exact else np.isfinite(narrow) == np.isfinite(restored)
     if not kept.all():
       raise ValueError(
-          f"The checkpoint holds numbers of {restored.dtype} at {paths.name(path)!r}"
-          f" that {leaf.dtype} has not; ask for {restored.dtype}, in a NumPy array."
+        f"The checkpoint holds numbers of {restored.dtype} at {paths.name(path)!r}"
+        f" that {leaf.dtype} has not; ask for {restored.dtype}, in a NumPy array."
       )
     sharding = getattr(leaf, "sharding", None)
     restored = narrow if sharding is None else jax.device_put(narrow, sharding)
@@ -318,8 +311,8 @@ def _advice(found: _ARRAY | None, wanted: _ARRAY | None) -> str:
     return "Restore float32 and call flashoptim_jax.from_fp32 or cast_params."
   if wanted[1] == "float32":
     return (
-        f"Restore {found[1]}, with the optimizer's state, and call"
-        " flashoptim_jax.to_fp32."
+      f"Restore {found[1]}, with the optimizer's state, and call"
+      " flashoptim_jax.to_fp32."
     )
   return "Restore the dtypes that were saved and call flashoptim_jax.cast_params."
 
@@ -341,9 +334,9 @@ def _to_json(description: Description) -> dict[str, Any]:
   content = {"states": description.states, "arrays": description.arrays}
   content = json.loads(json.dumps(content))
   return {
-      "format_version": FORMAT_VERSION,
-      "sha256": _digest(content),
-      **content,
+    "format_version": FORMAT_VERSION,
+    "sha256": _digest(content),
+    **content,
   }
 
 
@@ -362,9 +355,9 @@ def _read_description(handler: Any, directory: Any) -> Description:
   if version != FORMAT_VERSION:
     other = "a later" if version > FORMAT_VERSION else "an earlier"
     raise ValueError(
-        f"The checkpoint in {directory} has format version {version!r}; this"
-        f" version of flashoptim_jax reads {FORMAT_VERSION}. Install {other}"
-        " flashoptim-optax to read it."
+      f"The checkpoint in {directory} has format version {version!r}; this"
+      f" version of flashoptim_jax reads {FORMAT_VERSION}. Install {other}"
+      " flashoptim-optax to read it."
     )
   if digest != _digest(content):
     raise damaged(directory, "its description does not match its checksum")
@@ -410,17 +403,15 @@ def stored_arrays(directory: Any) -> dict[str, _ARRAY]:
 def _arrays_of(tree: Any) -> dict[str, _ARRAY]:
   """As :func:`flashoptim_jax.paths.arrays`, from Orbax's metadata."""
   return {
-      path: (tuple(leaf.shape), leaf.dtype.name)
-      for path, leaf in zip(
-          paths.unique_names(tree), jax.tree.leaves(tree), strict=True
-      )
-      if hasattr(leaf, "shape")
+    path: (tuple(leaf.shape), leaf.dtype.name)
+    for path, leaf in zip(paths.unique_names(tree), jax.tree.leaves(tree), strict=True)
+    if hasattr(leaf, "shape")
   }
 
 
 def damaged(directory: Any, reason: Any) -> ValueError:
   """The error for a checkpoint that can't be read."""
   return ValueError(
-      f"The checkpoint in {directory} is damaged or incomplete, and nothing of"
-      f" it was loaded: {reason}"
+    f"The checkpoint in {directory} is damaged or incomplete, and nothing of"
+    f" it was loaded: {reason}"
   )

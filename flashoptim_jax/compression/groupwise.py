@@ -32,10 +32,10 @@ from flashoptim_jax.jaxprs.program import (
 
 
 def run(
-    f: Callable[..., Any],
-    args: Any,
-    groups: Sequence[int | None],
-    overwritten: Sequence[bool],
+  f: Callable[..., Any],
+  args: Any,
+  groups: Sequence[int | None],
+  overwritten: Sequence[bool],
 ) -> Any:
   """``f(*args)``, group by group.
 
@@ -53,7 +53,7 @@ def run(
   program = split_conditionals(interpret.inline(traced))
   passes = _Passes(program, groups, overwritten)
   return jax.tree.unflatten(
-      jax.tree.structure(shapes), passes.run(jax.tree.leaves(args))
+    jax.tree.structure(shapes), passes.run(jax.tree.leaves(args))
   )
 
 
@@ -77,34 +77,34 @@ class _Passes:
   """
 
   def __init__(
-      self,
-      closed: core.ClosedJaxpr,
-      groups: Sequence[int | None],
-      overwritten: Sequence[bool],
+    self,
+    closed: core.ClosedJaxpr,
+    groups: Sequence[int | None],
+    overwritten: Sequence[bool],
   ):
     self._closed = closed
     self._program = Program(closed.jaxpr.eqns)
     self._overwritten = set(
-        itertools.compress(
-            closed.jaxpr.invars,
-            (g is not None and o for g, o in zip(groups, overwritten, strict=True)),
-        )
+      itertools.compress(
+        closed.jaxpr.invars,
+        (g is not None and o for g, o in zip(groups, overwritten, strict=True)),
+      )
     )
     # By stage: equations whose results are kept, and the values of each group
     # that joint equations read.
     self._kept: dict[int, list[core.JaxprEqn]] = {}
     self._read_jointly: dict[int, dict[int | None, dict[Any, None]]] = {}
     self._places = interpret.environment(
-        closed, (_Place(group, 0) for group in groups), _of_no_group
+      closed, (_Place(group, 0) for group in groups), _of_no_group
     )
     interpret.walk(closed.jaxpr.eqns, self._places, self._place, _of_no_group)
 
   def _place(self, eqn: core.JaxprEqn, places: Sequence[_Place]) -> list[_Place]:
     """The place of an equation's results, given those of its operands."""
     owned = {
-        var: place
-        for var, place in zip(eqn.invars, places, strict=True)
-        if place.group is not None
+      var: place
+      for var, place in zip(eqn.invars, places, strict=True)
+      if place.group is not None
     }
     found = {place.group for place in owned.values()}
     from_joint = any(place.stage for place in places if place.group is None)
@@ -161,9 +161,9 @@ def _of_no_group(constant: Any) -> _Place:
 def _after(values: list[Any], others: list[Any]) -> list[Any]:
   """Values that are not known before others are."""
   waiting = iter(
-      lax.optimization_barrier([
-          value for value in (*values, *others) if not _is_key(value)
-      ])
+    lax.optimization_barrier(
+      [value for value in (*values, *others) if not _is_key(value)]
+    )
   )
   return [value if _is_key(value) else next(waiting) for value in values]
 
@@ -174,11 +174,11 @@ def _is_key(value: Any) -> bool:
 
 
 def _in_turn(
-    part: Part,
-    steps: Sequence[Part],
-    values: list[Any],
-    last: list[Any],
-    overwritten: Container[Any],
+  part: Part,
+  steps: Sequence[Part],
+  values: list[Any],
+  last: list[Any],
+  overwritten: Container[Any],
 ) -> list[Any]:
   """``part.evaluate(values)`` after ``last``, with temporaries that die with steps.
 
@@ -193,8 +193,8 @@ def _in_turn(
     env = dict(zip(part.read, values, strict=True))
     for step in steps:
       copied = [
-          step is steps[-1] and (var in overwritten or var in step.results)
-          for var in step.read
+        step is steps[-1] and (var in overwritten or var in step.results)
+        for var in step.read
       ]
       run_step = functools.partial(_run_step, step, copied)
       last = _outlined(run_step, [env[var] for var in step.read], zero, last)
@@ -202,20 +202,20 @@ def _in_turn(
     return last
 
   return lax.platform_dependent(
-      values,
-      last,
-      lax.optimization_barrier(jnp.uint8(0)),
-      cpu=functools.partial(_outlined, call),
-      default=lambda values, last, zero: part.evaluate(_after(values, last)),
+    values,
+    last,
+    lax.optimization_barrier(jnp.uint8(0)),
+    cpu=functools.partial(_outlined, call),
+    default=lambda values, last, zero: part.evaluate(_after(values, last)),
   )
 
 
 def _run_step(
-    step: Part,
-    copied: list[bool],
-    values: list[Any],
-    zero: jax.Array,
-    last: list[Any],
+  step: Part,
+  copied: list[bool],
+  values: list[Any],
+  zero: jax.Array,
+  last: list[Any],
 ) -> list[Any]:
   """``step.evaluate(values)``, not before ``last`` is known."""
   # This keeps ``last`` among what the call takes, for which XLA has it wait.
@@ -224,10 +224,13 @@ def _run_step(
     return step.evaluate(values)
   # Once what will be overwritten is copied, results are written in place;
   # otherwise they wait in temporaries for the whole step's end.
-  return _outlined(step.evaluate, [
+  return _outlined(
+    step.evaluate,
+    [
       _outlined(_copy, value, zero) if copy else value
       for value, copy in zip(values, copied, strict=True)
-  ])
+    ],
+  )
 
 
 def _outlined(f: Callable[..., Any], *args: Any) -> Any:

@@ -35,45 +35,45 @@ from flashoptim_jax.storage.state import dotted
 Codec = Literal["first_moment", "second_moment", "float32"]
 
 CODECS: dict[str, Codec] = {
-    # Averages of gradients, signed.
-    "mu": "first_moment",
-    "m": "first_moment",
-    "m1": "first_moment",
-    "trace": "first_moment",
-    "ema": "first_moment",
-    "exp_avg": "first_moment",
-    "previous_gradient": "first_moment",
-    "ScaleByAdanState.v": "first_moment",
-    "ScaleByAdanState.g": "first_moment",
-    "ScaleByRpropState.prev_updates": "first_moment",
-    # Averages of second derivatives may be negative.
-    "SophiaState.nu": "first_moment",
-    # SM3 calls its momentum nu.
-    "ScaleBySM3State.nu": "first_moment",
-    "ScaleBySM3State.mu": "float32",
-    # Averages and maxima of squares, never negative.
-    "nu": "second_moment",
-    "nu_max": "second_moment",
-    "n": "second_moment",
-    "exp_avg_sq": "second_moment",
-    "FactoredState.v": "second_moment",
-    # A step size is a difference of products with it.
-    "MomoState.exp_avg": "float32",
-    # A variance, the difference of nu and the square of mu.
-    "ScaleByRStdDevState.mu": "float32",
-    "ScaleByRStdDevState.nu": "float32",
-    "ScaleByRStdDevWithCountState.mu": "float32",
-    "ScaleByRStdDevWithCountState.nu": "float32",
-    # One number for each parameter array.
-    "ScaleByNovogradState.nu": "float32",
+  # Averages of gradients, signed.
+  "mu": "first_moment",
+  "m": "first_moment",
+  "m1": "first_moment",
+  "trace": "first_moment",
+  "ema": "first_moment",
+  "exp_avg": "first_moment",
+  "previous_gradient": "first_moment",
+  "ScaleByAdanState.v": "first_moment",
+  "ScaleByAdanState.g": "first_moment",
+  "ScaleByRpropState.prev_updates": "first_moment",
+  # Averages of second derivatives may be negative.
+  "SophiaState.nu": "first_moment",
+  # SM3 calls its momentum nu.
+  "ScaleBySM3State.nu": "first_moment",
+  "ScaleBySM3State.mu": "float32",
+  # Averages and maxima of squares, never negative.
+  "nu": "second_moment",
+  "nu_max": "second_moment",
+  "n": "second_moment",
+  "exp_avg_sq": "second_moment",
+  "FactoredState.v": "second_moment",
+  # A step size is a difference of products with it.
+  "MomoState.exp_avg": "float32",
+  # A variance, the difference of nu and the square of mu.
+  "ScaleByRStdDevState.mu": "float32",
+  "ScaleByRStdDevState.nu": "float32",
+  "ScaleByRStdDevWithCountState.mu": "float32",
+  "ScaleByRStdDevWithCountState.nu": "float32",
+  # One number for each parameter array.
+  "ScaleByNovogradState.nu": "float32",
 }
 
 _SMALL = 64  # Elements of an array that may as well be in float32.
 
 _KINDS: dict[str, Kind | None] = {
-    "first_moment": "first",
-    "second_moment": "second",
-    "float32": None,
+  "first_moment": "first",
+  "second_moment": "second",
+  "float32": None,
 }
 
 
@@ -82,8 +82,8 @@ def check_codecs(codecs: Mapping[str, Codec] | None) -> None:
   for name, value in (codecs or {}).items():
     if value not in _KINDS:
       raise ValueError(
-          f"codecs[{name!r}] is {value!r}; expected one of"
-          f" {', '.join(map(repr, _KINDS))}."
+        f"codecs[{name!r}] is {value!r}; expected one of"
+        f" {', '.join(map(repr, _KINDS))}."
       )
 
 
@@ -101,7 +101,7 @@ class Fields(NamedTuple):
 
 
 def find_moments(
-    fields: Fields, codecs: Mapping[str, Codec]
+  fields: Fields, codecs: Mapping[str, Codec]
 ) -> tuple[tuple[str, Kind], ...]:
   """The moments of a transformation's state, and how they are companded.
 
@@ -119,14 +119,14 @@ def find_moments(
   for name in codecs:
     if name not in known:
       raise ValueError(
-          f"codecs has {name!r}, which is not in the state; expected one of"
-          f" {', '.join(map(repr, sorted(known))) or 'no fields'}."
+        f"codecs has {name!r}, which is not in the state; expected one of"
+        f" {', '.join(map(repr, sorted(known))) or 'no fields'}."
       )
   return known_moments(fields, codecs)
 
 
 def known_moments(
-    fields: Fields, codecs: Mapping[str, Codec]
+  fields: Fields, codecs: Mapping[str, Codec]
 ) -> tuple[tuple[str, Kind], ...]:
   """The same, where ``codecs`` may have fields that are not in the state."""
   found = []
@@ -165,8 +165,8 @@ def general_fields(init: Callable[[Any], Any]) -> Fields | None:
   for path in paths:
     if dotted(path) in found:
       raise ValueError(
-          f"Two fields of the state have the path {dotted(path)!r}, the second at"
-          f" {jax.tree_util.keystr(path)}; expected labels without dots."
+        f"Two fields of the state have the path {dotted(path)!r}, the second at"
+        f" {jax.tree_util.keystr(path)}; expected labels without dots."
       )
     found[dotted(path)] = _names(state, path)
   return Fields(found)
@@ -197,13 +197,11 @@ def fields_for(params: Any, state: Any) -> Fields:
   held.pop((), None)  # It has no name.
   mixed = {path[:i] for path in others for i in range(len(path))}
   return Fields(
-      {dotted(path): _names(state, path) for path in held if path not in mixed},
-      # Statistics that are small already are no loss.
-      tuple(
-          dotted(path)
-          for path, size in others.items()
-          if size > max(_SMALL, total // 10)
-      ),
+    {dotted(path): _names(state, path) for path in held if path not in mixed},
+    # Statistics that are small already are no loss.
+    tuple(
+      dotted(path) for path, size in others.items() if size > max(_SMALL, total // 10)
+    ),
   )
 
 
@@ -216,6 +214,6 @@ def _names(state: Any, path: KeyPath) -> tuple[str, ...]:
 def _at(tree: Any, path: KeyPath) -> Any:
   """The node at a path."""
   nodes = jax.tree.leaves_with_path(
-      tree, is_leaf=lambda at, _: at == path, is_leaf_takes_path=True
+    tree, is_leaf=lambda at, _: at == path, is_leaf_takes_path=True
   )
   return dict(nodes)[path]

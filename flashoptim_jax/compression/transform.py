@@ -36,10 +36,10 @@ _OWN_ARGUMENTS = (NEW_PARAMS, DEFERRED, PARAM_SHARDINGS)
 
 
 def compress(
-    tx: optax.GradientTransformation,
-    storage: Storage = _DEFAULT_STORAGE,
-    *,
-    codecs: Mapping[str, moment_table.Codec] | None = None,
+  tx: optax.GradientTransformation,
+  storage: Storage = _DEFAULT_STORAGE,
+  *,
+  codecs: Mapping[str, moment_table.Codec] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Companded 8-bit moments and split master weights around a transformation.
 
@@ -113,9 +113,9 @@ def compress(
     state_format = format_of(params, inner)
     # XLA would spend its time on encoding the zeros of whole leaves itself.
     inner = state_lib.map_subtrees(
-        lambda _, moment: lax.optimization_barrier(moment),
-        inner,
-        dict(state_format.moments),
+      lambda _, moment: lax.optimization_barrier(moment),
+      inner,
+      dict(state_format.moments),
     )
     inner = aliasing.apart(inner, params)  # Some keep the parameters themselves.
     return encode_inner(inner, jnp.zeros([], jnp.int32), correction, state_format)
@@ -136,57 +136,59 @@ def compress(
       rounding = codec.rounding_of(state.count)
       corrections = _corrections(state, treedef)
       masters = [
-          call(codec.merge, *each) for each in zip(params, corrections, strict=True)
+        call(codec.merge, *each) for each in zip(params, corrections, strict=True)
       ]
       wide = [g.astype(m.dtype) for g, m in zip(grads, masters, strict=True)]
       changes, inner = tx.update(
-          treedef.unflatten(wide),
-          decode_inner(state, layout, call),
-          treedef.unflatten(masters),
-          **passed_on,
+        treedef.unflatten(wide),
+        decode_inner(state, layout, call),
+        treedef.unflatten(masters),
+        **passed_on,
       )
       masters = [
-          # Rounded to the master weight's dtype, as by optax.apply_updates.
-          call(codec.advance, *each, change.astype(master.dtype), rounding.master)
-          for *each, change, master in zip(
-              params, corrections, treedef.flatten_up_to(changes), masters, strict=True
-          )
+        # Rounded to the master weight's dtype, as by optax.apply_updates.
+        call(codec.advance, *each, change.astype(master.dtype), rounding.master)
+        for *each, change, master in zip(
+          params, corrections, treedef.flatten_up_to(changes), masters, strict=True
+        )
       ]
       dtypes = [
-          update_dtype(grad.dtype, param.dtype) if request is None else None
-          for grad, param in zip(grads, params, strict=True)
+        update_dtype(grad.dtype, param.dtype) if request is None else None
+        for grad, param in zip(grads, params, strict=True)
       ]
       stored = [
-          call(
-              functools.partial(
-                  codec.store, update_dtype=dtype, master_bits=storage.master_bits
-              ),
-              master,
-              param,
-          )
-          for master, param, dtype in zip(masters, params, dtypes, strict=True)
+        call(
+          functools.partial(
+            codec.store, update_dtype=dtype, master_bits=storage.master_bits
+          ),
+          master,
+          param,
+        )
+        for master, param, dtype in zip(masters, params, dtypes, strict=True)
       ]
       correction: Any = optax.MaskedNode()
       if storage.master_bits is not None:
-        correction = treedef.unflatten([
+        correction = treedef.unflatten(
+          [
             optax.MaskedNode() if correction is None else correction
             for _, correction in stored
-        ])
+          ]
+        )
       new_state = encode_inner(
-          inner,
-          optax.safe_increment(state.count),
-          correction,
-          state_format,
-          rounding,
-          old=state,
-          call=call,
+        inner,
+        optax.safe_increment(state.count),
+        correction,
+        state_format,
+        rounding,
+        old=state,
+        call=call,
       )
       return [result for result, _ in stored], new_state
 
     args = (
-        _gradients(updates, params),
-        host_memory.to_device(state),
-        list(map(jnp.asarray, jax.tree.leaves(params))),
+      _gradients(updates, params),
+      host_memory.to_device(state),
+      list(map(jnp.asarray, jax.tree.leaves(params))),
     )
     if call is primitive.call:  # The caller takes it apart.
       results, new_state = update(*args)
@@ -196,10 +198,10 @@ def compress(
     new_state = host_memory.move_like(new_state, state)
     if request is not None:
       results = request.make(
-          results,
-          (paths.name(path) for path, _ in jax.tree.leaves_with_path(params)),
-          _corrections(state, treedef),
-          _corrections(new_state, treedef),
+        results,
+        (paths.name(path) for path, _ in jax.tree.leaves_with_path(params)),
+        _corrections(state, treedef),
+        _corrections(new_state, treedef),
       )
     return treedef.unflatten(results), new_state
 
@@ -207,9 +209,9 @@ def compress(
 
 
 def _formats(
-    tx: optax.GradientTransformation,
-    storage: Storage,
-    codecs: Mapping[str, moment_table.Codec],
+  tx: optax.GradientTransformation,
+  storage: Storage,
+  codecs: Mapping[str, moment_table.Codec],
 ) -> Callable[[Any, Any], Format]:
   """A function from parameters and a transformation's state to its format."""
   general_fields = functools.cache(lambda: moment_table.general_fields(tx.init))
@@ -217,10 +219,10 @@ def _formats(
   @functools.cache
   def warn_once(others):
     warnings.warn(
-        f"compress keeps {', '.join(map(repr, others))} of the transformation's state"
-        " in float32: there is no telling whether these are moments, since they"
-        " neither lie at the paths of parameters, nor are one array of all of them.",
-        stacklevel=4,
+      f"compress keeps {', '.join(map(repr, others))} of the transformation's state"
+      " in float32: there is no telling whether these are moments, since they"
+      " neither lie at the paths of parameters, nor are one array of all of them.",
+      stacklevel=4,
     )
 
   def format_of(params, inner):
@@ -242,9 +244,7 @@ def _gradients(grads: Any, params: Any) -> list[jax.Array]:
   """
   found = paths.leaves_like(grads, params, "the gradients", "the parameters")
   gradients = []
-  for (path, param), grad in zip(
-      jax.tree.leaves_with_path(params), found, strict=True
-  ):
+  for (path, param), grad in zip(jax.tree.leaves_with_path(params), found, strict=True):
     extra_axes = jnp.ndim(grad) - jnp.ndim(param)
     gradients.append(checked_gradient(paths.name(path), grad, param, extra_axes))
   return gradients
@@ -258,9 +258,7 @@ def _corrections(state: CompressedState, treedef: Any) -> list[jax.Array | None]
   return [None if isinstance(each, optax.MaskedNode) else each for each in found]
 
 
-def _groups(
-    state: CompressedState, params: Any
-) -> tuple[list[int | None], list[bool]]:
+def _groups(state: CompressedState, params: Any) -> tuple[list[int | None], list[bool]]:
   """For gradients, state and parameters, who takes a turn together.
 
   As many parameters as have no more elements than the largest, with all that is
@@ -277,12 +275,12 @@ def _groups(
     filled += jnp.size(leaf)
   of_params = list(groups.values())
   of_state = [
-      groups.get(paths.param_path(path, groups))
-      for path, _ in jax.tree.leaves_with_path(state)
+    groups.get(paths.param_path(path, groups))
+    for path, _ in jax.tree.leaves_with_path(state)
   ]
   return (
-      [*of_params, *of_state, *of_params],
-      [False] * len(named) + [True] * len(of_state) + [False] * len(named),
+    [*of_params, *of_state, *of_params],
+    [False] * len(named) + [True] * len(of_state) + [False] * len(named),
   )
 
 
@@ -298,9 +296,9 @@ def _refuse_flash_states(inner: Any) -> None:
   nodes = jax.tree.leaves(inner, is_leaf=state_lib.is_flash_state)
   for node in filter(state_lib.is_flash_state, nodes):
     raise ValueError(
-        f"compress(tx) has the state of {node.format} inside tx; expected a"
-        " transformation without flash optimizers in it, such as optax.adamw in"
-        " the place of flashoptim_jax.adamw."
+      f"compress(tx) has the state of {node.format} inside tx; expected a"
+      " transformation without flash optimizers in it, such as optax.adamw in"
+      " the place of flashoptim_jax.adamw."
     )
 
 
@@ -308,43 +306,42 @@ def _check_state(state: Any, params: Any, layout: Any, state_format: Format) -> 
   """Raises a ValueError unless a state is that of ``compress`` for ``params``."""
   if not isinstance(state, CompressedState):
     raise ValueError(
-        f"The optimizer state is a {type(state).__name__}; expected a"
-        " CompressedState, as compress(...).init returns."
+      f"The optimizer state is a {type(state).__name__}; expected a"
+      " CompressedState, as compress(...).init returns."
     )
   if state.format != state_format:
     raise ValueError(
-        f"The optimizer state was made by {state.format}, with the moments"
-        f" {state.format.moments}; this transformation is {state_format}, with the"
-        f" moments {state_format.moments}."
+      f"The optimizer state was made by {state.format}, with the moments"
+      f" {state.format.moments}; this transformation is {state_format}, with the"
+      f" moments {state_format.moments}."
     )
   expected = jax.eval_shape(
-      lambda params, inner: encode_inner(
-          inner,
-          jnp.zeros([], jnp.int32),
-          state_lib.zero_correction(params, state_format.storage),
-          state_format,
-          old=state,
-      ),
-      params,
-      layout,
+    lambda params, inner: encode_inner(
+      inner,
+      jnp.zeros([], jnp.int32),
+      state_lib.zero_correction(params, state_format.storage),
+      state_format,
+      old=state,
+    ),
+    params,
+    layout,
   )
   paths.require_like(
-      _stored_parts(state),
-      _stored_parts(expected),
-      "The optimizer state",
-      "that of compress for these parameters",
+    _stored_parts(state),
+    _stored_parts(expected),
+    "The optimizer state",
+    "that of compress for these parameters",
   )
 
 
 def _stored_parts(state: CompressedState) -> dict[str, Any]:
   """What ``compress`` itself puts into a state."""
   moments = {
-      name: state_lib.subtree(state.inner, name)
-      for name, _ in state.format.moments
+    name: state_lib.subtree(state.inner, name) for name, _ in state.format.moments
   }
   return {
-      "count": state.count,
-      "inner": moments,
-      "scales": state.scales,
-      "correction": state.correction,
+    "count": state.count,
+    "inner": moments,
+    "scales": state.scales,
+    "correction": state.correction,
   }

@@ -24,9 +24,9 @@ _SGD_ONLY = ("dampening", "weight_decay")
 
 
 def to_optax(
-    tx: optax.GradientTransformation,
-    params: optax.Params,
-    opt_state: optax.OptState,
+  tx: optax.GradientTransformation,
+  params: optax.Params,
+  opt_state: optax.OptState,
 ) -> optax.OptState:
   """Leaves for plain Optax, at any step.
 
@@ -67,11 +67,11 @@ def to_optax(
       return _fill(layout.state, node)
     if _is_injected_sgd(node):
       return jax.tree.map(
-          leave,
-          _drop_sgd_extras(node),
-          layout,
-          start,
-          is_leaf=state_lib.is_flash_state,
+        leave,
+        _drop_sgd_extras(node),
+        layout,
+        start,
+        is_leaf=state_lib.is_flash_state,
       )
     return _cast(node, layout, start)
 
@@ -80,11 +80,11 @@ def to_optax(
 
 
 def from_optax(
-    tx: optax.GradientTransformation,
-    params: optax.Params,
-    optax_state: optax.OptState,
-    *,
-    params_fp32: optax.Params | None = None,
+  tx: optax.GradientTransformation,
+  params: optax.Params,
+  optax_state: optax.OptState,
+  *,
+  params_fp32: optax.Params | None = None,
 ) -> optax.OptState:
   """Arrives from plain Optax, at any step.
 
@@ -118,14 +118,12 @@ def from_optax(
   """
   ours, plain = _layouts(tx, params)
   paths.require_like(
-      optax_state,
-      optax_counterpart.unmarked(plain),
-      "optax_state",
-      "the state of tx with Optax's own optimizers",
+    optax_state,
+    optax_counterpart.unmarked(plain),
+    "optax_state",
+    "the state of tx with Optax's own optimizers",
   )
-  marked = jax.tree.unflatten(
-      jax.tree.structure(plain), jax.tree.leaves(optax_state)
-  )
+  marked = jax.tree.unflatten(jax.tree.structure(plain), jax.tree.leaves(optax_state))
   start = _initial(tx.init, params, ours)
   narrow, masters = map(state_lib.by_path, (params, params_fp32))
   if params_fp32 is not None:
@@ -136,18 +134,18 @@ def from_optax(
       return _take(layout, node.state, narrow, masters)
     if _is_injected_sgd(layout):
       known = jax.tree.map(
-          arrive,
-          _drop_sgd_extras(layout),
-          node,
-          _drop_sgd_extras(start),
-          is_leaf=state_lib.is_flash_state,
+        arrive,
+        _drop_sgd_extras(layout),
+        node,
+        _drop_sgd_extras(start),
+        is_leaf=state_lib.is_flash_state,
       )
       return known._replace(
-          hyperparams={**start.hyperparams, **known.hyperparams},
-          hyperparams_states={
-              **start.hyperparams_states,
-              **known.hyperparams_states,
-          },
+        hyperparams={**start.hyperparams, **known.hyperparams},
+        hyperparams_states={
+          **start.hyperparams_states,
+          **known.hyperparams_states,
+        },
       )
     return _cast(node, layout, None)
 
@@ -156,10 +154,10 @@ def from_optax(
 
 
 def convert(
-    tx_from: optax.GradientTransformation,
-    tx_to: optax.GradientTransformation,
-    params: optax.Params,
-    opt_state: optax.OptState,
+  tx_from: optax.GradientTransformation,
+  tx_to: optax.GradientTransformation,
+  params: optax.Params,
+  opt_state: optax.OptState,
 ) -> tuple[optax.Params, optax.OptState]:
   """Changes the storage of a run, at any step.
 
@@ -183,30 +181,30 @@ def convert(
   given = params
   treedef: Any
   units, treedef = jax.tree.flatten_with_path(
-      opt_state, is_leaf=state_lib.is_flash_state
+    opt_state, is_leaf=state_lib.is_flash_state
   )
   targets, target_treedef = jax.tree.flatten_with_path(
-      _layout(tx_to.init, params), is_leaf=state_lib.is_flash_state
+    _layout(tx_to.init, params), is_leaf=state_lib.is_flash_state
   )
   pairs = itertools.zip_longest(units, targets, fillvalue=((), None))
   for (path, old), (target_path, new) in pairs:
     if path != target_path or _kind(old) != _kind(new):
       raise ValueError(
-          "tx_from and tx_to differ in more than storage:"
-          f" {paths.name(path)!r} is {_kind(old)} of tx_from, and"
-          f" {paths.name(target_path)!r} is {_kind(new)} of tx_to."
+        "tx_from and tx_to differ in more than storage:"
+        f" {paths.name(path)!r} is {_kind(old)} of tx_from, and"
+        f" {paths.name(target_path)!r} is {_kind(new)} of tx_to."
       )
   if treedef != target_treedef:
     raise ValueError(
-        f"tx_from and tx_to differ in more than storage: {treedef} against"
-        f" {target_treedef}."
+      f"tx_from and tx_to differ in more than storage: {treedef} against"
+      f" {target_treedef}."
     )
   changed = [
-      _stored(old, new) if state_lib.is_flash_state(old) else old
-      for (_, old), (_, new) in zip(units, targets, strict=True)
+    _stored(old, new) if state_lib.is_flash_state(old) else old
+    for (_, old), (_, new) in zip(units, targets, strict=True)
   ]
   params, changed = precision.split_masters(
-      precision.to_fp32(params, opt_state), params, treedef.unflatten(changed)
+    precision.to_fp32(params, opt_state), params, treedef.unflatten(changed)
   )
 
   def keep(new, old):
@@ -254,6 +252,7 @@ def _initial(init: Callable[[Any], Any], params: Any, state: Any) -> Any:
   Compiled, so that the arrays that are not wanted take no memory. All is None
   where no optimizer in ``state`` has injected hyperparameters.
   """
+
   def scalars():
     zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), p.dtype), params)
     return jax.tree.map(lambda x: None if jnp.ndim(x) else x, init(zeros))
@@ -266,16 +265,16 @@ def _initial(init: Callable[[Any], Any], params: Any, state: Any) -> Any:
 
 def _is_injected(node: Any) -> bool:
   return isinstance(
-      node, (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+    node, (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
   )
 
 
 def _is_injected_sgd(node: Any) -> bool:
   """Whether a node is the state of ``optax.inject_hyperparams(fo.sgd)``."""
   return (
-      isinstance(node, optax.InjectStatefulHyperparamsState)
-      and state_lib.is_flash_state(node.inner_state)
-      and node.inner_state.format.optimizer in ("sgd", "momentum")
+    isinstance(node, optax.InjectStatefulHyperparamsState)
+    and state_lib.is_flash_state(node.inner_state)
+    and node.inner_state.format.optimizer in ("sgd", "momentum")
   )
 
 
@@ -288,43 +287,39 @@ def _drop_sgd_extras(node: Any) -> Any:
   for name in _SGD_ONLY:
     value = node.hyperparams.get(name)
     known = value is not None and not isinstance(
-        value, (jax.core.Tracer, jax.ShapeDtypeStruct)
+      value, (jax.core.Tracer, jax.ShapeDtypeStruct)
     )
     if known and value != 0:
       raise ValueError(
-          f"The injected {name} of flashoptim_jax.sgd is {value}; expected 0,"
-          f" for optax.sgd has no {name}."
+        f"The injected {name} of flashoptim_jax.sgd is {value}; expected 0,"
+        f" for optax.sgd has no {name}."
       )
 
   def rest(values):
     return {k: v for k, v in values.items() if k not in _SGD_ONLY}
 
   return node._replace(
-      hyperparams=rest(node.hyperparams),
-      hyperparams_states=rest(node.hyperparams_states),
+    hyperparams=rest(node.hyperparams),
+    hyperparams_states=rest(node.hyperparams_states),
   )
 
 
 def _without_sgd_extras(ours: Any, plain: Any) -> Any:
   return jax.tree.map(
-      lambda node, other: (
-          _drop_sgd_extras(other) if _is_injected_sgd(node) else other
-      ),
-      ours,
-      plain,
-      is_leaf=_is_unit,
+    lambda node, other: _drop_sgd_extras(other) if _is_injected_sgd(node) else other,
+    ours,
+    plain,
+    is_leaf=_is_unit,
   )
 
 
 def _require_state_of(opt_state: Any, layout: Any, name: str) -> None:
   """Raises a ValueError unless ``opt_state`` has the layout, formats included."""
   states = state_lib.flash_states(opt_state)
-  for found, expected in zip(
-      states, state_lib.flash_states(layout), strict=False
-  ):
+  for found, expected in zip(states, state_lib.flash_states(layout), strict=False):
     if found.format != expected.format:
       raise ValueError(
-          f"opt_state was made by {found.format}; {name} is {expected.format}."
+        f"opt_state was made by {found.format}; {name} is {expected.format}."
       )
   paths.require_like(opt_state, layout, "opt_state", f"the state of {name}")
 
@@ -335,8 +330,8 @@ def _require_masters(masters: dict, params: dict) -> None:
     found = jnp.shape(masters[path]) if path in masters else "none"
     if found != jnp.shape(param):
       raise ValueError(
-          f"The master weight of {paths.name(path)!r} in params_fp32 has shape"
-          f" {found}; expected {jnp.shape(param)}, as in params."
+        f"The master weight of {paths.name(path)!r} in params_fp32 has shape"
+        f" {found}; expected {jnp.shape(param)}, as in params."
       )
 
 
@@ -376,13 +371,13 @@ def _fill(layout: Any, state: AnyState) -> Any:
     if not _is_record(node):
       return node
     fields = {
-        field: jax.tree.map(
-            lambda x, like: x.astype(like.dtype),
-            decoded[_MOMENT_FIELDS[field]],
-            getattr(node, field),
-        )
-        for field in node._fields
-        if field in _MOMENT_FIELDS
+      field: jax.tree.map(
+        lambda x, like: x.astype(like.dtype),
+        decoded[_MOMENT_FIELDS[field]],
+        getattr(node, field),
+      )
+      for field in node._fields
+      if field in _MOMENT_FIELDS
     }
     if "count" in node._fields:
       fields["count"] = state.count
@@ -398,9 +393,9 @@ def _take(layout: Any, plain: Any, params: dict, masters: dict) -> AnyState:
   counts = []
   for record in records:
     found |= {
-        _MOMENT_FIELDS[field]: getattr(record, field)
-        for field in record._fields
-        if field in _MOMENT_FIELDS
+      _MOMENT_FIELDS[field]: getattr(record, field)
+      for field in record._fields
+      if field in _MOMENT_FIELDS
     }
     if "count" in record._fields:
       counts.append(record.count)
@@ -410,8 +405,8 @@ def _take(layout: Any, plain: Any, params: dict, masters: dict) -> AnyState:
     known = [int(c) for c in counts if not isinstance(c, jax.core.Tracer)]
     if len(set(known)) > 1:
       raise ValueError(
-          "The counts of Optax's state differ, from the optimizer's to the"
-          f" schedule's: {known}; expected the same."
+        "The counts of Optax's state differ, from the optimizer's to the"
+        f" schedule's: {known}; expected the same."
       )
 
   def correct(path, correction):
@@ -419,14 +414,14 @@ def _take(layout: Any, plain: Any, params: dict, masters: dict) -> AnyState:
       return jnp.zeros_like(params[path], dtype=correction.dtype)
     master = jnp.asarray(masters[path]).astype(jnp.float32)
     return codec.residual(
-        master, jnp.asarray(params[path]), layout.format.storage.master_bits
+      master, jnp.asarray(params[path]), layout.format.storage.master_bits
     )
 
   correction = jax.tree.map_with_path(correct, layout.correction)
   if isinstance(layout, CompressedState):
     return moments.encode_inner(plain, count, correction, layout.format)
   return layout._replace(
-      count=count, correction=correction, **moments.encode_fields(found, layout.format)
+    count=count, correction=correction, **moments.encode_fields(found, layout.format)
   )
 
 
@@ -440,7 +435,7 @@ def _stored(state: Any, layout: Any) -> AnyState:
     if dataclasses.replace(new, master_bits=old.master_bits) == old:
       return state._replace(correction=correction, format=layout.format)
     float32 = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.float32), state.inner
+      lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.float32), state.inner
     )
     inner = moments.decode_inner(state, float32)
     return moments.encode_inner(inner, state.count, correction, layout.format)

@@ -67,15 +67,15 @@ def load_pytorch(path: str | os.PathLike) -> Any:
 
 
 def from_pytorch(
-    tx: optax.GradientTransformation,
-    model_state: Mapping[str, Any],
-    optimizer_state: Mapping[str, Any],
-    *,
-    names: Sequence[str] | None = None,
-    to_tree: Callable[[dict[str, np.ndarray]], optax.Params] | None = None,
-    dtype: Any = jnp.bfloat16,
-    keep: Sequence[str] = (),
-    count: int | None = None,
+  tx: optax.GradientTransformation,
+  model_state: Mapping[str, Any],
+  optimizer_state: Mapping[str, Any],
+  *,
+  names: Sequence[str] | None = None,
+  to_tree: Callable[[dict[str, np.ndarray]], optax.Params] | None = None,
+  dtype: Any = jnp.bfloat16,
+  keep: Sequence[str] = (),
+  count: int | None = None,
 ) -> tuple[optax.Params, optax.OptState]:
   """Takes over a run of FlashOptim for PyTorch.
 
@@ -110,8 +110,7 @@ def from_pytorch(
   masters = jax.tree.map(jnp.asarray, to_tree(decoded.masters))
   params, opt_state = precision.from_fp32(tx, masters, dtype, keep)
   known = {
-      name: state_lib.by_path(to_tree(moment))
-      for name, moment in decoded.moments.items()
+    name: state_lib.by_path(to_tree(moment)) for name, moment in decoded.moments.items()
   }
   count = (decoded.count or 0) if count is None else _steps(count, "count")
 
@@ -119,34 +118,34 @@ def from_pytorch(
     wanted = [name for name, _ in state.format.moments]
     if set(wanted) != set(known):
       raise ValueError(
-          f"The PyTorch optimizer keeps {sorted(known) or 'no moments'};"
-          f" {state.format} keeps {wanted or 'no moments'}."
+        f"The PyTorch optimizer keeps {sorted(known) or 'no moments'};"
+        f" {state.format} keeps {wanted or 'no moments'}."
       )
     moments = {
-        name: jax.tree.map_with_path(
-            lambda path, _, name=name: known[name][path],
-            getattr(state, name),
-        )
-        for name in wanted
+      name: jax.tree.map_with_path(
+        lambda path, _, name=name: known[name][path],
+        getattr(state, name),
+      )
+      for name in wanted
     }
     return state._replace(
-        count=jnp.int32(count), **encode_fields(moments, state.format)
+      count=jnp.int32(count), **encode_fields(moments, state.format)
     )
 
   return params, state_lib.map_flash_states(fill, opt_state)
 
 
 def decode(
-    model_state: Mapping[str, Any],
-    optimizer_state: Mapping[str, Any],
-    names: Sequence[str] | None = None,
+  model_state: Mapping[str, Any],
+  optimizer_state: Mapping[str, Any],
+  names: Sequence[str] | None = None,
 ) -> Decoded:
   """Decodes a checkpoint, see :func:`from_pytorch`."""
   groups, states = _parts(optimizer_state)
   indices = [index for group in groups for index in group["params"]]
   names = _names(model_state, groups, names)
   widths = [
-      group.get("master_bytewidth", 0) for group in groups for _ in group["params"]
+    group.get("master_bytewidth", 0) for group in groups for _ in group["params"]
   ]
   masters = {name: _numbers(value, name) for name, value in model_state.items()}
   found: dict[str, dict[str, np.ndarray]] = {"mu": {}, "nu": {}}
@@ -157,9 +156,9 @@ def decode(
       raise ValueError(f"The model's state has no parameter {name!r}.")
     param = masters[name]
     state = {
-        key: _to_numpy(value)
-        for key, value in states.get(index, {}).items()
-        if value is not None
+      key: _to_numpy(value)
+      for key, value in states.get(index, {}).items()
+      if value is not None
     }
     for moment, keys in (("mu", _FIRST), ("nu", _SECOND)):
       values = _moment(state, keys, param, name)
@@ -180,8 +179,8 @@ def decode(
     for name, master in masters.items():
       if name not in kept and name in with_state:
         raise ValueError(
-            f"The optimizer's state of {name!r} has no {moment}, and other"
-            " parameters' have one; expected the same of all."
+          f"The optimizer's state of {name!r} has no {moment}, and other"
+          " parameters' have one; expected the same of all."
         )
       # A parameter that has had no gradient has no state.
       kept.setdefault(name, np.zeros(master.shape, np.float32))
@@ -193,16 +192,15 @@ def _parts(optimizer_state: Mapping[str, Any]) -> tuple[Any, Mapping[Any, Any]]:
   for key in ("param_groups", "state"):
     if key not in optimizer_state:
       raise ValueError(
-          f"The optimizer's state has no {key!r}; expected an optimizer's"
-          " state_dict()."
+        f"The optimizer's state has no {key!r}; expected an optimizer's state_dict()."
       )
   groups, states = optimizer_state["param_groups"], optimizer_state["state"]
   indices = [index for group in groups for index in group["params"]]
   _require_unique("the parameters of the optimizer's groups", indices)
   if unknown := states.keys() - set(indices):
     raise ValueError(
-        f"The optimizer has a state for parameter {unknown.pop()!r}, which none of"
-        " its groups has."
+      f"The optimizer has a state for parameter {unknown.pop()!r}, which none of"
+      " its groups has."
     )
   return groups, states
 
@@ -211,7 +209,7 @@ def _numbers(value: Any, name: str) -> np.ndarray:
   array = np.asarray(_to_numpy(value))
   if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != bool:
     raise ValueError(
-        f"The model's {name!r} is an array of {array.dtype}; expected numbers."
+      f"The model's {name!r} is an array of {array.dtype}; expected numbers."
     )
   return array
 
@@ -220,7 +218,7 @@ def _require_unique(what: str, values: Sequence[Any]) -> None:
   counted = collections.Counter(values)
   if twice := [value for value, count in counted.items() if count > 1]:
     raise ValueError(
-        f"{twice[0]!r} is {counted[twice[0]]} times among {what}; expected each once."
+      f"{twice[0]!r} is {counted[twice[0]]} times among {what}; expected each once."
     )
 
 
@@ -229,8 +227,8 @@ def _steps(value: Any, what: str) -> int:
   if np.ndim(value) == 0 and 0 <= value <= np.iinfo(np.int32).max and value % 1 == 0:
     return int(value)
   raise ValueError(
-      f"The {what} is {value}; expected a whole number, at least 0 and at most"
-      f" {np.iinfo(np.int32).max}."
+    f"The {what} is {value}; expected a whole number, at least 0 and at most"
+    f" {np.iinfo(np.int32).max}."
   )
 
 
@@ -242,8 +240,8 @@ def _names(model_state, groups, names) -> list[str]:
   count = sum(len(group["params"]) for group in groups)
   if len(names) != count:
     raise ValueError(
-        f"The optimizer has {count} parameters and there are {len(names)} names;"
-        " expected as many. Pass names in the optimizer's order."
+      f"The optimizer has {count} parameters and there are {len(names)} names;"
+      " expected as many. Pass names in the optimizer's order."
     )
   _require_unique("names", names)
   return names
@@ -279,16 +277,16 @@ def _moment(state, keys, param, name) -> np.ndarray | None:
       groups = -(-codes.size // _GROUP)
       if scales.size != groups:
         raise ValueError(
-            f"The {key} of {name!r} has {scales.size} scales for {codes.size} codes;"
-            f" expected {groups}, one for each {_GROUP}."
+          f"The {key} of {name!r} has {scales.size} scales for {codes.size} codes;"
+          f" expected {groups}, one for each {_GROUP}."
         )
       values = _dequantized(codes, scales, signed=keys is _FIRST)
     else:
       continue
     if values.shape != param.shape:
       raise ValueError(
-          f"The {key} of {name!r} has shape {values.shape}; expected"
-          f" {param.shape}. (Is the order of names the optimizer's?)"
+        f"The {key} of {name!r} has shape {values.shape}; expected"
+        f" {param.shape}. (Is the order of names the optimizer's?)"
       )
     return values
   return None
@@ -317,23 +315,23 @@ def _master(param, errors, width: int, name: str) -> np.ndarray:
     return param
   if param.dtype.name not in _FLOAT16 or width not in (3, 4):
     raise ValueError(
-        f"Parameter {name!r} of dtype {param.dtype.name} has error bits for"
-        f" {width} bytes; expected bfloat16 or float16, and 3 or 4."
+      f"Parameter {name!r} of dtype {param.dtype.name} has error bits for"
+      f" {width} bytes; expected bfloat16 or float16, and 3 or 4."
     )
   errors = np.asarray(errors)
   # In four bytes they are the bits of numbers of two.
   fits = width == 3 or errors.dtype.itemsize == 2
   if errors.shape != param.shape or not fits:
     raise ValueError(
-        f"The error bits of {name!r} have shape {errors.shape} and dtype"
-        f" {errors.dtype}; expected {param.shape}, as the parameter, and"
-        f" {param.dtype} or int{8 * (width - 2)}."
+      f"The error bits of {name!r} have shape {errors.shape} and dtype"
+      f" {errors.dtype}; expected {param.shape}, as the parameter, and"
+      f" {param.dtype} or int{8 * (width - 2)}."
     )
   if width == 3:
     whole = np.rint(errors.astype(np.float32))
     if not ((whole == errors) & (np.abs(whole) <= 128)).all():
       raise ValueError(
-          f"The error bits of {name!r} are not all whole numbers of one byte."
+        f"The error bits of {name!r} are not all whole numbers of one byte."
       )
     errors = errors.astype(np.int8)
   else:

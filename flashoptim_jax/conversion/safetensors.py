@@ -30,10 +30,19 @@ from flashoptim_jax import paths
 from flashoptim_jax.storage import codec, host_memory, precision
 
 _DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
-    "bool": "BOOL",
+  "float64": "F64",
+  "float32": "F32",
+  "float16": "F16",
+  "bfloat16": "BF16",
+  "int64": "I64",
+  "int32": "I32",
+  "int16": "I16",
+  "int8": "I8",
+  "uint64": "U64",
+  "uint32": "U32",
+  "uint16": "U16",
+  "uint8": "U8",
+  "bool": "BOOL",
 }
 _BLOCK = 2**22  # Elements that are put together at once.
 _METADATA = "__metadata__"  # The header's key that is no tensor's.
@@ -45,12 +54,12 @@ Rename = Callable[[str], str]
 
 
 def export_safetensors(
-    path: str | os.PathLike,
-    params: optax.Params,
-    opt_state: optax.OptState,
-    *,
-    rename: Rename | None = None,
-    max_shard_bytes: int | None = None,
+  path: str | os.PathLike,
+  params: optax.Params,
+  opt_state: optax.OptState,
+  *,
+  rename: Rename | None = None,
+  max_shard_bytes: int | None = None,
 ) -> None:
   """Writes ``to_fp32(params, opt_state)`` without making it.
 
@@ -76,8 +85,8 @@ def export_safetensors(
   corrections = precision.corrections(params, opt_state)
   names = _names(params, rename)
   tensors = {
-      names[key]: _Tensor(paths.name(key), jnp.asarray(leaf), corrections.get(key))
-      for key, leaf in jax.tree.leaves_with_path(params)
+    names[key]: _Tensor(paths.name(key), jnp.asarray(leaf), corrections.get(key))
+    for key, leaf in jax.tree.leaves_with_path(params)
   }
   index_path = _index_path(path)
   for file in (path, index_path):
@@ -98,11 +107,11 @@ def export_safetensors(
 
 
 def import_safetensors(
-    path: str | os.PathLike,
-    like: optax.Params,
-    *,
-    rename: Rename | None = None,
-    ignore_patterns: Sequence[str] = (),
+  path: str | os.PathLike,
+  like: optax.Params,
+  *,
+  rename: Rename | None = None,
+  ignore_patterns: Sequence[str] = (),
 ) -> optax.Params:
   """Reads full-precision parameters, for :func:`flashoptim_jax.from_fp32`.
 
@@ -146,9 +155,9 @@ def import_safetensors(
       raise ValueError(f"{file} is damaged: {error}") from error
     if export is not None and metadata.get(_EXPORT) != export:
       raise ValueError(
-          f"{file} is of another export than {_index_path(path)}: found"
-          f" {metadata.get(_EXPORT)!r}, expected {export!r}. Export, or copy, all of"
-          " the files again."
+        f"{file} is of another export than {_index_path(path)}: found"
+        f" {metadata.get(_EXPORT)!r}, expected {export!r}. Export, or copy, all of"
+        " the files again."
       )
   dtypes = {}
   for key, leaf in jax.tree.leaves_with_path(like):
@@ -157,20 +166,20 @@ def import_safetensors(
     stored_shape, stored_dtype = found.get(name, ("none", None))
     if stored_shape != shape:
       raise ValueError(
-          f"Tensor {name!r} of {path} has shape {stored_shape}; expected {shape}."
+        f"Tensor {name!r} of {path} has shape {stored_shape}; expected {shape}."
       )
     if stored_dtype not in readable:
       raise ValueError(
-          f"Tensor {name!r} of {path} has dtype {stored_dtype}; expected"
-          f" {' or '.join(readable) or 'none'}, for a leaf of"
-          f" {jnp.result_type(leaf).name}."
+        f"Tensor {name!r} of {path} has dtype {stored_dtype}; expected"
+        f" {' or '.join(readable) or 'none'}, for a leaf of"
+        f" {jnp.result_type(leaf).name}."
       )
   ignored = precision.patterns(ignore_patterns)
   for name in where:
     if name not in dtypes and not any(fnmatch.fnmatchcase(name, p) for p in ignored):
       raise ValueError(
-          f"Tensor {name!r} of {path} has shape {found.get(name, ('none',))[0]};"
-          " expected no such tensor. Pass ignore_patterns to leave it out."
+        f"Tensor {name!r} of {path} has shape {found.get(name, ('none',))[0]};"
+        " expected no such tensor. Pass ignore_patterns to leave it out."
       )
 
   def read(key, leaf):
@@ -201,15 +210,15 @@ class _Tensor:
   def __init__(self, leaf: str, param: jax.Array, correction: Any):
     if not param.is_fully_addressable:
       raise ValueError(
-          f"Parameter {leaf!r} lies partly in other processes; expected arrays"
-          " that this one can read (jax.experimental.multihost_utils"
-          ".process_allgather gathers them)."
+        f"Parameter {leaf!r} lies partly in other processes; expected arrays"
+        " that this one can read (jax.experimental.multihost_utils"
+        ".process_allgather gathers them)."
       )
     dtype = _wide(param.dtype)
     if dtype.name not in _DTYPES:
       raise ValueError(
-          f"Parameter {leaf!r} has dtype {dtype.name}; expected one of"
-          f" {', '.join(_DTYPES)}."
+        f"Parameter {leaf!r} has dtype {dtype.name}; expected one of"
+        f" {', '.join(_DTYPES)}."
       )
     self.param, self.dtype = param, dtype
     self.correction = None if correction is None else jnp.asarray(correction)
@@ -235,14 +244,12 @@ def _master(param, correction, start, sizes):
 
 
 def _blocks(
-    shape: tuple[int, ...], limit: int
+  shape: tuple[int, ...], limit: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
   """Starts and sizes of blocks that make up an array, in C order."""
   if 0 in shape:
     return
-  axis = next(
-      (i for i in range(len(shape)) if math.prod(shape[i + 1 :]) <= limit), 0
-  )
+  axis = next((i for i in range(len(shape)) if math.prod(shape[i + 1 :]) <= limit), 0)
   rows = max(1, limit // max(1, math.prod(shape[axis + 1 :])))
   if not shape:
     yield (), ()
@@ -251,29 +258,29 @@ def _blocks(
     for row in range(0, shape[axis], rows):
       rest = len(shape) - axis - 1
       yield (
-          (*index, row, *(0,) * rest),
-          (*(1,) * axis, min(rows, shape[axis] - row), *shape[axis + 1 :]),
+        (*index, row, *(0,) * rest),
+        (*(1,) * axis, min(rows, shape[axis] - row), *shape[axis + 1 :]),
       )
 
 
 def _write(
-    path: pathlib.Path, tensors: dict[str, _Tensor], metadata: dict[str, str]
+  path: pathlib.Path, tensors: dict[str, _Tensor], metadata: dict[str, str]
 ) -> None:
   header: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
   offset = 0
   for name, tensor in tensors.items():
     header[name] = {
-        "dtype": _DTYPES[tensor.dtype.name],
-        "shape": list(tensor.param.shape),
-        "data_offsets": [offset, offset + tensor.nbytes],
+      "dtype": _DTYPES[tensor.dtype.name],
+      "shape": list(tensor.param.shape),
+      "data_offsets": [offset, offset + tensor.nbytes],
     }
     offset += tensor.nbytes
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)
   if len(text) > _MAX_HEADER:
     raise ValueError(
-        f"The header of {path} has {len(text)} bytes, for {len(tensors)} tensors;"
-        f" expected at most {_MAX_HEADER}. Pass a smaller max_shard_bytes."
+      f"The header of {path} has {len(text)} bytes, for {len(tensors)} tensors;"
+      f" expected at most {_MAX_HEADER}. Pass a smaller max_shard_bytes."
     )
   with _replacing(path) as file:
     file.write(struct.pack("<Q", len(text)) + text)
@@ -283,7 +290,7 @@ def _write(
 
 
 def _write_shards(
-    path: pathlib.Path, shards: list[dict[str, _Tensor]]
+  path: pathlib.Path, shards: list[dict[str, _Tensor]]
 ) -> list[pathlib.Path]:
   """Writes several files and their index, which makes them the ones that are read."""
   export = secrets.token_hex(4)
@@ -295,8 +302,8 @@ def _write_shards(
       weight_map |= dict.fromkeys(shard, file.name)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     content = {
-        "metadata": {"total_size": total, _EXPORT: export},
-        "weight_map": weight_map,
+      "metadata": {"total_size": total, _EXPORT: export},
+      "weight_map": weight_map,
     }
     with _replacing(_index_path(path)) as opened:
       opened.write(json.dumps(content, indent=1).encode())
@@ -322,9 +329,7 @@ def _replacing(path: pathlib.Path) -> Iterator[Any]:
     partial.unlink(missing_ok=True)
 
 
-def _shards(
-    tensors: dict[str, _Tensor], max_bytes: int
-) -> list[dict[str, _Tensor]]:
+def _shards(tensors: dict[str, _Tensor], max_bytes: int) -> list[dict[str, _Tensor]]:
   if max_bytes < 1:
     raise ValueError(f"max_shard_bytes is {max_bytes}; expected 1 or more.")
   shards: list[dict[str, _Tensor]] = [{}]
@@ -338,20 +343,16 @@ def _shards(
   return shards
 
 
-def _names(
-    tree: Any, rename: Rename | None
-) -> dict[jax.tree_util.KeyPath, str]:
+def _names(tree: Any, rename: Rename | None) -> dict[jax.tree_util.KeyPath, str]:
   """A tensor's name for each leaf."""
   rename = rename or (lambda leaf: leaf.replace("/", "."))
-  names = {
-      key: rename(paths.name(key)) for key, _ in jax.tree.leaves_with_path(tree)
-  }
+  names = {key: rename(paths.name(key)) for key, _ in jax.tree.leaves_with_path(tree)}
   for key, name in names.items():
     if not isinstance(name, str) or name == _METADATA or not _is_unicode(name):
       raise ValueError(
-          f"Parameter {paths.name(key)!r} becomes tensor {name!r}; expected a text"
-          f" that UTF-8 has, other than {_METADATA!r}. Pass rename to call it"
-          " something else."
+        f"Parameter {paths.name(key)!r} becomes tensor {name!r}; expected a text"
+        f" that UTF-8 has, other than {_METADATA!r}. Pass rename to call it"
+        " something else."
       )
   paths.require_distinct(names.items(), "tensor")
   return names
@@ -376,8 +377,8 @@ def _locate(path: pathlib.Path) -> tuple[dict[str, pathlib.Path], str | None]:
     where, export = _read_index(path)
     if single and set(where.values()) != {path}:
       raise ValueError(
-          f"There are both {path} and {index}; expected one of them. Delete the one"
-          " that is out of date."
+        f"There are both {path} and {index}; expected one of them. Delete the one"
+        " that is out of date."
       )
   if single and not where:
     _require_regular(path)
@@ -394,7 +395,7 @@ def _locate(path: pathlib.Path) -> tuple[dict[str, pathlib.Path], str | None]:
 
 
 def _read_index(
-    path: pathlib.Path,
+  path: pathlib.Path,
 ) -> tuple[dict[str, pathlib.Path], str | None]:
   """What the index of several files says: as :func:`_locate`."""
   index = _index_path(path)
@@ -410,8 +411,8 @@ def _read_index(
     is_text = isinstance(file, str) and _is_unicode(file) and "\0" not in file
     if not is_text or not file or pathlib.PurePath(file).name != file:
       raise ValueError(
-          f"{index} is damaged: found {file!r} as the file of tensor {name!r};"
-          " expected the name of a file beside it."
+        f"{index} is damaged: found {file!r} as the file of tensor {name!r};"
+        " expected the name of a file beside it."
       )
   export = metadata.get(_EXPORT) if isinstance(metadata, dict) else None
   return {name: path.with_name(file) for name, file in weight_map.items()}, export
@@ -428,8 +429,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _require_regular(file: pathlib.Path) -> None:
   if not file.is_file():  # Opening a pipe would wait for ever.
     raise ValueError(
-        f"{file} is no regular file, nor a link to one; expected one that"
-        " export_safetensors wrote."
+      f"{file} is no regular file, nor a link to one; expected one that"
+      " export_safetensors wrote."
     )
 
 
@@ -442,7 +443,7 @@ def _older_shards(path: pathlib.Path) -> list[pathlib.Path]:
   except ValueError:  # Not one of ours, then.
     return []
   pattern = re.compile(
-      re.escape(path.stem) + r"(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors"
+    re.escape(path.stem) + r"(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors"
   )
   return [f for f in dict.fromkeys(where.values()) if pattern.fullmatch(f.name)]
 
@@ -452,8 +453,8 @@ def _shard_files(path: pathlib.Path, count: int, tag: str) -> list[pathlib.Path]
 
   def named(stem):
     return [
-        path.with_name(f"{stem}-{i:05}-of-{count:05}{path.suffix}")
-        for i in range(1, count + 1)
+      path.with_name(f"{stem}-{i:05}-of-{count:05}{path.suffix}")
+      for i in range(1, count + 1)
     ]
 
   plain = named(path.stem)

@@ -25,26 +25,75 @@ Environment = MutableMapping[core.Var, Any]
 CALLS = frozenset([primitives.jit_p, primitives.closed_call_p, primitives.call_p])
 _CUSTOM_CALLS = frozenset([primitives.custom_jvp_call_p, primitives.custom_vjp_call_p])
 # Those that compute each element from the elements at the same place.
-ELEMENTWISE = frozenset([
-    primitives.abs_p, primitives.acos_p, primitives.acosh_p, primitives.add_p,
-    primitives.add_jaxvals_p, primitives.and_p, primitives.asin_p, primitives.asinh_p,
-    primitives.atan_p, primitives.atan2_p, primitives.atanh_p, primitives.cbrt_p,
-    primitives.ceil_p, primitives.clamp_p, primitives.convert_element_type_p,
-    primitives.copy_p, primitives.cos_p, primitives.cosh_p, primitives.digamma_p,
-    primitives.div_p, primitives.eq_p, primitives.erf_p, primitives.erf_inv_p,
-    primitives.erfc_p, primitives.exp_p, primitives.exp2_p, primitives.expm1_p,
-    primitives.floor_p, primitives.ge_p, primitives.gt_p, primitives.integer_pow_p,
-    primitives.is_finite_p, primitives.le_p, primitives.lgamma_p, primitives.log_p,
-    primitives.log1p_p, primitives.logistic_p, primitives.lt_p, primitives.max_p,
-    primitives.min_p, primitives.mul_p, primitives.ne_p, primitives.neg_p,
-    primitives.nextafter_p, primitives.not_p, primitives.or_p,
-    primitives.population_count_p, primitives.pow_p, primitives.reduce_precision_p,
-    primitives.rem_p, primitives.round_p, primitives.rsqrt_p, primitives.select_n_p,
-    primitives.shift_left_p, primitives.shift_right_arithmetic_p,
-    primitives.shift_right_logical_p, primitives.sign_p, primitives.sin_p,
-    primitives.sinh_p, primitives.sqrt_p, primitives.square_p, primitives.sub_p,
-    primitives.tan_p, primitives.tanh_p, primitives.xor_p,
-])
+ELEMENTWISE = frozenset(
+  [
+    primitives.abs_p,
+    primitives.acos_p,
+    primitives.acosh_p,
+    primitives.add_p,
+    primitives.add_jaxvals_p,
+    primitives.and_p,
+    primitives.asin_p,
+    primitives.asinh_p,
+    primitives.atan_p,
+    primitives.atan2_p,
+    primitives.atanh_p,
+    primitives.cbrt_p,
+    primitives.ceil_p,
+    primitives.clamp_p,
+    primitives.convert_element_type_p,
+    primitives.copy_p,
+    primitives.cos_p,
+    primitives.cosh_p,
+    primitives.digamma_p,
+    primitives.div_p,
+    primitives.eq_p,
+    primitives.erf_p,
+    primitives.erf_inv_p,
+    primitives.erfc_p,
+    primitives.exp_p,
+    primitives.exp2_p,
+    primitives.expm1_p,
+    primitives.floor_p,
+    primitives.ge_p,
+    primitives.gt_p,
+    primitives.integer_pow_p,
+    primitives.is_finite_p,
+    primitives.le_p,
+    primitives.lgamma_p,
+    primitives.log_p,
+    primitives.log1p_p,
+    primitives.logistic_p,
+    primitives.lt_p,
+    primitives.max_p,
+    primitives.min_p,
+    primitives.mul_p,
+    primitives.ne_p,
+    primitives.neg_p,
+    primitives.nextafter_p,
+    primitives.not_p,
+    primitives.or_p,
+    primitives.population_count_p,
+    primitives.pow_p,
+    primitives.reduce_precision_p,
+    primitives.rem_p,
+    primitives.round_p,
+    primitives.rsqrt_p,
+    primitives.select_n_p,
+    primitives.shift_left_p,
+    primitives.shift_right_arithmetic_p,
+    primitives.shift_right_logical_p,
+    primitives.sign_p,
+    primitives.sin_p,
+    primitives.sinh_p,
+    primitives.sqrt_p,
+    primitives.square_p,
+    primitives.sub_p,
+    primitives.tan_p,
+    primitives.tanh_p,
+    primitives.xor_p,
+  ]
+)
 
 
 def _itself(value: Any) -> Any:
@@ -77,10 +126,10 @@ def called(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
 
 
 def evaluate(
-    closed: core.ClosedJaxpr,
-    args: Iterable[Any],
-    rule: Rule = bind,
-    constant: Constant = _itself,
+  closed: core.ClosedJaxpr,
+  args: Iterable[Any],
+  rule: Rule = bind,
+  constant: Constant = _itself,
 ) -> list[Any]:
   """The values of a program's results.
 
@@ -96,7 +145,7 @@ def evaluate(
 
 
 def environment(
-    closed: core.ClosedJaxpr, args: Iterable[Any], constant: Constant = _itself
+  closed: core.ClosedJaxpr, args: Iterable[Any], constant: Constant = _itself
 ) -> dict[core.Var, Any]:
   """The values of a program's constants and arguments, by variable."""
   jaxpr = closed.jaxpr
@@ -106,10 +155,10 @@ def environment(
 
 
 def walk(
-    equations: Iterable[core.JaxprEqn],
-    env: Environment,
-    rule: Rule = bind,
-    constant: Constant = _itself,
+  equations: Iterable[core.JaxprEqn],
+  env: Environment,
+  rule: Rule = bind,
+  constant: Constant = _itself,
 ) -> None:
   """Adds the values of equations' results to an environment.
 
@@ -128,12 +177,12 @@ def walk(
 
 
 def read(
-    atoms: Iterable[Any], env: Environment, constant: Constant = _itself
+  atoms: Iterable[Any], env: Environment, constant: Constant = _itself
 ) -> list[Any]:
   """The values of variables and literals."""
   return [
-      constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
-      for atom in atoms
+    constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
+    for atom in atoms
   ]
 
 

@@ -16,10 +16,15 @@ from flashoptim_jax.jaxprs.interpret import size
 SMALL = 64  # Elements of an array that may as well be kept.
 # Primitives that XLA fuses into loops that read their results.
 _CHEAP = interpret.ELEMENTWISE | {
-    primitives.bitcast_convert_type_p, primitives.broadcast_in_dim_p,
-    primitives.concatenate_p, primitives.iota_p, primitives.reshape_p,
-    primitives.rev_p, primitives.slice_p, primitives.squeeze_p,
-    primitives.transpose_p,
+  primitives.bitcast_convert_type_p,
+  primitives.broadcast_in_dim_p,
+  primitives.concatenate_p,
+  primitives.iota_p,
+  primitives.reshape_p,
+  primitives.rev_p,
+  primitives.slice_p,
+  primitives.squeeze_p,
+  primitives.transpose_p,
 }
 
 
@@ -85,7 +90,7 @@ class Program:
     return Part(operands.read, list(itertools.compress(eqn.outvars, kept)), evaluate)
 
   def _trace_back(
-      self, wanted: Iterable[Any], known: Container[Any]
+    self, wanted: Iterable[Any], known: Container[Any]
   ) -> tuple[list[Any], list[core.JaxprEqn]]:
     """The known variables that others are computed from, and the equations."""
     read: dict[Any, None] = {}
@@ -120,10 +125,10 @@ def _bind_apart(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
   components: list[tuple[set[int], list[int]]] = []
   for i, _ in enumerate(eqn.outvars):
     large = {
-        j
-        for branch in branches
-        for j in branch.operands([i])
-        if jnp.size(taken[j]) > SMALL
+      j
+      for branch in branches
+      for j in branch.operands([i])
+      if jnp.size(taken[j]) > SMALL
     }
     joined = [each for each in components if each[0] & large]
     components = [each for each in components if not each[0] & large]
@@ -134,12 +139,12 @@ def _bind_apart(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     read = sorted(set().union(*(branch.operands(results) for branch in branches)))
     values = [taken[j] for j in read]
     parts = tuple(
-        jax.make_jaxpr(functools.partial(branch.evaluate, results, read))(*values)
-        for branch in branches
+      jax.make_jaxpr(functools.partial(branch.evaluate, results, read))(*values)
+      for branch in branches
     )
     params = {**eqn.params, "branches": parts}
     found.update(
-        zip(results, eqn.primitive.bind(index, *values, **params), strict=True)
+      zip(results, eqn.primitive.bind(index, *values, **params), strict=True)
     )
   return [found[i] for i, _ in enumerate(eqn.outvars)]
 
@@ -161,12 +166,11 @@ class _Branch:
   def operands(self, results: Iterable[int]) -> set[int]:
     """What some results are computed from."""
     return {
-        self._position[var] for var in self._part(results).read
-        if var in self._position
+      self._position[var] for var in self._part(results).read if var in self._position
     }
 
   def evaluate(
-      self, results: Iterable[int], operands: Iterable[int], *values: Any
+    self, results: Iterable[int], operands: Iterable[int], *values: Any
   ) -> list[Any]:
     """Some results, given the operands that are needed."""
     names = [self._jaxpr.invars[i] for i in operands]
@@ -179,14 +183,14 @@ def _bind(eqn: core.JaxprEqn, operands: Part, values: Sequence[Any]) -> Sequence
 
 
 def _bind_scan(
-    eqn: core.JaxprEqn, operands: Part, values: Sequence[Any]
+  eqn: core.JaxprEqn, operands: Part, values: Sequence[Any]
 ) -> Sequence[Any]:
   """A loop that is not unrolled, whose iterations write in place."""
   return _bind(eqn.replace(params={**eqn.params, "unroll": 1}), operands, values)
 
 
 def _bind_cond(
-    eqn: core.JaxprEqn, operands: Part, values: Sequence[Any]
+  eqn: core.JaxprEqn, operands: Part, values: Sequence[Any]
 ) -> Sequence[Any]:
   """A conditional whose branches compute what they take.
 
@@ -199,8 +203,8 @@ def _bind_cond(
 
   index, *_ = operands.evaluate(values)
   branches = tuple(
-      jax.make_jaxpr(functools.partial(branch, closed))(*values)
-      for closed in eqn.params["branches"]
+    jax.make_jaxpr(functools.partial(branch, closed))(*values)
+    for closed in eqn.params["branches"]
   )
   return eqn.primitive.bind(index, *values, **{**eqn.params, "branches": branches})
 

@@ -91,12 +91,12 @@ class Leaf:
   def map_arrays(self, own: Any, scale: Any) -> "Leaf":
     """One thing for each array of the leaf's shape, another for each scale."""
     return self.replace(
-        grad=own,
-        param=own,
-        correction=None if self.correction is None else own,
-        moments=tuple(
-            (own, None if stored is None else scale) for _, stored in self.moments
-        ),
+      grad=own,
+      param=own,
+      correction=None if self.correction is None else own,
+      moments=tuple(
+        (own, None if stored is None else scale) for _, stored in self.moments
+      ),
     )
 
 
@@ -118,9 +118,9 @@ class UpdatedLeaf(NamedTuple):
     """Of arrays named as in :meth:`Leaf.named_arrays`, or ``"update"``."""
     names = [moment.name for moment in spec.rule.moments]
     return cls(
-        arrays["param" if spec.new_params else "update"],
-        arrays.get("correction"),
-        tuple((arrays[name], arrays.get(f"{name}_scale")) for name in names),
+      arrays["param" if spec.new_params else "update"],
+      arrays.get("correction"),
+      tuple((arrays[name], arrays.get(f"{name}_scale")) for name in names),
     )
 
 
@@ -158,11 +158,11 @@ class Backend(Protocol):
     """Whether it is the faster choice for a leaf, compared with XLA."""
 
   def update(
-      self,
-      spec: UpdateSpec,
-      leaves: Sequence[Leaf],
-      scalars: Scalars,
-      place: Place,
+    self,
+    spec: UpdateSpec,
+    leaves: Sequence[Leaf],
+    scalars: Scalars,
+    place: Place,
   ) -> list[UpdatedLeaf]:
     """Updates leaves that lie whole on one device of a place.
 

@@ -57,7 +57,7 @@ dispatch.prim_requires_devices_during_lowering.add(call_p)
 
 
 def call(
-    computation: Computation, arrays: Sequence[Any], types: Sequence[Any]
+  computation: Computation, arrays: Sequence[Any], types: Sequence[Any]
 ) -> list[Any]:
   """``computation(place, *arrays)``, for the place where it runs.
 
@@ -134,9 +134,9 @@ class _Mapped(NamedTuple):
 
 def _map(arrays, axes, *, computation: Computation, types):
   size = next(
-      array.shape[axis]
-      for array, axis in zip(arrays, axes, strict=True)
-      if axis is not None
+    array.shape[axis]
+    for array, axis in zip(arrays, axes, strict=True)
+    if axis is not None
   )
   types = [each.update(shape=(size, *each.shape)) for each in types]
   return call(_Mapped(computation, tuple(axes)), arrays, types), [0] * len(types)

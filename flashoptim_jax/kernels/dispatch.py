@@ -59,16 +59,16 @@ def check_implementation(implementation: str | None) -> None:
   """Raises a ValueError for a name that is not an implementation's."""
   if implementation is not None and implementation not in NAMES:
     raise ValueError(
-        f"implementation is {implementation!r}; expected None (the best that is"
-        f" available) or one of {', '.join(map(repr, NAMES))}."
+      f"implementation is {implementation!r}; expected None (the best that is"
+      f" available) or one of {', '.join(map(repr, NAMES))}."
     )
 
 
 def update_leaves(
-    spec: UpdateSpec,
-    leaves: Sequence[Leaf],
-    scalars: Scalars,
-    shardings: Mapping[str, NamedSharding],
+  spec: UpdateSpec,
+  leaves: Sequence[Leaf],
+  scalars: Scalars,
+  shardings: Mapping[str, NamedSharding],
 ) -> list[UpdatedLeaf]:
   """Updates every leaf.
 
@@ -86,17 +86,15 @@ def update_leaves(
   update = functools.partial(_update_resident, spec, shardings, scalars=scalars)
   on_host = [offload.is_hosted(leaf) for leaf in leaves]
   resident = iter(update(list(itertools.compress(leaves, map(not_, on_host)))))
-  streamed = iter(
-      offload.update(update, list(itertools.compress(leaves, on_host)))
-  )
+  streamed = iter(offload.update(update, list(itertools.compress(leaves, on_host))))
   return [next(streamed if host else resident) for host in on_host]
 
 
 def _update_resident(
-    spec: UpdateSpec,
-    shardings: Mapping[str, NamedSharding],
-    leaves: Sequence[Leaf],
-    scalars: Scalars,
+  spec: UpdateSpec,
+  shardings: Mapping[str, NamedSharding],
+  leaves: Sequence[Leaf],
+  scalars: Scalars,
 ) -> list[UpdatedLeaf]:
   """Updates leaves whose state is on the device."""
   if not leaves:
@@ -110,7 +108,7 @@ def _update_resident(
 
 
 def _known_place(
-    leaves: Sequence[Leaf], shardings: Mapping[str, NamedSharding]
+  leaves: Sequence[Leaf], shardings: Mapping[str, NamedSharding]
 ) -> Place | None:
   """Where leaves on a mesh are; None where there is none."""
   meshes = [jax.sharding.get_abstract_mesh()]
@@ -136,7 +134,7 @@ class _Update(NamedTuple):
 
 
 def _update_anywhere(
-    spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars
+  spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars
 ) -> list[UpdatedLeaf]:
   """Updates leaves that are on no mesh, wherever they turn out to be."""
   numbers = {n: v for n, v in scalars.items() if isinstance(v, int | float)}
@@ -145,7 +143,7 @@ def _update_anywhere(
   update = _Update(spec, tuple(numbers.items()), treedef)
   results_treedef: Any
   types, results_treedef = jax.tree.flatten(
-      [result_types(jax.tree.map(jax.typeof, leaf), spec) for leaf in leaves]
+    [result_types(jax.tree.map(jax.typeof, leaf), spec) for leaf in leaves]
   )
 
   @jax.custom_jvp
@@ -164,11 +162,11 @@ def _update_anywhere(
 
 
 def _update_at(
-    place: Place,
-    spec: UpdateSpec,
-    shardings: Mapping[str, NamedSharding],
-    leaves: Sequence[Leaf],
-    scalars: Scalars,
+  place: Place,
+  spec: UpdateSpec,
+  shardings: Mapping[str, NamedSharding],
+  leaves: Sequence[Leaf],
+  scalars: Scalars,
 ) -> list[UpdatedLeaf]:
   """Updates leaves in a place that is known."""
 
@@ -182,19 +180,19 @@ def _update_at(
     partitioned = partitioning.is_partitioned(leaf, shardings, place.devices)
     name = _choose(leaf, spec, place, partitioned)
     if name == _FALLBACK and partitioning.xla_can_partition(
-        leaf, shardings, group_size, place.devices
+      leaf, shardings, group_size, place.devices
     ):
       (updated[i],) = with_backend(name)([leaf], scalars)
     else:
       members.setdefault(name, []).append(i)
   for name, indices in members.items():
     results = partitioning.update(
-        with_backend(name),
-        [leaves[i] for i in indices],
-        scalars,
-        shardings,
-        group_size,
-        place.devices,
+      with_backend(name),
+      [leaves[i] for i in indices],
+      scalars,
+      shardings,
+      group_size,
+      place.devices,
     )
     updated.update(zip(indices, results, strict=True))
   return [updated[i] for i in range(len(leaves))]
@@ -216,8 +214,8 @@ def _check_forced(leaf: Leaf, spec: UpdateSpec) -> None:
 
 def _refusal(leaf: Leaf, implementation: str, reason: str) -> ValueError:
   return ValueError(
-      f"Leaf {leaf.path!r} can't be updated by"
-      f" implementation={implementation!r}: {reason}."
+    f"Leaf {leaf.path!r} can't be updated by"
+    f" implementation={implementation!r}: {reason}."
   )
 
 
@@ -238,10 +236,10 @@ def _choose(leaf: Leaf, spec: UpdateSpec, place: Place, partitioned: bool) -> st
   unavailable = backend.unavailable(place)
   if unavailable is None and partitioned and not place.is_here():
     unavailable = Unavailable(
-        "XLA has no partitioner for kernels where it compiles for devices that are not"
-        " there",
-        "Say how parameters are sharded with flashoptim_jax.with_shardings, or use"
-        " explicit mesh axes.",
+      "XLA has no partitioner for kernels where it compiles for devices that are not"
+      " there",
+      "Say how parameters are sharded with flashoptim_jax.with_shardings, or use"
+      " explicit mesh axes.",
     )
   reason = unavailable and unavailable.reason
   reason = reason or backend.unsupported(leaf, spec)
@@ -260,9 +258,8 @@ def _log_once(name: str, unavailable: Unavailable | None) -> None:
   if unavailable is None:
     return
   logging.getLogger("flashoptim_jax").log(
-      logging.WARNING if unavailable.remedy else logging.INFO,
-      "The kernel %r is not used: %s. XLA updates the parameters, which takes longer."
-      " %s",
-      name,
-      *unavailable,
+    logging.WARNING if unavailable.remedy else logging.INFO,
+    "The kernel %r is not used: %s. XLA updates the parameters, which takes longer. %s",
+    name,
+    *unavailable,
   )

@@ -10,11 +10,11 @@ from flashoptim_jax.kernels.base import GROUP_SIZE
 from flashoptim_jax.kernels.mosaic_layout import LANES
 from flashoptim_jax.kernels.mosaic_plan import Field, Plan
 from flashoptim_jax.kernels.mosaic_words import (
-    as_float,
-    as_words,
-    from_words,
-    stack,
-    take_high,
+  as_float,
+  as_words,
+  from_words,
+  stack,
+  take_high,
 )
 
 _TILE_WORDS = 4  # rows of words in XLA's tiles of 16-bit arrays
@@ -32,12 +32,12 @@ class Block:
   """
 
   def __init__(
-      self,
-      plan: Plan,
-      fields: dict[str, Field],
-      inputs: dict[str, Any],
-      results: dict[str, Any],
-      scratch: dict[str, Any],
+    self,
+    plan: Plan,
+    fields: dict[str, Field],
+    inputs: dict[str, Any],
+    results: dict[str, Any],
+    scratch: dict[str, Any],
   ):
     self.plan = plan
     self.fields = fields

@@ -36,28 +36,28 @@ from flashoptim_jax.kernels.base import GROUP_SIZE
 from flashoptim_jax.kernels.mosaic_block import Block
 from flashoptim_jax.kernels.mosaic_layout import GROUPS, LANES
 from flashoptim_jax.kernels.mosaic_math import (
-    Known,
-    evaluate,
-    inverse_root,
-    roots_of_square,
+  Known,
+  evaluate,
+  inverse_root,
+  roots_of_square,
 )
 from flashoptim_jax.kernels.mosaic_plan import Field, Plan, is_scale, scratch_shapes
 from flashoptim_jax.kernels.mosaic_scales import ROUND, Scales
 from flashoptim_jax.kernels.mosaic_words import (
-    EVERY_SIGN,
-    HIGH_HALF,
-    NAN,
-    WORD_ROWS,
-    as_bits,
-    as_float,
-    logical_shift,
-    merge,
-    pack,
-    pack_second_bytes,
-    quiet,
-    round_bfloat16,
-    take,
-    take_correction,
+  EVERY_SIGN,
+  HIGH_HALF,
+  NAN,
+  WORD_ROWS,
+  as_bits,
+  as_float,
+  logical_shift,
+  merge,
+  pack,
+  pack_second_bytes,
+  quiet,
+  round_bfloat16,
+  take,
+  take_correction,
 )
 from flashoptim_jax.rules import LEAST_ROOT
 from flashoptim_jax.storage import codec
@@ -80,8 +80,8 @@ def kernel(plan: Plan, scalars: Any, *refs: Any) -> None:
   results = dict(zip(plan.written, refs[first_result:first_scratch], strict=True))
   scratch = dict(zip(scratch_shapes(plan), refs[first_scratch:], strict=True))
   fields, outputs = (
-      {name: Field(name, plan.dtype(name)) for name in names if not is_scale(name)}
-      for names in (plan.dtypes, plan.written)
+    {name: Field(name, plan.dtype(name)) for name in names if not is_scale(name)}
+    for names in (plan.dtypes, plan.written)
   )
   moments = plan.spec.rule.moments if plan.compressed else ()
   averages = {moment.name for moment in plan.spec.rule.moments}
@@ -95,6 +95,7 @@ def kernel(plan: Plan, scalars: Any, *refs: Any) -> None:
   per = plan.steps_per_scale_block
 
   if plan.turned:
+
     @pl.when(step % per == 0)
     def _():
       for moment in moments:
@@ -102,9 +103,7 @@ def kernel(plan: Plan, scalars: Any, *refs: Any) -> None:
 
   def each_group(f):
     # One after the other in interpret mode, which compiles slowly.
-    lax.fori_loop(
-        0, GROUPS, lambda group, _: f(group), None, unroll=not plan.interpret
-    )
+    lax.fori_loop(0, GROUPS, lambda group, _: f(group), None, unroll=not plan.interpret)
 
   unit_columns = plan.tiles * LANES
   block_columns = plan.blocks.block_columns
@@ -148,6 +147,7 @@ def kernel(plan: Plan, scalars: Any, *refs: Any) -> None:
   encode(units - 1)
 
   if plan.turned:
+
     @pl.when((step % per == per - 1) | (step == plan.steps - 1))
     def _():
       for moment in moments:
@@ -167,7 +167,7 @@ class _Elements:
     self.fields = self.block.fields
     self.scratch = self.block.scratch
     self.first_row = (
-        pl.program_id(len(self.plan.blocks.leading)) * self.plan.blocks.block_rows
+      pl.program_id(len(self.plan.blocks.leading)) * self.plan.blocks.block_rows
     )
 
   def update(self, step, unit, group) -> None:
@@ -216,7 +216,7 @@ class _Elements:
       code = take(word, k, itemsize, moment.kind == "first")
     factor = self.scales.factor(moment, "decoder", k, group)
     return codec.decode_element(
-        code.astype(jnp.float32), factor, moment.kind, self.plan.spec.storage
+      code.astype(jnp.float32), factor, moment.kind, self.plan.spec.storage
     )
 
   def _new_moment(self, moment, grad, old) -> jax.Array:
@@ -314,19 +314,19 @@ class _Elements:
     scalars = {name: value for name, value in h.items() if name not in plan.zeros}
     zeros = dict.fromkeys(plan.zeros, 0.0)
     known = [
-        Known(
-            value,
-            self.scales.units[moment.name].gain,
-            roots.get(moment.name),
-            1.0 / self.multiples.root,
-        )
-        for moment, value in zip(plan.spec.rule.moments, new, strict=True)
+      Known(
+        value,
+        self.scales.units[moment.name].gain,
+        roots.get(moment.name),
+        1.0 / self.multiples.root,
+      )
+      for moment, value in zip(plan.spec.rule.moments, new, strict=True)
     ]
     direction, factor = evaluate(
-        lambda *args: plan.spec.rule.direction(*args[:-1], args[-1] | zeros),
-        (grad, old, new, scalars),
-        known,
-        functools.partial(pl.reciprocal, approx=not plan.interpret),
+      lambda *args: plan.spec.rule.direction(*args[:-1], args[-1] | zeros),
+      (grad, old, new, scalars),
+      known,
+      functools.partial(pl.reciprocal, approx=not plan.interpret),
     )
     step = (rate * factor) * direction
     if plan.decay:

@@ -41,7 +41,7 @@ def axis_order(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
   # XLA takes the first of several that are equally small.
   orders = sorted(map(order, itertools.permutations(range(len(shape)), 2)))
   return min(
-      orders, key=lambda axes: _padded_size([shape[axis] for axis in axes], itemsize)
+    orders, key=lambda axes: _padded_size([shape[axis] for axis in axes], itemsize)
   )
 
 
@@ -53,9 +53,11 @@ def _padded_size(shape: list[int], itemsize: int) -> int:
   fewest = 1 << (rows - 1).bit_length() if rows else 1
   tile_rows = max(min(fewest, _SUBLANES), 4 // itemsize)
   return (
-      math.prod(leading)
-      * math.ceil(rows / tile_rows) * tile_rows
-      * math.ceil(columns / LANES) * LANES
+    math.prod(leading)
+    * math.ceil(rows / tile_rows)
+    * tile_rows
+    * math.ceil(columns / LANES)
+    * LANES
   )
 
 
@@ -82,7 +84,7 @@ class Blocks(NamedTuple):
 
 
 def cut_into_blocks(
-    shape: tuple[int, ...], itemsize: int, element_bytes: float, grouped: bool
+  shape: tuple[int, ...], itemsize: int, element_bytes: float, grouped: bool
 ) -> Blocks:
   """Cuts a leaf into blocks.
 
@@ -119,7 +121,7 @@ def _view(shape: tuple[int, ...], filling: int) -> tuple[int, ...]:
 
 
 def _block(
-    rows: int, columns: int, element_bytes: float, along_rows: bool
+  rows: int, columns: int, element_bytes: float, along_rows: bool
 ) -> tuple[int, int]:
   """Rows and columns of a block: the fewest units, then the most rows."""
   tiles = pl.cdiv(columns, LANES)

@@ -114,24 +114,24 @@ def reads_old_moments(rule: Rule, scalars: tuple[str, ...]) -> bool:
   number = jax.ShapeDtypeStruct((), jnp.float32)
   moments = [number] * len(rule.moments)
   closed = jax.make_jaxpr(rule.direction)(
-      number, moments, moments, dict.fromkeys(scalars, number)
+    number, moments, moments, dict.fromkeys(scalars, number)
   )
   depends = [0 < i <= len(moments) for i, _ in enumerate(closed.in_avals)]
   return any(
-      interpret.evaluate(
-          closed,
-          depends,
-          lambda eqn, values: [any(values)] * len(eqn.outvars),
-          lambda _: False,
-      )
+    interpret.evaluate(
+      closed,
+      depends,
+      lambda eqn, values: [any(values)] * len(eqn.outvars),
+      lambda _: False,
+    )
   )
 
 
 def evaluate(
-    f: Callable[..., jax.Array],
-    args: Any,
-    known: Sequence[Known],
-    reciprocal: Callable[[jax.Array], jax.Array],
+  f: Callable[..., jax.Array],
+  args: Any,
+  known: Sequence[Known],
+  reciprocal: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Any]:
   """``f(*args)``, cheaper, as an array and a number that it is to be multiplied by.
 
@@ -144,22 +144,19 @@ def evaluate(
   leaves, tree = jax.tree.flatten(args)
   # What is inside calls, such as those of `jnp.where`, is to be cheaper too.
   closed = interpret.inline(
-      jax.make_jaxpr(lambda *x: f(*jax.tree.unflatten(tree, x)))(*leaves)
+    jax.make_jaxpr(lambda *x: f(*jax.tree.unflatten(tree, x)))(*leaves)
   )
   of_arguments = {
-      i: each
-      for i, leaf in enumerate(leaves)
-      for each in known
-      if leaf is each.array
+    i: each for i, leaf in enumerate(leaves) for each in known if leaf is each.array
   }
   return _run(closed, leaves, of_arguments, reciprocal)
 
 
 def _run(
-    closed: Any,
-    args: list[Any],
-    known: dict[int, Known],
-    reciprocal: Callable[[jax.Array], jax.Array],
+  closed: Any,
+  args: list[Any],
+  known: dict[int, Known],
+  reciprocal: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Any]:
   jaxpr = closed.jaxpr
   values = _Values(reciprocal)

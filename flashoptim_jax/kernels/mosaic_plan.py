@@ -131,12 +131,12 @@ def scratch_shapes(plan: Plan) -> dict[str, Any]:
         kept = (2, LANES // GROUPS, GROUPS, LANES)
         shapes[f"{moment.name}_scale"] = (kept, jnp.int32)
       shapes |= {
-          f"{moment.name}_decoder": ((WORD_ROWS * GROUPS, LANES), jnp.float32),
-          f"{moment.name}_encoder": ((WORD_ROWS * GROUPS, LANES), jnp.float32),
-          f"{moment.name}_old_scale": ((WORD_ROWS * GROUPS, LANES), jnp.float32),
-          f"{moment.name}_max": ((8 * WORD_ROWS * GROUPS, LANES), jnp.float32),
-          f"{moment.name}_codes": ((1, LANES, LANES), jnp.int32),
-          f"{moment.name}_root": ((WORD_ROWS * LANES, LANES), jnp.float32),
+        f"{moment.name}_decoder": ((WORD_ROWS * GROUPS, LANES), jnp.float32),
+        f"{moment.name}_encoder": ((WORD_ROWS * GROUPS, LANES), jnp.float32),
+        f"{moment.name}_old_scale": ((WORD_ROWS * GROUPS, LANES), jnp.float32),
+        f"{moment.name}_max": ((8 * WORD_ROWS * GROUPS, LANES), jnp.float32),
+        f"{moment.name}_codes": ((1, LANES, LANES), jnp.int32),
+        f"{moment.name}_root": ((WORD_ROWS * LANES, LANES), jnp.float32),
       }
       # What only one kind has.
       if moment.kind == "first":

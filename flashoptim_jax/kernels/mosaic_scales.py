@@ -16,14 +16,14 @@ from flashoptim_jax.kernels.mosaic_block import Block
 from flashoptim_jax.kernels.mosaic_layout import GROUP_WORDS, GROUPS, LANES
 from flashoptim_jax.kernels.mosaic_math import multiples
 from flashoptim_jax.kernels.mosaic_words import (
-    WORD_ROWS,
-    as_bits,
-    as_float,
-    as_words,
-    from_words,
-    logical_shift,
-    stack,
-    take_high,
+  WORD_ROWS,
+  as_bits,
+  as_float,
+  as_words,
+  from_words,
+  logical_shift,
+  stack,
+  take_high,
 )
 from flashoptim_jax.storage import codec
 
@@ -125,8 +125,8 @@ class Scales:
     # A leaf of few rows has fewer groups than a block.
     groups = ref.shape[0]
     return [
-        ((slice(None), self.block.columns(unit, tile)), slice(start, start + groups))
-        for tile, start in enumerate(range(0, WORD_ROWS * GROUPS, per_tile))
+      ((slice(None), self.block.columns(unit, tile)), slice(start, start + groups))
+      for tile, start in enumerate(range(0, WORD_ROWS * GROUPS, per_tile))
     ]
 
   def decoders(self, moment, step, unit) -> None:
@@ -147,8 +147,8 @@ class Scales:
     kept = self.scratch[f"{moment.name}_scale"]
     for half in range(2):
       tiles = [
-          kept[half, self._tile(step, unit, tile), :, 0 : plan.words]
-          for tile in range(plan.tiles)
+        kept[half, self._tile(step, unit, tile), :, 0 : plan.words]
+        for tile in range(plan.tiles)
       ]
       word = tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1)
       for odd in range(2):
@@ -168,11 +168,11 @@ class Scales:
     parts = self.scratch[f"{moment.name}_max"]
     rounding = codec.moment_rounding(self.h, moment.kind)
     halves = [
-        functools.reduce(
-            jnp.maximum,
-            [parts[pl.ds(s, WORD_ROWS * GROUPS, stride=8), :] for s in sublanes],
-        )
-        for sublanes in self._halves
+      functools.reduce(
+        jnp.maximum,
+        [parts[pl.ds(s, WORD_ROWS * GROUPS, stride=8), :] for s in sublanes],
+      )
+      for sublanes in self._halves
     ]
     multiple = jnp.abs(self.units[moment.name].gain)
     halves = [half * multiple for half in halves]
@@ -196,8 +196,8 @@ class Scales:
     kept = self.scratch[f"{moment.name}_scale"]
     for half in range(2):
       rows = [
-          bits[(2 * half + odd) * GROUPS : (2 * half + odd + 1) * GROUPS]
-          for odd in range(2)
+        bits[(2 * half + odd) * GROUPS : (2 * half + odd + 1) * GROUPS]
+        for odd in range(2)
       ]
       word = logical_shift(rows[0], 16) | rows[1]
       for tile in range(plan.tiles):

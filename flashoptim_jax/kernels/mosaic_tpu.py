@@ -14,11 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from flashoptim_jax.kernels.base import (
-    GROUP_SIZE,
-    Leaf,
-    Unavailable,
-    UpdatedLeaf,
-    UpdateSpec,
+  GROUP_SIZE,
+  Leaf,
+  Unavailable,
+  UpdatedLeaf,
+  UpdateSpec,
 )
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.kernels.mosaic_kernel import kernel
@@ -66,7 +66,7 @@ def unsupported(leaf: Leaf, spec: UpdateSpec) -> str | None:
 
 
 def update(
-    spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars, place: Place
+  spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars, place: Place
 ) -> list[UpdatedLeaf]:
   """Updates leaves; see :class:`flashoptim_jax.kernels.base.Backend`."""
   # Pallas asks the mesh around it which TPU it compiles for.
@@ -79,10 +79,10 @@ def update(
 
 
 def _update(
-    spec: UpdateSpec, leaf: Leaf, scalars: Scalars, interpret: bool
+  spec: UpdateSpec, leaf: Leaf, scalars: Scalars, interpret: bool
 ) -> UpdatedLeaf:
   zeros = tuple(
-      name for name, value in scalars.items() if isinstance(value, float) and not value
+    name for name, value in scalars.items() if isinstance(value, float) and not value
   )
   hyper = tuple(name for name in scalars if name not in zeros)
   arrays = leaf.named_arrays(spec.rule)
@@ -94,22 +94,22 @@ def _update(
   element_bytes = sum(a.size * a.dtype.itemsize for a in moved) / param.size
   generation, _ = chip()
   plan = Plan(
-      spec,
-      leaf.decay,
-      {name: array.dtype for name, array in arrays.items()},
-      written,
-      hyper,
-      zeros,
-      cut_into_blocks(param.shape, param.dtype.itemsize, element_bytes, leaf.quantized),
-      generation >= 6,
-      interpret,
+    spec,
+    leaf.decay,
+    {name: array.dtype for name, array in arrays.items()},
+    written,
+    hyper,
+    zeros,
+    cut_into_blocks(param.shape, param.dtype.itemsize, element_bytes, leaf.quantized),
+    generation >= 6,
+    interpret,
   )
   packed = jnp.stack([jnp.asarray(scalars[n], jnp.float32) for n in hyper])[None]
   return UpdatedLeaf.from_named(spec, _call(plan, packed, arrays))
 
 
 def _call(
-    plan: Plan, scalars: jax.Array, arrays: dict[str, jax.Array]
+  plan: Plan, scalars: jax.Array, arrays: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
   """Calls the kernel; takes and gives a leaf's arrays by name."""
   names = tuple(arrays)
@@ -130,36 +130,33 @@ def _call(
     if is_scale(name):
       lanes = min(LANES, viewed[name].shape[-1])
       return pl.BlockSpec(
-          (*lead, block_rows, lanes), lambda *i: (*i[:-1], i[-1] // per)
+        (*lead, block_rows, lanes), lambda *i: (*i[:-1], i[-1] // per)
       )
     return pl.BlockSpec((*lead, block_rows, block_columns), lambda *i: i)
 
   results = pl.pallas_call(
-      functools.partial(kernel, plan),
-      grid=(*leading, pl.cdiv(rows, block_rows), plan.steps),
-      in_specs=[
-          pl.BlockSpec(memory_space=pltpu.SMEM), *(block_spec(n) for n in names)
-      ],
-      out_specs=[block_spec(like(n)) for n in plan.written],
-      out_shape=[
-          jax.ShapeDtypeStruct(viewed[like(n)].shape, plan.dtype(n))
-          for n in plan.written
-      ],
-      input_output_aliases={
-          1 + names.index(like(n)): i for i, n in enumerate(plan.written)
-      },
-      scratch_shapes=[
-          pltpu.VMEM(shape, dtype) for shape, dtype in scratch_shapes(plan).values()
-      ],
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=semantics,
-          vmem_limit_bytes=chip()[1] - (1 << 20),
-      ),
-      interpret=plan.interpret,
-      name="flashoptim_update",
+    functools.partial(kernel, plan),
+    grid=(*leading, pl.cdiv(rows, block_rows), plan.steps),
+    in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *(block_spec(n) for n in names)],
+    out_specs=[block_spec(like(n)) for n in plan.written],
+    out_shape=[
+      jax.ShapeDtypeStruct(viewed[like(n)].shape, plan.dtype(n)) for n in plan.written
+    ],
+    input_output_aliases={
+      1 + names.index(like(n)): i for i, n in enumerate(plan.written)
+    },
+    scratch_shapes=[
+      pltpu.VMEM(shape, dtype) for shape, dtype in scratch_shapes(plan).values()
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=semantics,
+      vmem_limit_bytes=chip()[1] - (1 << 20),
+    ),
+    interpret=plan.interpret,
+    name="flashoptim_update",
   )(scalars, *(viewed[n] for n in names))
   back = sorted(range(len(plan.blocks.order)), key=plan.blocks.order.__getitem__)
   return {
-      n: a.reshape(ordered[like(n)].shape).transpose(back)
-      for n, a in zip(plan.written, results, strict=True)
+    n: a.reshape(ordered[like(n)].shape).transpose(back)
+    for n, a in zip(plan.written, results, strict=True)
   }

@@ -73,8 +73,8 @@ def pack_second_bytes(numbers: Sequence[jax.Array], interpret: bool) -> jax.Arra
     return pack([logical_shift(number, 8) for number in numbers], 1, interpret)
   # Pairs are packed first, which saves half the shifts.
   pairs = [
-      pltpu.bitcast(logical_shift(pack(numbers[i::2], 2, interpret), 8), jnp.int16)
-      for i in range(2)
+    pltpu.bitcast(logical_shift(pack(numbers[i::2], 2, interpret), 8), jnp.int16)
+    for i in range(2)
   ]
   return pltpu.bitcast(pltpu.pack_elementwise(pairs, packed_dtype=jnp.int8), jnp.int32)
 

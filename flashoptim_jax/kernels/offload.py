@@ -16,8 +16,8 @@ def is_hosted(leaf: Leaf) -> bool:
 
 
 def update(
-    update_resident: Callable[[Sequence[Leaf]], list[UpdatedLeaf]],
-    leaves: Sequence[Leaf],
+  update_resident: Callable[[Sequence[Leaf]], list[UpdatedLeaf]],
+  leaves: Sequence[Leaf],
 ) -> list[UpdatedLeaf]:
   """Updates leaves one by one: brings the state in, and sends it back.
 

@@ -36,12 +36,12 @@ Update = Callable[[Sequence[Leaf], Scalars], list[UpdatedLeaf]]
 
 
 def update(
-    update_whole: Update,
-    leaves: Sequence[Leaf],
-    scalars: Scalars,
-    shardings: Mapping[str, NamedSharding],
-    group_size: int,
-    devices: int,
+  update_whole: Update,
+  leaves: Sequence[Leaf],
+  scalars: Scalars,
+  shardings: Mapping[str, NamedSharding],
+  group_size: int,
+  devices: int,
 ) -> list[UpdatedLeaf]:
   """Updates leaves, sharded in any way, with a function for whole ones.
 
@@ -67,24 +67,24 @@ def update(
   if unknown:
     chosen = [leaves[i] for i in unknown]
     results = (
-        update_whole(chosen, scalars)
-        if manual or devices == 1
-        else _update_auto(update_whole, chosen, *arguments)
+      update_whole(chosen, scalars)
+      if manual or devices == 1
+      else _update_auto(update_whole, chosen, *arguments)
     )
     updated.update(zip(unknown, results, strict=True))
   for known in by_mesh.values():
     results = _update_known(
-        update_whole, [leaves[i] for i in known], *arguments, list(known.values())
+      update_whole, [leaves[i] for i in known], *arguments, list(known.values())
     )
     updated.update(zip(known, results, strict=True))
   return [updated[i] for i in range(len(leaves))]
 
 
 def xla_can_partition(
-    leaf: Leaf,
-    shardings: Mapping[str, NamedSharding],
-    group_size: int,
-    devices: int,
+  leaf: Leaf,
+  shardings: Mapping[str, NamedSharding],
+  group_size: int,
+  devices: int,
 ) -> bool:
   """Whether to leave the partitioning of a leaf's plain jnp update to XLA.
 
@@ -101,12 +101,10 @@ def xla_can_partition(
 
 
 def is_partitioned(
-    leaf: Leaf, shardings: Mapping[str, NamedSharding], devices: int
+  leaf: Leaf, shardings: Mapping[str, NamedSharding], devices: int
 ) -> bool:
   """Whether only XLA knows how a leaf is sharded."""
-  return (
-      devices > 1 and not _is_manual() and _known_sharding(leaf, shardings) is None
-  )
+  return devices > 1 and not _is_manual() and _known_sharding(leaf, shardings) is None
 
 
 def _is_manual() -> bool:
@@ -116,7 +114,7 @@ def _is_manual() -> bool:
 
 
 def _known_sharding(
-    leaf: Leaf, shardings: Mapping[str, NamedSharding]
+  leaf: Leaf, shardings: Mapping[str, NamedSharding]
 ) -> NamedSharding | None:
   """How a leaf is sharded, if that is known while tracing.
 
@@ -129,58 +127,58 @@ def _known_sharding(
   sharding = shardings.get(leaf.path)
   if sharding is not None and len(sharding.spec) > leaf.param.ndim:
     raise ValueError(
-        f"The sharding of {leaf.path!r} has the spec {sharding.spec}; expected"
-        f" at most {leaf.param.ndim} entries, for shape {leaf.param.shape}."
+      f"The sharding of {leaf.path!r} has the spec {sharding.spec}; expected"
+      f" at most {leaf.param.ndim} entries, for shape {leaf.param.shape}."
     )
   return sharding
 
 
 def _update_known(
-    update_whole: Update,
-    leaves: Sequence[Leaf],
-    scalars: Scalars,
-    group_size: int,
-    shardings: Sequence[NamedSharding],
+  update_whole: Update,
+  leaves: Sequence[Leaf],
+  scalars: Scalars,
+  group_size: int,
+  shardings: Sequence[NamedSharding],
 ) -> list[UpdatedLeaf]:
   mesh = shardings[0].mesh
   explicit = partition_specs.is_explicit(shardings[0])
   move = jax.sharding.reshard if explicit else lax.with_sharding_constraint
   original = [
-      _of_arrays(leaf, sharding, group_size)
-      for leaf, sharding in zip(leaves, shardings, strict=True)
+    _of_arrays(leaf, sharding, group_size)
+    for leaf, sharding in zip(leaves, shardings, strict=True)
   ]
   uncut = [
-      _of_arrays(leaf, _uncut(leaf, sharding, group_size), group_size)
-      for leaf, sharding in zip(leaves, shardings, strict=True)
+    _of_arrays(leaf, _uncut(leaf, sharding, group_size), group_size)
+    for leaf, sharding in zip(leaves, shardings, strict=True)
   ]
   moved = [
-      jax.tree.map(move, leaf, there) if there != here else leaf
-      for leaf, here, there in zip(leaves, original, uncut, strict=True)
+    jax.tree.map(move, leaf, there) if there != here else leaf
+    for leaf, here, there in zip(leaves, original, uncut, strict=True)
   ]
   in_specs = jax.tree.map(lambda sharding: sharding.spec, uncut)
   updated = jax.shard_map(
-      update_whole,
-      mesh=mesh,
-      in_specs=(in_specs, PartitionSpec()),
-      out_specs=[_outputs(each) for each in in_specs],
-      axis_names={
-          name
-          for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-          if kind != AxisType.Manual
-      },
-      check_vma=False,
+    update_whole,
+    mesh=mesh,
+    in_specs=(in_specs, PartitionSpec()),
+    out_specs=[_outputs(each) for each in in_specs],
+    axis_names={
+      name
+      for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+      if kind != AxisType.Manual
+    },
+    check_vma=False,
   )(moved, dict(scalars))
   return [
-      jax.tree.map(move, leaf, _outputs(here)) if there != here else leaf
-      for leaf, here, there in zip(updated, original, uncut, strict=True)
+    jax.tree.map(move, leaf, _outputs(here)) if there != here else leaf
+    for leaf, here, there in zip(updated, original, uncut, strict=True)
   ]
 
 
 def _update_auto(
-    update_whole: Update,
-    leaves: Sequence[Leaf],
-    scalars: Scalars,
-    group_size: int,
+  update_whole: Update,
+  leaves: Sequence[Leaf],
+  scalars: Scalars,
+  group_size: int,
 ) -> list[UpdatedLeaf]:
   # A jitted function keeps its constants, such as a kernel's tables, to itself;
   # custom_partitioning refuses them.
@@ -193,10 +191,8 @@ def _update_auto(
     del results
     placements, scalars = arguments
     placed = [
-        _of_arrays(
-            leaf, _uncut(leaf, own.param.sharding, group_size), group_size
-        )
-        for leaf, own in zip(leaves, placements, strict=True)
+      _of_arrays(leaf, _uncut(leaf, own.param.sharding, group_size), group_size)
+      for leaf, own in zip(leaves, placements, strict=True)
     ]
     outputs = [_outputs(each) for each in placed]
     replicated = jax.tree.map(lambda scalar: scalar.sharding, scalars)
@@ -209,7 +205,7 @@ def _update_auto(
 
 
 def _sharding_rule(
-    leaves: Sequence[Leaf], scalars: int, group_size: int
+  leaves: Sequence[Leaf], scalars: int, group_size: int
 ) -> SdyShardingRule:
   """Says that a leaf's arrays are sharded alike, and groups stay whole."""
   mappings: list[Leaf] = []
@@ -230,13 +226,13 @@ def _sharding_rule(
         whole += [factors[axis], scale[axis]]
     mappings.append(leaf.map_arrays(ArrayMapping(*factors), ArrayMapping(*scale)))
   flatten = functools.partial(
-      jax.tree.leaves, is_leaf=lambda node: isinstance(node, ArrayMapping)
+    jax.tree.leaves, is_leaf=lambda node: isinstance(node, ArrayMapping)
   )
   return SdyShardingRule(
-      (*flatten(mappings), *[ArrayMapping()] * scalars),
-      tuple(flatten([_outputs(each) for each in mappings])),
-      need_replication_factors=tuple(whole),
-      **sizes,
+    (*flatten(mappings), *[ArrayMapping()] * scalars),
+    tuple(flatten([_outputs(each) for each in mappings])),
+    need_replication_factors=tuple(whole),
+    **sizes,
   )
 
 
@@ -259,9 +255,7 @@ def _cuttable_axis(leaf: Leaf, group_size: int) -> int | None:
   return codec.group_axis(leaf.param.shape, group_size)
 
 
-def _uncut(
-    leaf: Leaf, sharding: NamedSharding, group_size: int
-) -> NamedSharding:
+def _uncut(leaf: Leaf, sharding: NamedSharding, group_size: int) -> NamedSharding:
   """The sharding, with the axis of the groups whole if there are any."""
   if _cuttable_axis(leaf, group_size) is None:
     return sharding

@@ -48,7 +48,7 @@ def call(function: Callable[..., Any], *args: Any, group_size: int | None = None
     return jax.tree.leaves(function(*treedef.unflatten(flat)))
 
   found = call_p.bind(
-      *map(jnp.asarray, flat), function=function_of_arrays, group_size=group_size
+    *map(jnp.asarray, flat), function=function_of_arrays, group_size=group_size
   )
   return results.unflatten(found)
 
@@ -69,10 +69,10 @@ def _types(*avals, launch: _Launch, treedef: Any, sharding: NamedSharding | None
 
 
 def update_leaves(
-    spec: UpdateSpec,
-    leaves: Sequence[Leaf],
-    scalars: Scalars,
-    shardings: Mapping[str, NamedSharding],
+  spec: UpdateSpec,
+  leaves: Sequence[Leaf],
+  scalars: Scalars,
+  shardings: Mapping[str, NamedSharding],
 ) -> list[UpdatedLeaf]:
   """Stands for :func:`flashoptim_jax.kernels.dispatch.update_leaves`."""
   traced = {n: v for n, v in scalars.items() if isinstance(v, jax.Array)}
@@ -82,11 +82,11 @@ def update_leaves(
   for leaf in leaves:
     arrays, treedef = jax.tree.flatten(leaf)
     results = update_p.bind(
-        *arrays,
-        *traced.values(),
-        launch=launch,
-        treedef=treedef,
-        sharding=shardings.get(leaf.path),
+      *arrays,
+      *traced.values(),
+      launch=launch,
+      treedef=treedef,
+      sharding=shardings.get(leaf.path),
     )
     outputs: Any = jax.tree.structure(UpdatedLeaf(0, leaf.correction, leaf.moments))
     updated.append(outputs.unflatten(results))
@@ -124,9 +124,9 @@ def _shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
 
 
 def run(
-    update: Callable[..., list[UpdatedLeaf]],
-    eqns: Sequence[core.JaxprEqn],
-    values: Sequence[Sequence[Any]],
+  update: Callable[..., list[UpdatedLeaf]],
+  eqns: Sequence[core.JaxprEqn],
+  values: Sequence[Sequence[Any]],
 ) -> list[list[Any]]:
   """Carries out bound updates, as many together as can be.
 
@@ -156,10 +156,10 @@ def run(
         shardings[leaf.path] = sharding.update(spec=PartitionSpec(*spec))
       scalars = values[i][treedef.num_leaves :]
     updated = update(
-        launch.spec,
-        leaves,
-        dict(launch.numbers) | dict(zip(launch.names, scalars, strict=True)),
-        shardings,
+      launch.spec,
+      leaves,
+      dict(launch.numbers) | dict(zip(launch.names, scalars, strict=True)),
+      shardings,
     )
     for i, new in zip(members, updated, strict=True):
       results[i] = jax.tree.leaves(new)

@@ -26,12 +26,12 @@ import numpy as np
 from flashoptim_jax import rules
 from flashoptim_jax.kernels import xla_fusion
 from flashoptim_jax.kernels.base import (
-    GROUP_SIZE,
-    LEAST_GAIN,
-    Leaf,
-    Unavailable,
-    UpdatedLeaf,
-    UpdateSpec,
+  GROUP_SIZE,
+  LEAST_GAIN,
+  Leaf,
+  Unavailable,
+  UpdatedLeaf,
+  UpdateSpec,
 )
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import LEAST_ROOT, Rule, Scalars
@@ -48,13 +48,13 @@ _SMALL_BELOW = 1 << 16
 _MERGED_BELOW = 1 << 22
 _DTYPES = ("bfloat16", "float16", "float32")
 _INSTALL = (
-    "The extras 'cuda12' and 'cuda13' have what is missing: for JAX with CUDA 13, pip"
-    " install 'flashoptim-optax[cuda13]'."
+  "The extras 'cuda12' and 'cuda13' have what is missing: for JAX with CUDA 13, pip"
+  " install 'flashoptim-optax[cuda13]'."
 )
 # Those that the kernel has a twin of.
 _RULES = (
-    *(rules.ADAM, rules.NADAM, rules.LION),
-    *(rules.MOMENTUM, rules.NESTEROV, rules.SGD),
+  *(rules.ADAM, rules.NADAM, rules.LION),
+  *(rules.MOMENTUM, rules.NESTEROV, rules.SGD),
 )
 
 
@@ -102,7 +102,7 @@ def unsupported(leaf: Leaf, spec: UpdateSpec) -> str | None:
 
 
 def update(
-    spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars, place: Place
+  spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars, place: Place
 ) -> list[UpdatedLeaf]:
   """Updates leaves; see :class:`flashoptim_jax.kernels.base.Backend`."""
   del place
@@ -143,7 +143,7 @@ def _pack(rule: Rule, scalars: Scalars) -> jax.Array:
   if LEAST_ROOT in values:
     values |= adam_scalars(values, rule.nesterov)
   return jnp.stack(
-      [jnp.asarray(values.get(n, 0.0), jnp.float32) for n in triton_kernel.SCALARS]
+    [jnp.asarray(values.get(n, 0.0), jnp.float32) for n in triton_kernel.SCALARS]
   )
 
 
@@ -156,7 +156,7 @@ def adam_scalars(h: Scalars, nesterov: bool) -> dict[str, jax.Array]:
   """
   gains = ("one_minus_b1", "one_minus_b2")
   mu_unit, nu_unit = (
-      jnp.maximum(jnp.asarray(h[name], jnp.float32), LEAST_GAIN) for name in gains
+    jnp.maximum(jnp.asarray(h[name], jnp.float32), LEAST_GAIN) for name in gains
   )
   root_unit = jnp.sqrt(nu_unit * h["nu_scaling"])
   grad_share = 0.0
@@ -173,15 +173,15 @@ def adam_scalars(h: Scalars, nesterov: bool) -> dict[str, jax.Array]:
   root_pace = jnp.where(still, codec.TINY, 1.0 / pace)
   eps_pace = jnp.where(still, jnp.inf, h["eps"] / root_unit * root_pace)
   return {
-      "mu_carry": h["b1"] / mu_unit,
-      "mu_unit": mu_unit,
-      "nu_carry_root": jnp.sqrt(h["b2"] / nu_unit),
-      "nu_unit": nu_unit,
-      "grad_share": grad_share,
-      "root_pace": root_pace,
-      "eps_pace": eps_pace,
-      "scaled_eps_root": h["eps_root"] / root_unit**2,
-      "scaled_least_root": h[LEAST_ROOT] * direction_scaling,
+    "mu_carry": h["b1"] / mu_unit,
+    "mu_unit": mu_unit,
+    "nu_carry_root": jnp.sqrt(h["b2"] / nu_unit),
+    "nu_unit": nu_unit,
+    "grad_share": grad_share,
+    "root_pace": root_pace,
+    "eps_pace": eps_pace,
+    "scaled_eps_root": h["eps_root"] / root_unit**2,
+    "scaled_least_root": h[LEAST_ROOT] * direction_scaling,
   }
 
 
@@ -192,12 +192,12 @@ def _launch_of(spec: UpdateSpec, leaf: Leaf, scalars: Scalars) -> "_Launch":
   # Words of 16 bytes are enough for small leaves to share launches.
   alignment = min(length & -length, 8 if small else GROUP_SIZE)
   return _Launch(
-      spec,
-      leaf.decay,
-      not _is_zero(scalars.get("eps_root", 0.0)),
-      small,
-      alignment,
-      tuple((name, array.dtype.name) for name, array in arrays.items()),
+    spec,
+    leaf.decay,
+    not _is_zero(scalars.get("eps_root", 0.0)),
+    small,
+    alignment,
+    tuple((name, array.dtype.name) for name, array in arrays.items()),
   )
 
 
@@ -243,26 +243,26 @@ class _Launch(NamedTuple):
       outputs += [_struct(leaf.grad) for leaf in leaves]
     blocks, operands[1] = _layout(leaves, self.alignment, tuned["block_groups"])
     results = iter(
-        _triton_call(
-            launcher(len(leaves), tuple(names), written, new_params),
-            operands,
-            outputs,
-            aliases,
-            grid=(blocks,),
-            num_warps=tuned["num_warps"],
-            COUNT=len(leaves),
-            WIDTH=operands[1].shape[1],
-            ALIGNMENT=self.alignment,
-            RULE=rule.name,
-            NESTEROV=rule.nesterov,
-            DECAY=self.decay,
-            MASTER_BITS=(storage.master_bits or 0) * ("correction" in names),
-            COMPRESSED=any(name.endswith("_scale") for name in names),
-            EPS_ROOT=self.has_eps_root,
-            ROOT=storage.companding == "root",
-            NEW_PARAMS=new_params,
-            BLOCK_GROUPS=tuned["block_groups"],
-        )
+      _triton_call(
+        launcher(len(leaves), tuple(names), written, new_params),
+        operands,
+        outputs,
+        aliases,
+        grid=(blocks,),
+        num_warps=tuned["num_warps"],
+        COUNT=len(leaves),
+        WIDTH=operands[1].shape[1],
+        ALIGNMENT=self.alignment,
+        RULE=rule.name,
+        NESTEROV=rule.nesterov,
+        DECAY=self.decay,
+        MASTER_BITS=(storage.master_bits or 0) * ("correction" in names),
+        COMPRESSED=any(name.endswith("_scale") for name in names),
+        EPS_ROOT=self.has_eps_root,
+        ROOT=storage.companding == "root",
+        NEW_PARAMS=new_params,
+        BLOCK_GROUPS=tuned["block_groups"],
+      )
     )
     new = [{name: next(results) for name in written} for _ in leaves]
     if not new_params:
@@ -276,7 +276,7 @@ def _struct(array: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _layout(
-    leaves: Sequence[Leaf], alignment: int, block_groups: int
+  leaves: Sequence[Leaf], alignment: int, block_groups: int
 ) -> tuple[int, np.ndarray]:
   """The number of blocks, and the kernel's ``layout``."""
   first, rows = 0, []
@@ -308,11 +308,11 @@ def _aliased_outputs_are_arguments() -> bool:
 
 
 def _triton_call(
-    kernel: Any,
-    operands: Sequence[Any],
-    outputs: Sequence[jax.ShapeDtypeStruct],
-    aliases: dict[int, int],
-    **options: Any,
+  kernel: Any,
+  operands: Sequence[Any],
+  outputs: Sequence[jax.ShapeDtypeStruct],
+  aliases: dict[int, int],
+  **options: Any,
 ) -> Sequence[jax.Array]:
   import jax_triton
 
@@ -322,14 +322,14 @@ def _triton_call(
     options |= {"out_shape": tuple(outputs), "enable_fp_fusion": False}
   else:
     options |= {
-        "out_type": tuple(outputs),
-        "backend_options": {"enable_fp_fusion": False},
+      "out_type": tuple(outputs),
+      "backend_options": {"enable_fp_fusion": False},
     }
 
   @jax.custom_batching.sequential_vmap
   def call(*operands):
     return jax_triton.triton_call(
-        *operands, kernel=kernel, input_output_aliases=aliases, **options
+      *operands, kernel=kernel, input_output_aliases=aliases, **options
     )
 
   return call(*map(jnp.asarray, operands))
@@ -337,11 +337,11 @@ def _triton_call(
 
 @functools.cache
 def launcher(
-    count: int,
-    names: tuple[str, ...],
-    written: tuple[str, ...],
-    new_params: bool,
-    aliased_outputs: bool | None = None,
+  count: int,
+  names: tuple[str, ...],
+  written: tuple[str, ...],
+  new_params: bool,
+  aliased_outputs: bool | None = None,
 ) -> Any:
   """The kernel's entry point for ``count`` leaves, a ``triton.JITFunction``.
 
@@ -374,9 +374,9 @@ def launcher(
   if not new_params:
     arguments += [f"update_{i}" for i in leaves]
   constants = [
-      name
-      for name in triton_kernel.update_leaves.arg_names
-      if name not in ("scalars", "layout", "leaves")
+    name
+    for name in triton_kernel.update_leaves.arg_names
+    if name not in ("scalars", "layout", "leaves")
   ]
   present = {*names} if new_params else {*names, "update"}
 
@@ -388,18 +388,18 @@ def launcher(
   name = f"update_{count}_leaves"
   typed = [*arguments, *(f"{constant}: tl.constexpr" for constant in constants)]
   source = (
-      f"def {name}({', '.join(typed)}):\n"
-      f"  update_leaves(scalars, layout, ({', '.join(map(pointers, leaves))},),"
-      f" {', '.join(constants)})\n"
+    f"def {name}({', '.join(typed)}):\n"
+    f"  update_leaves(scalars, layout, ({', '.join(map(pointers, leaves))},),"
+    f" {', '.join(constants)})\n"
   )
   # Triton reads a kernel's source through linecache. The name ends up in the
   # compiled program, so it is the same in every process.
   filename = f"<flashoptim_jax {zlib.crc32(source.encode()):08x}>"
   linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
   namespace = {
-      "tl": triton.language,
-      "update_leaves": triton_kernel.update_leaves,
-      "__name__": __name__,
+    "tl": triton.language,
+    "update_leaves": triton_kernel.update_leaves,
+    "__name__": __name__,
   }
   exec(compile(source, filename, "exec"), namespace)
   return triton.jit(namespace[name])

@@ -44,46 +44,46 @@ else:
 
 # Positions of the hyperparameters in the kernel's first argument.
 SCALARS = (
-    "learning_rate",
-    "weight_decay",
-    "b1",
-    "one_minus_b1",
-    "b2",
-    "one_minus_b2",
-    "eps",
-    "eps_root",
-    "mu_scaling",
-    "mu_scaling_next",
-    "nu_scaling",
-    "momentum",
-    "one_minus_dampening",
-    "mu_carry",
-    "mu_unit",
-    "nu_carry_root",
-    "nu_unit",
-    "grad_share",
-    "root_pace",
-    "eps_pace",
-    "scaled_eps_root",
-    "scaled_least_root",
-    "master_rounding",
-    "first_scale_rounding",
-    "first_code_rounding",
-    "first_slack_rounding",
-    "second_scale_rounding",
-    "second_code_rounding",
-    "second_slack_rounding",
+  "learning_rate",
+  "weight_decay",
+  "b1",
+  "one_minus_b1",
+  "b2",
+  "one_minus_b2",
+  "eps",
+  "eps_root",
+  "mu_scaling",
+  "mu_scaling_next",
+  "nu_scaling",
+  "momentum",
+  "one_minus_dampening",
+  "mu_carry",
+  "mu_unit",
+  "nu_carry_root",
+  "nu_unit",
+  "grad_share",
+  "root_pace",
+  "eps_pace",
+  "scaled_eps_root",
+  "scaled_least_root",
+  "master_rounding",
+  "first_scale_rounding",
+  "first_code_rounding",
+  "first_slack_rounding",
+  "second_scale_rounding",
+  "second_code_rounding",
+  "second_slack_rounding",
 )
 # Arrays of a leaf, in the order in which the kernel takes them.
 ARRAYS = (
-    "grad",
-    "param",
-    "correction",
-    "mu",
-    "mu_scale",
-    "nu",
-    "nu_scale",
-    "update",
+  "grad",
+  "param",
+  "correction",
+  "mu",
+  "mu_scale",
+  "nu",
+  "nu_scale",
+  "update",
 )
 
 _LEARNING_RATE = tl.constexpr(0)
@@ -204,7 +204,7 @@ def _decode(codes, scale, carry, SIGNED: tl.constexpr, ROOT: tl.constexpr):
 
 @triton.jit
 def _encode(
-    x, root, unit, old_scale, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr
+  x, root, unit, old_scale, scalars, SIGNED: tl.constexpr, ROOT: tl.constexpr
 ):
   """Codes, as int32, 128 more than signed ones are, and scales, as bfloat16.
 
@@ -226,7 +226,7 @@ def _encode(
     scale = largest
   else:
     scale = tl.sqrt(
-        tl.minimum(largest, _LARGEST_SECOND, propagate_nan=tl.PropagateNan.ALL)
+      tl.minimum(largest, _LARGEST_SECOND, propagate_nan=tl.PropagateNan.ALL)
     )
   levels: tl.constexpr = 127.0 if SIGNED else 255.0
   slack = tl.load(roundings + _SLACK_ROUNDING)
@@ -359,21 +359,21 @@ def _residual(master, param, MASTER_BITS: tl.constexpr):
 
 @triton.jit
 def _update_groups(
-    scalars,
-    arrays,
-    block,
-    num_groups,
-    row_length,
-    ALIGNMENT: tl.constexpr,
-    RULE: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    DECAY: tl.constexpr,
-    MASTER_BITS: tl.constexpr,
-    COMPRESSED: tl.constexpr,
-    EPS_ROOT: tl.constexpr,
-    ROOT: tl.constexpr,
-    NEW_PARAMS: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
+  scalars,
+  arrays,
+  block,
+  num_groups,
+  row_length,
+  ALIGNMENT: tl.constexpr,
+  RULE: tl.constexpr,
+  NESTEROV: tl.constexpr,
+  DECAY: tl.constexpr,
+  MASTER_BITS: tl.constexpr,
+  COMPRESSED: tl.constexpr,
+  EPS_ROOT: tl.constexpr,
+  ROOT: tl.constexpr,
+  NEW_PARAMS: tl.constexpr,
+  BLOCK_GROUPS: tl.constexpr,
 ):
   """Updates ``BLOCK_GROUPS`` groups of a leaf, in place.
 
@@ -484,7 +484,7 @@ def _update_groups(
     nu = tl.load(scalars + _ONE_MINUS_B2) * (g * g) + tl.load(scalars + _B2) * nu
     if NESTEROV:
       mu_hat = tl.load(scalars + _B1) * (
-          mu * tl.load(scalars + _MU_SCALING_NEXT)
+        mu * tl.load(scalars + _MU_SCALING_NEXT)
       ) + one_minus_b1 * (g * tl.load(scalars + _MU_SCALING))
     else:
       mu_hat = mu * tl.load(scalars + _MU_SCALING)
@@ -553,14 +553,14 @@ def _pick(leaves, index, LOW: tl.constexpr, COUNT: tl.constexpr):
   if COUNT == 1:
     (grad, param, correction, mu, mu_scale, nu, nu_scale, update) = leaves[0]
     leaf = (
-        pin(grad, LOW),
-        pin(param, LOW),
-        pin(correction, LOW),
-        pin(mu, LOW),
-        pin(mu_scale, LOW),
-        pin(nu, LOW),
-        pin(nu_scale, LOW),
-        pin(update, LOW),
+      pin(grad, LOW),
+      pin(param, LOW),
+      pin(correction, LOW),
+      pin(mu, LOW),
+      pin(mu_scale, LOW),
+      pin(nu, LOW),
+      pin(nu_scale, LOW),
+      pin(update, LOW),
     )
   else:
     HALF: tl.constexpr = COUNT // 2
@@ -573,21 +573,21 @@ def _pick(leaves, index, LOW: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def update_leaves(
-    scalars,
-    layout,
-    leaves,
-    COUNT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    RULE: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    DECAY: tl.constexpr,
-    MASTER_BITS: tl.constexpr,
-    COMPRESSED: tl.constexpr,
-    EPS_ROOT: tl.constexpr,
-    ROOT: tl.constexpr,
-    NEW_PARAMS: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
+  scalars,
+  layout,
+  leaves,
+  COUNT: tl.constexpr,
+  WIDTH: tl.constexpr,
+  ALIGNMENT: tl.constexpr,
+  RULE: tl.constexpr,
+  NESTEROV: tl.constexpr,
+  DECAY: tl.constexpr,
+  MASTER_BITS: tl.constexpr,
+  COMPRESSED: tl.constexpr,
+  EPS_ROOT: tl.constexpr,
+  ROOT: tl.constexpr,
+  NEW_PARAMS: tl.constexpr,
+  BLOCK_GROUPS: tl.constexpr,
 ):
   """Updates one block of one of COUNT leaves, all of the same dtypes.
 
@@ -604,19 +604,19 @@ def update_leaves(
   first_blocks = tl.load(layout + tl.arange(0, WIDTH))
   index = tl.sum((first_blocks <= block).to(tl.int32), axis=0) - 1
   _update_groups(
-      scalars,
-      _pick(leaves, index, 0, COUNT),
-      block - tl.load(layout + index),
-      tl.load(layout + WIDTH + index),
-      tl.load(layout + 2 * WIDTH + index),
-      ALIGNMENT,
-      RULE,
-      NESTEROV,
-      DECAY,
-      MASTER_BITS,
-      COMPRESSED,
-      EPS_ROOT,
-      ROOT,
-      NEW_PARAMS,
-      BLOCK_GROUPS,
+    scalars,
+    _pick(leaves, index, 0, COUNT),
+    block - tl.load(layout + index),
+    tl.load(layout + WIDTH + index),
+    tl.load(layout + 2 * WIDTH + index),
+    ALIGNMENT,
+    RULE,
+    NESTEROV,
+    DECAY,
+    MASTER_BITS,
+    COMPRESSED,
+    EPS_ROOT,
+    ROOT,
+    NEW_PARAMS,
+    BLOCK_GROUPS,
   )

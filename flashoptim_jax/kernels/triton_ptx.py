@@ -11,7 +11,7 @@ _PACK_INT8 = tl.constexpr(_PACK.format("cvt.pack.sat.s8.s32.b32"))
 _PACK_UINT8 = tl.constexpr(_PACK.format("cvt.pack.sat.u8.s32.b32"))
 # The highest bit is what 128 more or less changes.
 _PACK_BIASED = tl.constexpr(
-    _PACK_UINT8.value.removesuffix("}") + "xor.b32 $0, $0, 0x80808080; }"
+  _PACK_UINT8.value.removesuffix("}") + "xor.b32 $0, $0, 0x80808080; }"
 )
 _ROUND_HALF_UP = tl.constexpr("""{
   .reg .b32 low, high;
@@ -58,7 +58,7 @@ def divide(x, y):
   the sake of other divisors.
   """
   return x * tl.inline_asm_elementwise(
-      "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
+    "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
   )
 
 
@@ -67,11 +67,11 @@ def saturate(x, dtype: tl.constexpr):
   """From int32 to int8 or uint8, clamped, by two instructions for four numbers."""
   if dtype == tl.int8:
     return tl.inline_asm_elementwise(
-        _PACK_INT8, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4
+      _PACK_INT8, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4
     )
   else:
     return tl.inline_asm_elementwise(
-        _PACK_UINT8, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4
+      _PACK_UINT8, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4
     )
 
 
@@ -79,7 +79,7 @@ def saturate(x, dtype: tl.constexpr):
 def saturate_biased(x):
   """From int32, 128 more than what is meant, to int8, in the same way."""
   return tl.inline_asm_elementwise(
-      _PACK_BIASED, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4
+    _PACK_BIASED, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4
   )
 
 
@@ -97,12 +97,12 @@ def merge(param, correction):
   """Bits of master weights, as uint32, given those of a bfloat16, as int16."""
   if correction.dtype == tl.int8:
     bits = tl.inline_asm_elementwise(
-        _MERGE_INT8,
-        "=r,=r,=r,=r,r,r,r",
-        [param, correction],
-        dtype=tl.uint32,
-        is_pure=True,
-        pack=4,
+      _MERGE_INT8,
+      "=r,=r,=r,=r,r,r,r",
+      [param, correction],
+      dtype=tl.uint32,
+      is_pure=True,
+      pack=4,
     )
   else:
     p = param.to(tl.int32)
@@ -121,7 +121,7 @@ def round_half_up(x):
   infinity, whose second byte is 0, stays infinity.
   """
   return tl.inline_asm_elementwise(
-      _ROUND_HALF_UP, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+    _ROUND_HALF_UP, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
   )
 
 
@@ -129,7 +129,7 @@ def round_half_up(x):
 def second_byte(x):
   """Of float32 numbers, the second-lowest byte, as int8."""
   return tl.inline_asm_elementwise(
-      _SECOND_BYTE, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4
+    _SECOND_BYTE, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4
   )
 
 
@@ -141,11 +141,11 @@ def pin(pointer, LEAF: tl.constexpr):
   hundreds of instructions, and registers that occupancy needs.
   """
   address = tl.inline_asm_elementwise(
-      f"mov.b64 $0, $1; // leaf {LEAF}",
-      "=l,l",
-      [pointer.to(tl.int64)],
-      dtype=tl.int64,
-      is_pure=False,
-      pack=1,
+    f"mov.b64 $0, $1; // leaf {LEAF}",
+    "=l,l",
+    [pointer.to(tl.int64)],
+    dtype=tl.int64,
+    is_pure=False,
+    pack=1,
   )
   return tl.multiple_of(address.to(pointer.dtype), 16)

@@ -38,9 +38,9 @@ mlir.register_lowering(_result_p, lambda _, x: [x])
 def _refuse_transpose(*args: Any) -> NoReturn:
   del args
   raise ValueError(
-      "A step of value_and_release was reached by jax.grad, jax.vjp or the like. It"
-      " overwrites parameters, so that nothing is left to differentiate it in reverse"
-      " mode. Differentiate the loss, or an ordinary step (flashoptim_jax.step)."
+    "A step of value_and_release was reached by jax.grad, jax.vjp or the like. It"
+    " overwrites parameters, so that nothing is left to differentiate it in reverse"
+    " mode. Differentiate the loss, or an ordinary step (flashoptim_jax.step)."
   )
 
 
@@ -48,9 +48,9 @@ ad.deflinear2(_result_p, _refuse_transpose)
 
 
 def value_and_release(
-    loss_fn: Callable[..., Any],
-    tx: optax.GradientTransformation,
-    has_aux: bool = False,
+  loss_fn: Callable[..., Any],
+  tx: optax.GradientTransformation,
+  has_aux: bool = False,
 ) -> Callable[..., tuple[Any, optax.Params, optax.OptState]]:
   """Makes a training step that never holds the gradients.
 
@@ -136,7 +136,7 @@ def value_and_release(
 
 
 def released_call(
-    fn: Callable[..., Any], part: Any, *args: Any, index: Any = None
+  fn: Callable[..., Any], part: Any, *args: Any, index: Any = None
 ) -> Any:
   """Calls a function with parameters that its backward pass updates.
 
@@ -169,18 +169,18 @@ def released_call(
   for leaf in leaves:
     if not isinstance(leaf, LiveLeaf) or leaf.step is not leaves[0].step:
       raise ValueError(
-          "released_call takes a part of the `live` tree that value_and_release"
-          f" gives the loss function; found a {type(leaf).__name__} in it."
+        "released_call takes a part of the `live` tree that value_and_release"
+        f" gives the loss function; found a {type(leaf).__name__} in it."
       )
   if not leaves[0].step.running:
     raise ValueError(
-        f"released_call was given leaf {leaves[0].path!r} of another step's `live`"
-        " tree, kept after its loss function returned; expected a part of the one"
-        " that this call of the loss function got."
+      f"released_call was given leaf {leaves[0].path!r} of another step's `live`"
+      " tree, kept after its loss function returned; expected a part of the one"
+      " that this call of the loss function got."
     )
   where = _normalized(index, leaves)
   return leaves[0].step.call(
-      fn, [leaf.position for leaf in leaves], treedef, args, where
+    fn, [leaf.position for leaf in leaves], treedef, args, where
   )
 
 
@@ -192,19 +192,19 @@ def _normalized(index: Any, leaves: Sequence["LiveLeaf"]) -> tuple[Any, ...]:
   for axis, i in enumerate(index if isinstance(index, tuple) else (index,)):
     if jnp.shape(i) or not jnp.issubdtype(jnp.result_type(i), jnp.integer):
       raise ValueError(
-          f"The index of a released_call has shape {jnp.shape(i)} and dtype"
-          f" {jnp.result_type(i).name}; expected an integer of shape ()."
+        f"The index of a released_call has shape {jnp.shape(i)} and dtype"
+        f" {jnp.result_type(i).name}; expected an integer of shape ()."
       )
     for leaf in leaves:
       if leaf.ndim <= axis:
         raise ValueError(
-            f"Leaf {leaf.path!r} has shape {leaf.shape}; a released_call with an"
-            f" index of {axis + 1} axes expects a stack along as many."
+          f"Leaf {leaf.path!r} has shape {leaf.shape}; a released_call with an"
+          f" index of {axis + 1} axes expects a stack along as many."
         )
       if not isinstance(i, jax.core.Tracer) and not 0 <= int(i) < leaf.shape[axis]:
         raise ValueError(
-            f"Index {int(i)} of a released_call is out of range for axis {axis} of"
-            f" leaf {leaf.path!r}, of shape {leaf.shape}."
+          f"Index {int(i)} of a released_call is out of range for axis {axis} of"
+          f" leaf {leaf.path!r}, of shape {leaf.shape}."
         )
     result.append(jnp.asarray(i, jnp.int32))
   return tuple(result)
@@ -233,9 +233,9 @@ class LiveLeaf(np.lib.mixins.NDArrayOperatorsMixin):
 
   def _no_value(self, *args: Any, **kwargs: Any) -> NoReturn:
     raise ValueError(
-        f"Parameter {self.path!r} was used directly. In a loss function for"
-        " value_and_release, parameters are used through"
-        " released_call(fn, part, *args), whose function gets their values."
+      f"Parameter {self.path!r} was used directly. In a loss function for"
+      " value_and_release, parameters are used through"
+      " released_call(fn, part, *args), whose function gets their values."
     )
 
   # Looked for, and not called, where it is given to a jitted function.
@@ -249,8 +249,8 @@ def _live(step: Any, params: Any) -> Any:
   leaves, treedef = _flatten(params)
   names = [paths.name(path) for path, _ in jax.tree.leaves_with_path(params)]
   return treedef.unflatten(
-      LiveLeaf(step, i, name, leaf)
-      for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
+    LiveLeaf(step, i, name, leaf)
+    for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
   )
 
 
@@ -282,8 +282,8 @@ class _Recorder(_Run):
     """Calls the function on marked parameters."""
     if self._inside:
       raise ValueError(
-          "released_call was reached inside the function of another one. Pass"
-          " the parameters of both to the outer call."
+        "released_call was reached inside the function of another one. Pass"
+        " the parameters of both to the outer call."
       )
     flat, args_tree = _flatten(args)
     is_array = list(map(_is_array, flat))
@@ -309,11 +309,11 @@ class _Release(_Run):
   """
 
   def __init__(
-      self,
-      leafwise: Leafwise,
-      params: Any,
-      opt_state: Any,
-      found: dict[int, uses.Uses],
+    self,
+    leafwise: Leafwise,
+    params: Any,
+    opt_state: Any,
+    found: dict[int, uses.Uses],
   ):
     param_leaves, self._params_tree = _flatten(params)
     state_leaves, self._state_tree = _flatten(opt_state)
@@ -329,9 +329,9 @@ class _Release(_Run):
     for leaf, param in enumerate(param_leaves):
       if leaf not in found:
         warnings.warn(
-            f"Parameter {leafwise.names[leaf]!r} is not used in the loss"
-            " function; it stays as it is, with its optimizer state.",
-            stacklevel=3,
+          f"Parameter {leafwise.names[leaf]!r} is not used in the loss"
+          " function; it stays as it is, with its optimizer state.",
+          stacklevel=3,
         )
       elif not self._can_release(leaf, found[leaf], jnp.shape(param)):
         self._sums[leaf] = jax.new_ref(jnp.zeros_like(param))
@@ -341,18 +341,18 @@ class _Release(_Run):
     name = self._leafwise.names[leaf]
     if used.counts is None:
       warnings.warn(
-          f"How often the loss function uses which slices of {name!r} depends on"
-          " its arguments; its whole gradient is held.",
-          stacklevel=4,
+        f"How often the loss function uses which slices of {name!r} depends on"
+        " its arguments; its whole gradient is held.",
+        stacklevel=4,
       )
     if not used.once_each(shape):
       return False
     why = self._leafwise.taken_whole(leaf, used.axes) if used.axes else None
     if why is not None and self._leafwise.groups_within_slices(leaf, used.axes):
       warnings.warn(
-          f"The transformation treats the stacked leaf {name!r} as a whole, by"
-          f" {why!r} for example; its whole gradient is held.",
-          stacklevel=4,
+        f"The transformation treats the stacked leaf {name!r} as a whole, by"
+        f" {why!r} for example; its whole gradient is held.",
+        stacklevel=4,
       )
     return why is None
 
@@ -366,9 +366,9 @@ class _Release(_Run):
     # A leaf may be there twice; it is read, and updated, once.
     unique = list(dict.fromkeys(leaves))
     refs = _Refs(
-        [self._params[leaf] for leaf in unique],
-        [[self._state[i] for i in self._leafwise.owned[leaf]] for leaf in unique],
-        [self._sums.get(leaf) for leaf in unique],
+      [self._params[leaf] for leaf in unique],
+      [[self._state[i] for i in self._leafwise.owned[leaf]] for leaf in unique],
+      [self._sums.get(leaf) for leaf in unique],
     )
     needed = self._leafwise.needed(unique, self._shared)
 
@@ -393,11 +393,11 @@ class _Release(_Run):
       inputs, cotangents = _barrier((inputs, cotangents))
       values = refs.read(index)
       _, vjp = jax.vjp(
-          lambda values, inputs: function(
-              values, _merged(differentiable, inputs, arrays)
-          ),
-          values,
-          inputs,
+        lambda values, inputs: function(
+          values, _merged(differentiable, inputs, arrays)
+        ),
+        values,
+        inputs,
       )
       # What is used is the gradient as rounded to its dtype.
       grads, inputs = vjp(cotangents)
@@ -418,12 +418,12 @@ class _Release(_Run):
       else:
         _write(total, _slice(total[...], index) + grad, index)
     new_params, new_state = self._leafwise.update(
-        [leaves[i] for i in now],
-        [grads[i] for i in now],
-        [params[i] for i in now],
-        [[_slice(ref[...], index) for ref in refs.state[i]] for i in now],
-        shared,
-        axes=len(index),
+      [leaves[i] for i in now],
+      [grads[i] for i in now],
+      [params[i] for i in now],
+      [[_slice(ref[...], index) for ref in refs.state[i]] for i in now],
+      shared,
+      axes=len(index),
     )
     for i, param, arrays in zip(now, new_params, new_state, strict=True):
       _write(refs.params[i], param, index)
@@ -439,25 +439,25 @@ class _Release(_Run):
     params = [jax.freeze(ref) for ref in self._params]
     state = {i: jax.freeze(ref) for i, ref in self._state.items()}
     grads = [
-        jax.freeze(self._sums[leaf])
-        if leaf in self._sums
-        else jnp.zeros_like(params[leaf])
-        for leaf in waiting
+      jax.freeze(self._sums[leaf])
+      if leaf in self._sums
+      else jnp.zeros_like(params[leaf])
+      for leaf in waiting
     ]
     new_params, new_state = leafwise.update(
-        waiting,
-        _barrier(grads),
-        [params[leaf] for leaf in waiting],
-        [[state[i] for i in leafwise.owned[leaf]] for leaf in waiting],
-        self._shared,
+      waiting,
+      _barrier(grads),
+      [params[leaf] for leaf in waiting],
+      [[state[i] for i in leafwise.owned[leaf]] for leaf in waiting],
+      self._shared,
     )
     for leaf, param, arrays in zip(waiting, new_params, new_state, strict=True):
       params[leaf] = param
       state.update(zip(leafwise.owned[leaf], arrays, strict=True))
     state.update(leafwise.new_shared_state(self._shared))
     return (
-        self._params_tree.unflatten(params),
-        self._state_tree.unflatten(state[i] for i in range(len(state))),
+      self._params_tree.unflatten(params),
+      self._state_tree.unflatten(state[i] for i in range(len(state))),
     )
 
 
@@ -486,7 +486,7 @@ class _Refs:
 def _slice(array: jax.Array, index: tuple[Any, ...]) -> jax.Array:
   for i in index:
     array = lax.dynamic_index_in_dim(
-        array, i, keepdims=False, allow_negative_indices=False
+      array, i, keepdims=False, allow_negative_indices=False
     )
   return array
 
@@ -495,10 +495,10 @@ def _write(ref: Any, value: jax.Array, index: tuple[Any, ...]) -> None:
   if index:
     start = (*index, *[np.int32(0)] * value.ndim)
     value = lax.dynamic_update_slice(
-        ref[...],
-        lax.expand_dims(value, range(len(index))),
-        start,
-        allow_negative_indices=False,
+      ref[...],
+      lax.expand_dims(value, range(len(index))),
+      start,
+      allow_negative_indices=False,
     )
   ref[...] = value
 

@@ -27,27 +27,27 @@ _DEFERRED = (primitive.update_p, primitive.call_p)
 # Of operands whose elements are all equal they make such arrays.
 _UNIFORM = interpret.ELEMENTWISE | {primitives.broadcast_in_dim_p}
 _INSTEAD = (
-    "Take the ordinary step (jax.grad and flashoptim_jax.step), or use"
-    " transformations that treat each leaf by itself, such as optax.clip,"
-    " optax.clip_by_block_rms and optax.adaptive_grad_clip."
+  "Take the ordinary step (jax.grad and flashoptim_jax.step), or use"
+  " transformations that treat each leaf by itself, such as optax.clip,"
+  " optax.clip_by_block_rms and optax.adaptive_grad_clip."
 )
 _REFUSED = {
-    optax.MultiStepsState: (
-        "optax.MultiSteps keeps a sum of gradients as large as the parameters,"
-        " which is what gradient release does away with. Use larger batches,"
-        " summed over in the loss function, or the ordinary step"
-        " (flashoptim_jax.step)."
-    ),
-    optax.ApplyIfFiniteState: (
-        "optax.apply_if_finite looks at all gradients before it updates any"
-        " parameter; with gradient release, some are updated before others are"
-        " known. Clip each leaf (optax.clip), or use the ordinary step"
-        " (flashoptim_jax.step)."
-    ),
-    optax.LookaheadState: (
-        "optax.lookahead updates two sets of parameters, of which the loss takes"
-        " one. Use the ordinary step."
-    ),
+  optax.MultiStepsState: (
+    "optax.MultiSteps keeps a sum of gradients as large as the parameters,"
+    " which is what gradient release does away with. Use larger batches,"
+    " summed over in the loss function, or the ordinary step"
+    " (flashoptim_jax.step)."
+  ),
+  optax.ApplyIfFiniteState: (
+    "optax.apply_if_finite looks at all gradients before it updates any"
+    " parameter; with gradient release, some are updated before others are"
+    " known. Clip each leaf (optax.clip), or use the ordinary step"
+    " (flashoptim_jax.step)."
+  ),
+  optax.LookaheadState: (
+    "optax.lookahead updates two sets of parameters, of which the loss takes"
+    " one. Use the ordinary step."
+  ),
 }
 
 
@@ -102,9 +102,7 @@ class Leafwise:
     self._closed = interpret.prune(interpret.inline(traced))
     jaxpr = self._closed.jaxpr
     self.names = [paths.name(p) for p, _ in jax.tree.leaves_with_path(params)]
-    self._state_names = [
-        paths.name(p) for p, _ in jax.tree.leaves_with_path(opt_state)
-    ]
+    self._state_names = [paths.name(p) for p, _ in jax.tree.leaves_with_path(opt_state)]
     count, inputs = len(self.names), jaxpr.invars
     self._grads, self._params = inputs[:count], inputs[len(inputs) - count :]
     self._state = inputs[count : len(inputs) - count]
@@ -119,7 +117,7 @@ class Leafwise:
     # Variables that no leaf is needed for: whether their elements are all equal.
     self._all_equal = self._find_all_equal()
     self._uniform = {
-        var for var, equal in self._all_equal.items() if equal and shape(var)
+      var for var, equal in self._all_equal.items() if equal and shape(var)
     }
 
   def _union(self, atoms: Iterable[Any]) -> int:
@@ -134,12 +132,12 @@ class Leafwise:
       found = [self._union([var]) for var in self._new_state]
       unchanged = self._unchanged(readers)
       found = [
-          leaves or unchanged.get(var, 0)
-          for leaves, var in zip(found, self._state, strict=True)
+        leaves or unchanged.get(var, 0)
+        for leaves, var in zip(found, self._state, strict=True)
       ]
       for what, names, leaves in (
-          ("new value of", self.names, [self._union([v]) for v in self._new_params]),
-          ("optimizer's", self._state_names, found),
+        ("new value of", self.names, [self._union([v]) for v in self._new_params]),
+        ("optimizer's", self._state_names, found),
       ):
         for name, each in zip(names, leaves, strict=True):
           self._check_single(what, name, each)
@@ -159,9 +157,9 @@ class Leafwise:
     """
     bits = [1 << i for i, _ in enumerate(self.names)]
     readers: dict[Any, set[int]] = {
-        var: set()
-        for var, new in zip(self._state, self._new_state, strict=True)
-        if new is var and shape(var)
+      var: set()
+      for var, new in zip(self._state, self._new_state, strict=True)
+      if new is var and shape(var)
     }
 
     def rule(eqn, values):
@@ -171,7 +169,7 @@ class Leafwise:
       return [leaves] * len(eqn.outvars)
 
     self._leaves = interpret.environment(
-        self._closed, [*bits, *owners, *bits], _no_leaf
+      self._closed, [*bits, *owners, *bits], _no_leaf
     )
     interpret.walk(self._closed.jaxpr.eqns, self._leaves, rule, _no_leaf)
     return readers
@@ -180,10 +178,10 @@ class Leafwise:
     """Arrays that a step leaves as they are, with the leaf that alone reads them."""
     found = {var: bits.pop() for var, bits in readers.items() if len(bits) == 1}
     return {
-        var: leaves
-        for var, leaves in found.items()
-        if leaves.bit_count() == 1
-        and shape(var) == shape(self._params[leaves.bit_length() - 1])
+      var: leaves
+      for var, leaves in found.items()
+      if leaves.bit_count() == 1
+      and shape(var) == shape(self._params[leaves.bit_length() - 1])
     }
 
   def _check_single(self, what: str, name: str, leaves: int) -> None:
@@ -191,11 +189,11 @@ class Leafwise:
       return
     needs = [n for i, n in enumerate(self.names) if leaves >> i & 1]
     raise ValueError(
-        f"The {what} {name!r} depends on the gradients or parameters of several"
-        f" leaves: {', '.join(map(repr, needs[:3]))}{', ...' * (len(needs) > 3)}."
-        " Gradient release updates each leaf as soon as its gradient is known,"
-        " so nothing in the chain may need all gradients at once, as"
-        f" optax.clip_by_global_norm does. {_INSTEAD}"
+      f"The {what} {name!r} depends on the gradients or parameters of several"
+      f" leaves: {', '.join(map(repr, needs[:3]))}{', ...' * (len(needs) > 3)}."
+      " Gradient release updates each leaf as soon as its gradient is known,"
+      " so nothing in the chain may need all gradients at once, as"
+      f" optax.clip_by_global_norm does. {_INSTEAD}"
     )
 
   def _find_equations(self) -> list[_Equation]:
@@ -228,9 +226,9 @@ class Leafwise:
   def groups_within_slices(self, leaf: int, axes: int) -> bool:
     """Whether no group of the state's format reaches across a stack's slices."""
     return all(
-        primitive.sliceable(eqn, axes)
-        for eqn, leaves, _ in self._equations
-        if leaves == 1 << leaf and eqn.primitive in _DEFERRED
+      primitive.sliceable(eqn, axes)
+      for eqn, leaves, _ in self._equations
+      if leaves == 1 << leaf and eqn.primitive in _DEFERRED
     )
 
   def taken_whole(self, leaf: int, axes: int) -> str | None:
@@ -248,8 +246,8 @@ class Leafwise:
     # Whether a slice of a variable's value is found from the leaf's slice alone.
     env = dict(self._all_equal)
     env.update(
-        (var, shape(var)[:axes] == stack)
-        for var in (self._grads[leaf], self._params[leaf], *state)
+      (var, shape(var)[:axes] == stack)
+      for var in (self._grads[leaf], self._params[leaf], *state)
     )
     whole = []
 
@@ -284,9 +282,9 @@ class Leafwise:
     jaxpr = self._closed.jaxpr
     env = dict(zip(jaxpr.constvars, self._closed.consts, strict=True))
     env.update(
-        (var, value)
-        for var, value in zip(self._state, state, strict=True)
-        if not self._leaves[var]
+      (var, value)
+      for var, value in zip(self._state, state, strict=True)
+      if not self._leaves[var]
     )
 
     def rule(eqn, values):
@@ -303,10 +301,10 @@ class Leafwise:
     """The part of ``shared`` that the update of some leaves reads."""
     bits = {1 << leaf for leaf in leaves}
     read = {
-        var
-        for eqn, depends, _ in self._equations
-        if depends in bits
-        for var in variables(eqn)
+      var
+      for eqn, depends, _ in self._equations
+      if depends in bits
+      for var in variables(eqn)
     }
     for leaf in leaves:  # Results that need no equation.
       read.update(self._results(leaf))
@@ -315,19 +313,19 @@ class Leafwise:
   def _results(self, leaf: int) -> list[Any]:
     new_state = [self._new_state[i] for i in self.owned[leaf]]
     return [
-        var
-        for var in (self._new_params[leaf], *new_state)
-        if not isinstance(var, core.Literal)
+      var
+      for var in (self._new_params[leaf], *new_state)
+      if not isinstance(var, core.Literal)
     ]
 
   def update(
-      self,
-      leaves: Sequence[int],
-      grads: Sequence[Any],
-      params: Sequence[Any],
-      state: Sequence[Sequence[Any]],
-      shared: dict[Any, Any],
-      axes: int = 0,
+    self,
+    leaves: Sequence[int],
+    grads: Sequence[Any],
+    params: Sequence[Any],
+    state: Sequence[Sequence[Any]],
+    shared: dict[Any, Any],
+    axes: int = 0,
   ) -> tuple[list[Any], list[list[Any]]]:
     """Updates some leaves.
 
@@ -350,8 +348,8 @@ class Leafwise:
       env.update(zip(names, arrays, strict=True))
     bits = {1 << leaf for leaf in leaves}
     equations = sorted(
-        (each for each in self._equations if each.leaves in bits),
-        key=operator.attrgetter("updates"),
+      (each for each in self._equations if each.leaves in bits),
+      key=operator.attrgetter("updates"),
     )
 
     def rule(eqn, values):
@@ -367,36 +365,36 @@ class Leafwise:
       results = iter(primitive.run(dispatch.update_leaves, updates, values))
       interpret.walk(updates, env, lambda *_, results=results: next(results))
     return (
-        self._read(env, (self._new_params[leaf] for leaf in leaves), axes),
-        [
-            self._read(env, (self._new_state[i] for i in self.owned[leaf]), axes)
-            for leaf in leaves
-        ],
+      self._read(env, (self._new_params[leaf] for leaf in leaves), axes),
+      [
+        self._read(env, (self._new_state[i] for i in self.owned[leaf]), axes)
+        for leaf in leaves
+      ],
     )
 
   def new_shared_state(self, shared: dict[Any, Any]) -> dict[int, Any]:
     """New values of the arrays of the state that belong to no leaf."""
     return {
-        i: self._read(shared, [self._new_state[i]])[0]
-        for i, var in enumerate(self._state)
-        if not self._leaves[var]
+      i: self._read(shared, [self._new_state[i]])[0]
+      for i, var in enumerate(self._state)
+      if not self._leaves[var]
     }
 
   def _read(
-      self, env: dict[Any, Any], atoms: Iterable[Any], axes: int = 0
+    self, env: dict[Any, Any], atoms: Iterable[Any], axes: int = 0
   ) -> list[Any]:
     atoms = list(atoms)
     return self._broadcast(atoms, interpret.read(atoms, env), axes)
 
   def _broadcast(
-      self, atoms: Iterable[Any], values: Iterable[Any], axes: int = 0
+    self, atoms: Iterable[Any], values: Iterable[Any], axes: int = 0
   ) -> list[Any]:
     """Values as they are taken: uniform arrays are held as scalars."""
     return [
-        jnp.broadcast_to(value, shape(atom)[axes:])
-        if isinstance(atom, core.Var) and atom in self._uniform
-        else value
-        for atom, value in zip(atoms, values, strict=True)
+      jnp.broadcast_to(value, shape(atom)[axes:])
+      if isinstance(atom, core.Var) and atom in self._uniform
+      else value
+      for atom, value in zip(atoms, values, strict=True)
     ]
 
 
@@ -418,6 +416,6 @@ def _refuse(opt_state: Any) -> None:
   for node in jax.tree.leaves(opt_state, is_leaf=refused):
     if refused(node):
       raise ValueError(
-          f"Gradient release does not support a {type(node).__name__}:"
-          f" {_REFUSED[type(node)]}"
+        f"Gradient release does not support a {type(node).__name__}:"
+        f" {_REFUSED[type(node)]}"
       )

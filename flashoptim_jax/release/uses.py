@@ -37,17 +37,17 @@ def _refuse(why: str):
 
 
 batching.primitive_batchers[use_p] = _refuse(
-    "was reached inside jax.vmap, where its parameters have one gradient per"
-    " example. Put the jax.vmap inside the function that it calls."
+  "was reached inside jax.vmap, where its parameters have one gradient per"
+  " example. Put the jax.vmap inside the function that it calls."
 )
 ad.primitive_jvps[use_p] = _refuse(
-    "was reached inside jax.grad, jax.jvp or the like within the loss function."
-    " Put those inside the function that it calls."
+  "was reached inside jax.grad, jax.jvp or the like within the loss function."
+  " Put those inside the function that it calls."
 )
 
 
 def mark(
-    values: Sequence[Any], leaves: Sequence[int], index: Sequence[Any]
+  values: Sequence[Any], leaves: Sequence[int], index: Sequence[Any]
 ) -> list[Any]:
   """The values given, with a note that leaves, or slices of them, are used.
 
@@ -75,9 +75,9 @@ class Uses(NamedTuple):
     """Whether every slice of a leaf of that shape is used exactly once."""
     counts = self.counts
     return (
-        counts is not None
-        and counts.shape == shape[: self.axes]
-        and bool((counts == 1).all())
+      counts is not None
+      and counts.shape == shape[: self.axes]
+      and bool((counts == 1).all())
     )
 
 
@@ -107,7 +107,7 @@ class _Counter:
     """Values of a program's results."""
     # What equations compute that are no indices is unknown.
     env: dict[core.Var, Any] = collections.defaultdict(
-        lambda: None, interpret.environment(closed, args, _small_integers)
+      lambda: None, interpret.environment(closed, args, _small_integers)
     )
     equations = self._relevant_equations(closed.jaxpr)
     interpret.walk(equations, env, self._equation, _small_integers)
@@ -118,9 +118,9 @@ class _Counter:
     if id(jaxpr) not in self._relevant:
       self._has_uses.update((id(eqn), _has_uses(eqn)) for eqn in jaxpr.eqns)
       self._relevant[id(jaxpr)] = [
-          eqn
-          for eqn in jaxpr.eqns
-          if self._has_uses[id(eqn)] or all(map(_is_small_integer, eqn.outvars))
+        eqn
+        for eqn in jaxpr.eqns
+        if self._has_uses[id(eqn)] or all(map(_is_small_integer, eqn.outvars))
       ]
     return self._relevant[id(jaxpr)]
 
@@ -139,13 +139,13 @@ class _Counter:
       return self._scan(eqn, values)
     if eqn.primitive is primitives.remat_p:
       raise ValueError(
-          "released_call was reached inside jax.checkpoint. It recomputes its"
-          " function in the backward pass as it is: leave the jax.checkpoint out,"
-          " or put it inside the function, with a policy."
+        "released_call was reached inside jax.checkpoint. It recomputes its"
+        " function in the backward pass as it is: leave the jax.checkpoint out,"
+        " or put it inside the function, with a policy."
       )
     raise ValueError(
-        f"released_call was reached inside {eqn.primitive.name!r}, in which it"
-        " can't be used. Put that inside the function that it calls."
+      f"released_call was reached inside {eqn.primitive.name!r}, in which it"
+      " can't be used. Put that inside the function that it calls."
     )
 
   def _use(self, eqn, values) -> None:
@@ -161,7 +161,7 @@ class _Counter:
       else:
         where = tuple(int(value) for value in index)
         shape = tuple(
-            max(n, i + 1) for n, i in zip(before.counts.shape, where, strict=True)
+          max(n, i + 1) for n, i in zip(before.counts.shape, where, strict=True)
         )
         counts = np.zeros(shape, int)
         counts[tuple(map(slice, before.counts.shape))] = before.counts
@@ -195,7 +195,7 @@ def _subprograms(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
 
 def _has_uses(eqn: core.JaxprEqn) -> bool:
   return eqn.primitive is use_p or any(
-      _has_uses(inner) for jaxpr in _subprograms(eqn) for inner in jaxpr.eqns
+    _has_uses(inner) for jaxpr in _subprograms(eqn) for inner in jaxpr.eqns
   )
 
 
@@ -215,7 +215,7 @@ def _are_indices(array: Any) -> bool:
   """Whether an array, or a type, could be indices, or what they come from."""
   dtype = getattr(array, "dtype", None)
   return (
-      dtype is not None
-      and (dtypes.issubdtype(dtype, np.integer) or dtypes.issubdtype(dtype, np.bool_))
-      and array.size <= _MOST_INTEGERS
+    dtype is not None
+    and (dtypes.issubdtype(dtype, np.integer) or dtypes.issubdtype(dtype, np.bool_))
+    and array.size <= _MOST_INTEGERS
   )

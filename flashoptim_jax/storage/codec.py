@@ -131,11 +131,11 @@ TO_NEAREST = MomentRounding(0x8000, 0.5, 1.0)
 # Multipliers of 2⁻³², of irrational numbers whose multiples, modulo 1, visit the unit
 # interval evenly. All are quadratic, with small numbers in their continued fractions.
 _SEQUENCES = {
-    "master": round((math.sqrt(5) - 1) / 2 * 2**32) | 1,
-    "first_code": round((math.sqrt(2) - 1) * 2**32) | 1,
-    "second_code": round((math.sqrt(3) - 1) * 2**32) | 1,
-    "first_scale": round((math.sqrt(13) - 3) / 2 * 2**32) | 1,
-    "second_scale": round((math.sqrt(21) - 3) / 2 * 2**32) | 1,
+  "master": round((math.sqrt(5) - 1) / 2 * 2**32) | 1,
+  "first_code": round((math.sqrt(2) - 1) * 2**32) | 1,
+  "second_code": round((math.sqrt(3) - 1) * 2**32) | 1,
+  "first_scale": round((math.sqrt(13) - 3) / 2 * 2**32) | 1,
+  "second_scale": round((math.sqrt(21) - 3) / 2 * 2**32) | 1,
 }
 
 
@@ -199,7 +199,7 @@ def rounding_scalars(count: jax.Array) -> dict[str, Any]:
 def moment_rounding(scalars: Any, kind: Kind) -> MomentRounding:
   """The part of :func:`rounding_scalars` for a kind of moments."""
   return MomentRounding(
-      *(scalars[f"{kind}_{part}_rounding"] for part in MomentRounding._fields)
+    *(scalars[f"{kind}_{part}_rounding"] for part in MomentRounding._fields)
   )
 
 
@@ -226,11 +226,11 @@ def scale_shape(shape: tuple[int, ...], group_size: int) -> tuple[int, ...]:
 
 
 def encode(
-    x: jax.Array,
-    kind: Kind,
-    storage: Storage,
-    rounding: MomentRounding = TO_NEAREST,
-    old_scale: jax.Array | None = None,
+  x: jax.Array,
+  kind: Kind,
+  storage: Storage,
+  rounding: MomentRounding = TO_NEAREST,
+  old_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Compands a moment to 8 bits.
 
@@ -253,7 +253,7 @@ def encode(
 
 
 def exact_scale(
-    x: jax.Array, kind: Kind, storage: Storage, old_scale: jax.Array | None = None
+  x: jax.Array, kind: Kind, storage: Storage, old_scale: jax.Array | None = None
 ) -> jax.Array:
   """The scales of :func:`encode`, in float32."""
   largest = group_largest(x, kind, storage.group_size, old_scale)
@@ -278,11 +278,11 @@ def round_scale(scale: jax.Array, rounding: jax.Array | int) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def encode_codes(
-    x: jax.Array,
-    factor: jax.Array,
-    kind: Kind,
-    storage: Storage,
-    rounding: jax.Array | float = 0.5,
+  x: jax.Array,
+  factor: jax.Array,
+  kind: Kind,
+  storage: Storage,
+  rounding: jax.Array | float = 0.5,
 ) -> jax.Array:
   """The codes of :func:`encode`.
 
@@ -317,14 +317,14 @@ def encode_codes(
 @encode_codes.defjvp
 def _encode_codes_jvp(*args):
   raise ValueError(
-      "Can't differentiate through an update of 8-bit moments: their codes are whole"
-      " numbers, without a derivative. Use Storage(moment_bits=32) where steps are"
-      " differentiated."
+    "Can't differentiate through an update of 8-bit moments: their codes are whole"
+    " numbers, without a derivative. Use Storage(moment_bits=32) where steps are"
+    " differentiated."
   )
 
 
 def decode(
-    codes: jax.Array, scale: jax.Array, kind: Kind, storage: Storage
+  codes: jax.Array, scale: jax.Array, kind: Kind, storage: Storage
 ) -> jax.Array:
   """Inverse of :func:`encode`: float32, of the codes' shape."""
   factor = decode_factor(scale.astype(jnp.float32), kind, storage)
@@ -333,7 +333,7 @@ def decode(
 
 
 def encode_factor(
-    s: jax.Array, kind: Kind, storage: Storage, slack: jax.Array | float = 1.0
+  s: jax.Array, kind: Kind, storage: Storage, slack: jax.Array | float = 1.0
 ) -> jax.Array:
   """What an element's root (or, for "paper", it) is multiplied by, once a group.
 
@@ -353,7 +353,7 @@ def decode_factor(s: jax.Array, kind: Kind, storage: Storage) -> jax.Array:
 
 
 def decode_element(
-    c: jax.Array, factor: jax.Array, kind: Kind, storage: Storage
+  c: jax.Array, factor: jax.Array, kind: Kind, storage: Storage
 ) -> jax.Array:
   """The value of a code, given as float32, and its group's decode factor."""
   if storage.companding == "root":
@@ -384,17 +384,15 @@ def _clamped(x: jax.Array, lowest: float, highest: float) -> jax.Array:
 def _where(condition: jax.Array, x, y) -> jax.Array:
   """``jnp.where`` for same-shaped arrays and numbers."""
   array = x if isinstance(x, jax.Array) else y
-  x, y = (
-      v if isinstance(v, jax.Array) else lax.full_like(array, v) for v in (x, y)
-  )
+  x, y = (v if isinstance(v, jax.Array) else lax.full_like(array, v) for v in (x, y))
   return lax.select(condition, x, y)
 
 
 def group_largest(
-    x: jax.Array,
-    kind: Kind,
-    group_size: int,
-    old_scale: jax.Array | None = None,
+  x: jax.Array,
+  kind: Kind,
+  group_size: int,
+  old_scale: jax.Array | None = None,
 ) -> jax.Array:
   """Largest magnitude of each group; NaN where the group holds one.
 
@@ -455,13 +453,13 @@ def _halves(bits: jax.Array, axis: int) -> list[jax.Array]:
   turns = _grouped(bits, axis, 2 * HALF_RUN)
   turn = jnp.max(turns, axis=axis)
   return [
-      jnp.max(lax.slice_in_dim(turn, start, start + HALF_RUN, axis=axis), axis=axis)
-      for start in (0, HALF_RUN)
+    jnp.max(lax.slice_in_dim(turn, start, start + HALF_RUN, axis=axis), axis=axis)
+    for start in (0, HALF_RUN)
   ]
 
 
 def limited_largest(
-    halves: Sequence[jax.Array], old_scale: jax.Array, kind: Kind
+  halves: Sequence[jax.Array], old_scale: jax.Array, kind: Kind
 ) -> jax.Array:
   """The largest magnitude of a group, given those of its halves and its old scale."""
   largest, other = lax.max(*halves), lax.min(*halves)
@@ -473,9 +471,7 @@ def limited_largest(
   return _where(stands_out, limit, largest)
 
 
-def group_expand(
-    s: jax.Array, shape: tuple[int, ...], storage: Storage
-) -> jax.Array:
+def group_expand(s: jax.Array, shape: tuple[int, ...], storage: Storage) -> jax.Array:
   """Gives every element of ``shape`` its group's value; one that has it keeps it."""
   if s.shape == shape:
     return s
@@ -522,7 +518,7 @@ def correction_dtype(dtype, master_bits: int | None):
 
 
 def split(
-    master: jax.Array, dtype, master_bits: int | None
+  master: jax.Array, dtype, master_bits: int | None
 ) -> tuple[jax.Array, jax.Array | None]:
   """Splits master weights into parameters and corrections.
 
@@ -540,7 +536,7 @@ def split(
 
 
 def split_correction(
-    master: jax.Array, dtype, master_bits: int | None
+  master: jax.Array, dtype, master_bits: int | None
 ) -> jax.Array | None:
   """The correction of :func:`split`."""
   corrects = correction_dtype(dtype, master_bits)
@@ -551,15 +547,13 @@ def split_correction(
   # The bits below the parameter's, as a signed number.
   unsigned = jnp.uint8 if master_bits == 24 else jnp.uint16
   low = lax.bitcast_convert_type(
-      _top_bits(master, master_bits).astype(unsigned), corrects
+    _top_bits(master, master_bits).astype(unsigned), corrects
   )
   return _where(jnp.isnan(master), 0, low)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def split_param(
-    master: jax.Array, correction: jax.Array | None, dtype
-) -> jax.Array:
+def split_param(master: jax.Array, correction: jax.Array | None, dtype) -> jax.Array:
   """The parameter of :func:`split`, given its correction.
 
   Reads the correction, so that the two belong together even where ``master`` was
@@ -610,10 +604,10 @@ def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
 
 @jax.custom_jvp
 def advance(
-    param: jax.Array,
-    correction: jax.Array | None,
-    step: jax.Array,
-    threshold: jax.Array | float,
+  param: jax.Array,
+  correction: jax.Array | None,
+  step: jax.Array,
+  threshold: jax.Array | float,
 ) -> jax.Array:
   """Master weights after a step, rounded to what is kept of them.
 
@@ -643,7 +637,7 @@ def advance(
   # The sum is computed twice, so that a step is not rounded to float32's places before
   # the threshold is added: first to know how far apart the sum's places are.
   binade = lax.bitcast_convert_type(
-      _bits(master + step) & jnp.uint32(_SIGN_AND_EXPONENT), jnp.float32
+    _bits(master + step) & jnp.uint32(_SIGN_AND_EXPONENT), jnp.float32
   )
   moved = master + (step + binade * ((threshold - HALF_OF_FLOAT32) * 2.0**-15))
   # Arithmetic makes quiet NaNs, which have a bit that is kept.
@@ -664,7 +658,7 @@ def _merge_jvp(primals, tangents):
 
 
 def residual(
-    master: jax.Array, param: jax.Array, master_bits: int | None
+  master: jax.Array, param: jax.Array, master_bits: int | None
 ) -> jax.Array | None:
   """The correction that brings a given parameter closest to ``master``.
 
@@ -697,7 +691,7 @@ def residual(
 
 
 def store(
-    master: jax.Array, param: jax.Array, update_dtype, master_bits: int | None
+  master: jax.Array, param: jax.Array, update_dtype, master_bits: int | None
 ) -> tuple[jax.Array, jax.Array | None]:
   """What an update leaves behind for new master weights.
 
@@ -718,7 +712,7 @@ def store(
 
 
 def difference(
-    master: jax.Array, param: jax.Array, dtype, master_bits: int | None
+  master: jax.Array, param: jax.Array, dtype, master_bits: int | None
 ) -> jax.Array:
   """The update, in ``dtype``, that takes a parameter to its new value.
 
@@ -733,10 +727,10 @@ def difference(
 
 
 def residual_of_update(
-    master: jax.Array,
-    param: jax.Array,
-    update: jax.Array,
-    master_bits: int | None,
+  master: jax.Array,
+  param: jax.Array,
+  update: jax.Array,
+  master_bits: int | None,
 ) -> jax.Array | None:
   """The correction relative to what ``optax.apply_updates`` will produce.
 

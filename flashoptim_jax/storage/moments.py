@@ -26,12 +26,12 @@ from flashoptim_jax.storage.state import CompressedState, Format
 
 
 def encode_leaf(
-    x: jax.Array,
-    old_scale: jax.Array | None,
-    rounding: codec.MomentRounding,
-    *,
-    kind: Kind,
-    storage: Storage,
+  x: jax.Array,
+  old_scale: jax.Array | None,
+  rounding: codec.MomentRounding,
+  *,
+  kind: Kind,
+  storage: Storage,
 ) -> tuple[jax.Array, jax.Array]:
   """:func:`flashoptim_jax.storage.codec.encode`; codes are sharded as x is."""
   own = jax.typeof(x).sharding
@@ -41,13 +41,13 @@ def encode_leaf(
   if old_scale is not None:
     _, old_scale = _placed(whole, x, old_scale)
   encoded = codec.encode(
-      jax.sharding.reshard(x, whole), kind, storage, rounding, old_scale
+    jax.sharding.reshard(x, whole), kind, storage, rounding, old_scale
   )
   return _placed(own, *encoded)
 
 
 def decode_leaf(
-    codes: jax.Array, scale: jax.Array, *, kind: Kind, storage: Storage
+  codes: jax.Array, scale: jax.Array, *, kind: Kind, storage: Storage
 ) -> jax.Array:
   """:func:`flashoptim_jax.storage.codec.decode`; moments are sharded as their codes."""
   own = jax.typeof(codes).sharding
@@ -59,21 +59,21 @@ def decode_leaf(
 
 
 def _placed(
-    sharding: jax.sharding.NamedSharding, codes: jax.Array, scale: jax.Array
+  sharding: jax.sharding.NamedSharding, codes: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Codes with that sharding, and scales as far as it divides them."""
   spec = partition_specs.divisible(sharding.mesh, sharding.spec, scale.shape)
   return (
-      jax.sharding.reshard(codes, sharding),
-      jax.sharding.reshard(scale, sharding.update(spec=spec)),
+    jax.sharding.reshard(codes, sharding),
+    jax.sharding.reshard(scale, sharding.update(spec=spec)),
   )
 
 
 def _encode_tree(
-    encode: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]],
-    moment: Any,
-    storage: Storage,
-    old: tuple[Any, Any] | None = None,
+  encode: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]],
+  moment: Any,
+  storage: Storage,
+  old: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
   """Values and scales of a moment: codes, or floats beside zeros for small leaves.
 
@@ -93,35 +93,35 @@ def _encode_tree(
     old_values, old_scales = map(treedef.flatten_up_to, old)
     quantized = list(map(state_lib.is_quantized, old_values))
   pairs = [
-      encode(jnp.asarray(leaf).astype(jnp.float32), old_scale)
-      if codes
-      else (leaf, state_lib.zero_scale(leaf, storage.group_size))
-      for leaf, codes, old_scale in zip(leaves, quantized, old_scales, strict=True)
+    encode(jnp.asarray(leaf).astype(jnp.float32), old_scale)
+    if codes
+    else (leaf, state_lib.zero_scale(leaf, storage.group_size))
+    for leaf, codes, old_scale in zip(leaves, quantized, old_scales, strict=True)
   ]
   values, scales = (
-      treedef.unflatten([pair[part] for pair in pairs]) for part in (0, 1)
+    treedef.unflatten([pair[part] for pair in pairs]) for part in (0, 1)
   )
   return values, nnx_metadata.fitted(scales)
 
 
 def _decode_tree(
-    decode: Callable[..., jax.Array], values: Any, scales: Any, *rest: Any
+  decode: Callable[..., jax.Array], values: Any, scales: Any, *rest: Any
 ) -> Any:
   """A moment in floats, given ``decode`` of a leaf's codes, scales and the rest."""
   return jax.tree.map(
-      lambda codes, *others: (
-          decode(codes, *others) if state_lib.is_quantized(codes) else codes
-      ),
-      values,
-      scales,
-      *rest,
+    lambda codes, *others: (
+      decode(codes, *others) if state_lib.is_quantized(codes) else codes
+    ),
+    values,
+    scales,
+    *rest,
   )
 
 
 # One program for each shape, where nothing around it is jitted.
 _encode_to_nearest = jax.jit(
-    functools.partial(encode_leaf, rounding=codec.TO_NEAREST),
-    static_argnames=("kind", "storage"),
+  functools.partial(encode_leaf, rounding=codec.TO_NEAREST),
+  static_argnames=("kind", "storage"),
 )
 
 
@@ -131,13 +131,13 @@ def encode_fields(values: dict[str, Any], state_format: Format) -> dict[str, Any
   storage = state_format.storage
   for name, kind in state_format.moments:
     moment = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf).astype(jnp.float32), values[name]
+      lambda leaf: jnp.asarray(leaf).astype(jnp.float32), values[name]
     )
     if storage.quantizes_moments:
       moment, fields[f"{name}_scale"] = _encode_tree(
-          functools.partial(_encode_to_nearest, kind=kind, storage=storage),
-          moment,
-          storage,
+        functools.partial(_encode_to_nearest, kind=kind, storage=storage),
+        moment,
+        storage,
       )
     fields[name] = moment
   return fields
@@ -150,14 +150,14 @@ def call_now(function: Callable[..., Any], *args: Any, group_size: int | None = 
 
 
 def encode_inner(
-    inner: Any,
-    count: jax.Array,
-    correction: Any,
-    state_format: Format,
-    rounding: codec.Rounding | None = None,
-    *,
-    old: CompressedState | None = None,
-    call: Callable[..., Any] = call_now,
+  inner: Any,
+  count: jax.Array,
+  correction: Any,
+  state_format: Format,
+  rounding: codec.Rounding | None = None,
+  *,
+  old: CompressedState | None = None,
+  call: Callable[..., Any] = call_now,
 ) -> CompressedState:
   """Puts the moments in a transformation's state into their storage.
 
@@ -180,12 +180,12 @@ def encode_inner(
       known = state_lib.subtree(old.inner, name), old.scales[key]
     function = functools.partial(encode_leaf, kind=kind, storage=storage)
     values, new_scales[key] = _encode_tree(
-        lambda x, old_scale: call(
-            function, x, old_scale, how, group_size=storage.group_size
-        ),
-        moment,
-        storage,
-        known,
+      lambda x, old_scale: call(
+        function, x, old_scale, how, group_size=storage.group_size
+      ),
+      moment,
+      storage,
+      known,
     )
     return values
 
@@ -195,7 +195,7 @@ def encode_inner(
 
 
 def decode_inner(
-    state: CompressedState, layout: Any, call: Callable[..., Any] = call_now
+  state: CompressedState, layout: Any, call: Callable[..., Any] = call_now
 ) -> Any:
   """Inverse of :func:`encode_inner`: the transformation's state, in floats.
 
@@ -209,12 +209,12 @@ def decode_inner(
   def decode(name, moment):
     function = functools.partial(decode_leaf, kind=kinds[name], storage=storage)
     return _decode_tree(
-        lambda codes, scale, like: call(
-            function, codes, scale, group_size=storage.group_size
-        ).astype(like.dtype),
-        moment,
-        state.scales[state_lib.scale_name(name)],
-        state_lib.subtree(layout, name),
+      lambda codes, scale, like: call(
+        function, codes, scale, group_size=storage.group_size
+      ).astype(like.dtype),
+      moment,
+      state.scales[state_lib.scale_name(name)],
+      state_lib.subtree(layout, name),
     )
 
   if storage.quantizes_moments:
@@ -244,9 +244,7 @@ def moments(opt_state: optax.OptState) -> dict[str, Any]:
     for name, kind, stored, scales in state_lib.stored_moments(state):
       values = host_memory.to_device(stored)
       if scales is not None:
-        decode = functools.partial(
-            decode_leaf, kind=kind, storage=state.format.storage
-        )
+        decode = functools.partial(decode_leaf, kind=kind, storage=state.format.storage)
         values = _decode_tree(decode, values, host_memory.to_device(scales))
       trees[name] = _join(trees[name], values) if name in trees else values
   return aliasing.apart(trees, opt_state)

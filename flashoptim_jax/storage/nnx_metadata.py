@@ -31,9 +31,9 @@ def fitted(scales: Any) -> Any:
     return isinstance(node, variable)
 
   return jax.tree.map(
-      lambda node: _fit(node) if is_variable(node) else node,
-      scales,
-      is_leaf=is_variable,
+    lambda node: _fit(node) if is_variable(node) else node,
+    scales,
+    is_leaf=is_variable,
   )
 
 
@@ -70,7 +70,9 @@ def _fit_spec(given: Any, mesh: Any, metadata: Any, shape: tuple[int, ...]) -> A
   kept = partition_specs.divisible(mesh, spec, shape)
   if tuple(kept) == tuple(spec):
     return given
-  return PartitionSpec(*(
+  return PartitionSpec(
+    *(
       entry if fits == axes else None
       for entry, axes, fits in zip(given, spec, kept, strict=False)
-  ))
+    )
+  )

@@ -40,21 +40,21 @@ class Storage:
 
   def __post_init__(self):
     for name, options in (
-        ("master_bits", (24, 32, None)),
-        ("moment_bits", (8, 32)),
-        ("companding", ("root", "paper")),
+      ("master_bits", (24, 32, None)),
+      ("moment_bits", (8, 32)),
+      ("companding", ("root", "paper")),
     ):
       value = getattr(self, name)
       if isinstance(value, bool) or value not in options:
         raise ValueError(
-            f"Storage.{name} is {value!r}; expected one of "
-            f"{', '.join(map(repr, options))}."
+          f"Storage.{name} is {value!r}; expected one of "
+          f"{', '.join(map(repr, options))}."
         )
     for name, least in (("group_size", 1), ("min_quantized_size", 0)):
       size = getattr(self, name)
       if isinstance(size, bool) or not isinstance(size, int) or size < least:
         raise ValueError(
-            f"Storage.{name} is {size!r}; expected an int of at least {least}."
+          f"Storage.{name} is {size!r}; expected an int of at least {least}."
         )
 
   @property

@@ -7,9 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from flashoptim_jax.storage import codec
 
 
-def divisible(
-    mesh: Any, spec: PartitionSpec, shape: tuple[int, ...]
-) -> PartitionSpec:
+def divisible(mesh: Any, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
   """A spec, less the mesh axes that don't divide a shape's dimensions.
 
   Args:
@@ -31,7 +29,7 @@ def divisible(
 
 
 def cut_groups(
-    shape: tuple[int, ...], shard_shape: tuple[int, ...], group_size: int
+  shape: tuple[int, ...], shard_shape: tuple[int, ...], group_size: int
 ) -> str | None:
   """How shards cut the groups of a leaf's moments; None if they don't.
 
@@ -46,8 +44,7 @@ def cut_groups(
   length, whole = shard_shape[axis], shape[axis]
   if length != whole and length % group_size:
     return (
-        f"{length} of {whole} elements of axis {axis}, not a multiple of"
-        f" {group_size}"
+      f"{length} of {whole} elements of axis {axis}, not a multiple of {group_size}"
     )
   if codec.group_axis(shard_shape, group_size) != axis:
     return f"groups of shape {shape} lie along another axis than those of {shard_shape}"
@@ -60,7 +57,7 @@ def is_explicit(sharding: NamedSharding) -> bool:
 
 
 def uncut(
-    sharding: NamedSharding, shape: tuple[int, ...], group_size: int
+  sharding: NamedSharding, shape: tuple[int, ...], group_size: int
 ) -> NamedSharding:
   """The sharding, with the axis of the groups whole if it cuts them."""
   if cut_groups(shape, sharding.shard_shape(shape), group_size) is None:

@@ -14,7 +14,7 @@ from flashoptim_jax.storage.state import AnyState, CompressedState
 
 
 def cast_params(
-    params: optax.Params, dtype: Any, keep: Sequence[str] = ()
+  params: optax.Params, dtype: Any, keep: Sequence[str] = ()
 ) -> optax.Params:
   """Casts floating-point parameters, but for the leaves to keep.
 
@@ -46,10 +46,10 @@ def cast_params(
 
 
 def from_fp32(
-    tx: optax.GradientTransformation,
-    params_fp32: optax.Params,
-    dtype: Any = jnp.bfloat16,
-    keep: Sequence[str] = (),
+  tx: optax.GradientTransformation,
+  params_fp32: optax.Params,
+  dtype: Any = jnp.bfloat16,
+  keep: Sequence[str] = (),
 ) -> tuple[optax.Params, optax.OptState]:
   """Starts training from float32 parameters without rounding them away.
 
@@ -74,7 +74,7 @@ def from_fp32(
 
 
 def _start_from_masters(
-    tx: optax.GradientTransformation, masters: optax.Params, opt_state: Any
+  tx: optax.GradientTransformation, masters: optax.Params, opt_state: Any
 ) -> optax.OptState:
   """A state whose transformations in ``compress`` start from master weights.
 
@@ -88,17 +88,17 @@ def _start_from_masters(
   if not any(map(is_compressed, nodes)):
     return opt_state
   return jax.tree.map(
-      lambda node, wide: (
-          wide._replace(correction=node.correction) if is_compressed(node) else node
-      ),
-      opt_state,
-      tx.init(masters),
-      is_leaf=state_lib.is_flash_state,
+    lambda node, wide: (
+      wide._replace(correction=node.correction) if is_compressed(node) else node
+    ),
+    opt_state,
+    tx.init(masters),
+    is_leaf=state_lib.is_flash_state,
   )
 
 
 def split_masters(
-    masters: optax.Params, params: optax.Params, opt_state: optax.OptState
+  masters: optax.Params, params: optax.Params, opt_state: optax.OptState
 ) -> tuple[optax.Params, optax.OptState]:
   """Puts master weights into parameters and the corrections of a state.
 
@@ -168,7 +168,7 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
 
 
 def corrections(
-    params: optax.Params, opt_state: optax.OptState
+  params: optax.Params, opt_state: optax.OptState
 ) -> dict[jax.tree_util.KeyPath, jax.Array]:
   """The corrections that all flash states hold, by their parameter's path.
 
@@ -182,13 +182,11 @@ def corrections(
   for path, correction in found.items():
     leaf = paths.name(path)
     if path not in known:
-      raise ValueError(
-          f"opt_state has a correction for {leaf!r}, which params lacks."
-      )
+      raise ValueError(f"opt_state has a correction for {leaf!r}, which params lacks.")
     if correction.shape != jnp.shape(known[path]):
       raise ValueError(
-          f"Parameter {leaf!r} has shape {jnp.shape(known[path])}, its"
-          f" correction {correction.shape}; expected the same."
+        f"Parameter {leaf!r} has shape {jnp.shape(known[path])}, its"
+        f" correction {correction.shape}; expected the same."
       )
   return found
 

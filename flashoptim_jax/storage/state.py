@@ -61,14 +61,12 @@ def register_with_flax(serialization: Any) -> None:
     found = _format_in(state)
     if found != state_format:
       raise ValueError(
-          f"The state dict at {serialization.current_path()!r} was made by"
-          f" {_with_moments(found)}; this state is of {_with_moments(state_format)}."
+        f"The state dict at {serialization.current_path()!r} was made by"
+        f" {_with_moments(found)}; this state is of {_with_moments(state_format)}."
       )
     return state_format
 
-  serialization.register_serialization_state(
-      Format, to_state_dict, from_state_dict
-  )
+  serialization.register_serialization_state(Format, to_state_dict, from_state_dict)
 
 
 def _format_in(state: Any) -> Any:
@@ -191,9 +189,9 @@ def map_stored(f: Callable[[Any], Any], state: Any) -> Any:
   if isinstance(state, CompressedState):
     names = [name for name, _ in state.format.moments]
     return state._replace(
-        inner=map_subtrees(lambda _, tree: mapped(tree), state.inner, names),
-        scales=mapped(state.scales),
-        correction=mapped(state.correction),
+      inner=map_subtrees(lambda _, tree: mapped(tree), state.inner, names),
+      scales=mapped(state.scales),
+      correction=mapped(state.correction),
     )
   return mapped(state)._replace(count=state.count)
 
@@ -206,22 +204,22 @@ def dotted(path: jax.tree_util.KeyPath) -> str:
 def subtree(tree: Any, name: str) -> Any:
   """The part of a tree at a dotted path."""
   nodes = jax.tree.leaves_with_path(
-      tree,
-      is_leaf=lambda path, _: dotted(path) == name,
-      is_leaf_takes_path=True,
+    tree,
+    is_leaf=lambda path, _: dotted(path) == name,
+    is_leaf_takes_path=True,
   )
   return next(node for path, node in nodes if dotted(path) == name)
 
 
 def map_subtrees(
-    f: Callable[[str, Any], Any], tree: Any, names: Collection[str]
+  f: Callable[[str, Any], Any], tree: Any, names: Collection[str]
 ) -> Any:
   """A tree with ``f(name, part)`` instead of its parts at dotted paths."""
   return jax.tree.map_with_path(
-      lambda path, node: f(dotted(path), node) if dotted(path) in names else node,
-      tree,
-      is_leaf=lambda path, _: dotted(path) in names,
-      is_leaf_takes_path=True,
+    lambda path, node: f(dotted(path), node) if dotted(path) in names else node,
+    tree,
+    is_leaf=lambda path, _: dotted(path) in names,
+    is_leaf_takes_path=True,
   )
 
 
@@ -232,13 +230,13 @@ def check_params(params: Any) -> None:
     dtype = jnp.result_type(leaf)
     if dtype.name not in SUPPORTED_DTYPES:
       hint = (
-          " Wrap the optimizer in optax.contrib.split_real_and_imaginary."
-          if jnp.issubdtype(dtype, jnp.complexfloating)
-          else f" Leave it out with optax.masked or optax.partition. {paths.MODELS}"
+        " Wrap the optimizer in optax.contrib.split_real_and_imaginary."
+        if jnp.issubdtype(dtype, jnp.complexfloating)
+        else f" Leave it out with optax.masked or optax.partition. {paths.MODELS}"
       )
       raise ValueError(
-          f"Parameter {paths.name(path)!r} has dtype {dtype.name}; expected one"
-          f" of {', '.join(SUPPORTED_DTYPES)}.{hint}"
+        f"Parameter {paths.name(path)!r} has dtype {dtype.name}; expected one"
+        f" of {', '.join(SUPPORTED_DTYPES)}.{hint}"
       )
 
 
@@ -265,10 +263,10 @@ def init(params: Any, state_format: Format) -> FlashState:
     if storage.quantizes_moments:
       fields[f"{name}_scale"] = nnx_metadata.fitted(scales())
   return FlashState(
-      count=jnp.zeros([], jnp.int32),
-      correction=zero_correction(params, storage),
-      format=state_format,
-      **fields,
+    count=jnp.zeros([], jnp.int32),
+    correction=zero_correction(params, storage),
+    format=state_format,
+    **fields,
   )
 
 
@@ -290,9 +288,9 @@ def zero_scale(param: Any, group_size: int) -> jax.Array:
   """Scales of a leaf that has seen no update, sharded as the leaf is."""
   shape = codec.scale_shape(jnp.shape(param), group_size)
   sharding = getattr(
-      jax.typeof(param) if isinstance(param, jax.core.Tracer) else param,
-      "sharding",
-      None,
+    jax.typeof(param) if isinstance(param, jax.core.Tracer) else param,
+    "sharding",
+    None,
   )
   if isinstance(sharding, NamedSharding) and any(sharding.spec):
     spec = partition_specs.divisible(sharding.mesh, sharding.spec, shape)
@@ -300,7 +298,7 @@ def zero_scale(param: Any, group_size: int) -> jax.Array:
   else:
     sharding = None
   return lax.full_like(
-      param, 0, dtype=codec.SCALE_DTYPE, shape=shape, sharding=sharding
+    param, 0, dtype=codec.SCALE_DTYPE, shape=shape, sharding=sharding
   )
 
 
@@ -319,9 +317,9 @@ def flash_states(opt_state: Any) -> list[AnyState]:
   found = [node for node in nodes if is_flash_state(node)]
   if not found:
     raise ValueError(
-        "No flash optimizer state found in opt_state, a"
-        f" {type(opt_state).__name__}; expected the state of a transformation"
-        " that contains flashoptim_jax.adamw, adam, sgd, lion or compress."
+      "No flash optimizer state found in opt_state, a"
+      f" {type(opt_state).__name__}; expected the state of a transformation"
+      " that contains flashoptim_jax.adamw, adam, sgd, lion or compress."
     )
   return found
 
@@ -329,9 +327,9 @@ def flash_states(opt_state: Any) -> list[AnyState]:
 def map_flash_states(f: Callable[[Any], AnyState], opt_state: Any) -> Any:
   """``opt_state`` with ``f`` applied to every flash state in it."""
   return jax.tree.map(
-      lambda node: f(node) if is_flash_state(node) else node,
-      opt_state,
-      is_leaf=is_flash_state,
+    lambda node: f(node) if is_flash_state(node) else node,
+    opt_state,
+    is_leaf=is_flash_state,
   )
 
 

@@ -53,7 +53,7 @@ def is_counterpart(node: Any) -> bool:
 def unmarked(tree: Any) -> Any:
   """``tree`` with every :class:`Counterpart` replaced by its state."""
   return jax.tree.map(
-      lambda node: node.state if is_counterpart(node) else node,
-      tree,
-      is_leaf=is_counterpart,
+    lambda node: node.state if is_counterpart(node) else node,
+    tree,
+    is_leaf=is_counterpart,
   )

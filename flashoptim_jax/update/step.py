@@ -12,20 +12,20 @@ from flashoptim_jax.update.transform import LAST, NEW_PARAMS, NewParam, NewParam
 
 # States of wrappers that hand updates through as they are, leaf by leaf.
 _TRANSPARENT = (
-    optax.InjectHyperparamsState,
-    optax.InjectStatefulHyperparamsState,
-    optax.MaskedState,
-    optax.PartitionState,
+  optax.InjectHyperparamsState,
+  optax.InjectStatefulHyperparamsState,
+  optax.MaskedState,
+  optax.PartitionState,
 )
 _MASKING = (optax.MaskedState, optax.PartitionState)
 
 
 def step(
-    tx: optax.GradientTransformation,
-    grads: optax.Updates,
-    opt_state: optax.OptState,
-    params: optax.Params,
-    **extra_args: Any,
+  tx: optax.GradientTransformation,
+  grads: optax.Updates,
+  opt_state: optax.OptState,
+  params: optax.Params,
+  **extra_args: Any,
 ) -> tuple[optax.Params, optax.OptState]:
   """One optimizer step: new parameters and state from gradients.
 
@@ -68,10 +68,8 @@ def step(
   results, opt_state = update(grads, opt_state, params, **extra_args)
   results = paths.leaves_like(results, params, "the updates", "the parameters")
   leaves = [
-      result.value
-      if isinstance(result, NewParam)
-      else optax.apply_updates(leaf, result)
-      for leaf, result in zip(jax.tree.leaves(params), results, strict=True)
+    result.value if isinstance(result, NewParam) else optax.apply_updates(leaf, result)
+    for leaf, result in zip(jax.tree.leaves(params), results, strict=True)
   ]
   opt_state = request.without_lost(results, opt_state)
   return jax.tree.unflatten(jax.tree.structure(params), leaves), opt_state

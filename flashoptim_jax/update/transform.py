@@ -30,8 +30,8 @@ DEFERRED = "flashoptim_deferred"
 PARAM_SHARDINGS = "flashoptim_param_shardings"
 
 LAST = (
-    "A flash optimizer must be the last transformation of a chain, since a later"
-    " one changes the update that its correction was computed for"
+  "A flash optimizer must be the last transformation of a chain, since a later"
+  " one changes the update that its correction was computed for"
 )
 
 
@@ -64,8 +64,8 @@ class NewParam(np.lib.mixins.NDArrayOperatorsMixin):
 
   def _no_value(self, *args: Any, **kwargs: Any) -> NoReturn:
     raise ValueError(
-        f"{LAST}; found one after it that computes with the update of leaf"
-        f" {self.path!r}. Put that before the flash optimizer."
+      f"{LAST}; found one after it that computes with the update of leaf"
+      f" {self.path!r}. Put that before the flash optimizer."
     )
 
   # Looked for, and not called, where it is given to a jitted function.
@@ -95,8 +95,11 @@ class NewParams:
     return all(id(leaf) in self._known for leaf in jax.tree.leaves(params))
 
   def make(
-      self, values: Iterable[Any], names: Iterable[str], old: Iterable[Any],
-      new: Iterable[Any]
+    self,
+    values: Iterable[Any],
+    names: Iterable[str],
+    old: Iterable[Any],
+    new: Iterable[Any],
   ) -> list[Any]:
     """New parameters, given their values, names, old and new corrections."""
     results = list(map(NewParam, values, names, old, new))
@@ -111,22 +114,22 @@ class NewParams:
     """
     arrived = set(map(id, results))
     lost = {
-        id(each.correction): each.old_correction
-        for each in self.made
-        if id(each) not in arrived and each.correction is not None
+      id(each.correction): each.old_correction
+      for each in self.made
+      if id(each) not in arrived and each.correction is not None
     }
     return jax.tree.map(lambda leaf: lost.get(id(leaf), leaf), opt_state)
 
 
 def flash_transformation(
-    rule: Rule,
-    state_format: Format,
-    scalars: Callable[[jax.Array], Scalars],
-    *,
-    plain: Callable[[], optax.GradientTransformation],
-    mask: Any = None,
-    decay: bool,
-    implementation: str | None,
+  rule: Rule,
+  state_format: Format,
+  scalars: Callable[[jax.Array], Scalars],
+  *,
+  plain: Callable[[], optax.GradientTransformation],
+  mask: Any = None,
+  decay: bool,
+  implementation: str | None,
 ) -> optax.GradientTransformationExtraArgs:
   """Makes a transformation of an update rule.
 
@@ -145,8 +148,8 @@ def flash_transformation(
   for moment in rule.moments:
     if moment.name not in ("mu", "nu"):
       raise ValueError(
-          f"The rule {rule.name!r} keeps a moment {moment.name!r}; a FlashState has"
-          " fields for 'mu' and 'nu'."
+        f"The rule {rule.name!r} keeps a moment {moment.name!r}; a FlashState has"
+        " fields for 'mu' and 'nu'."
       )
 
   def init_fn(params):
@@ -163,40 +166,37 @@ def flash_transformation(
       leaves = list(map(_with_update_dtype, leaves))
     flags = _decay_flags(mask, params) if decay else [False] * len(leaves)
     leaves = [
-        leaf.replace(decay=bool(flag))
-        for leaf, flag in zip(leaves, flags, strict=True)
+      leaf.replace(decay=bool(flag)) for leaf, flag in zip(leaves, flags, strict=True)
     ]
     deferred_update = extra_args.get(DEFERRED, False)
     update = primitive.update_leaves if deferred_update else dispatch.update_leaves
     given = extra_args.get(PARAM_SHARDINGS, {})
     known = [given.get(path) for path, _ in jax.tree.leaves_with_path(params)]
     updated = update(
-        UpdateSpec(rule, state_format.storage, implementation, request is not None),
-        leaves,
-        {**scalars(state.count), **codec.rounding_scalars(state.count)},
-        {
-            leaf.path: sharding
-            for leaf, sharding in zip(leaves, known, strict=True)
-            if sharding is not None
-        },
+      UpdateSpec(rule, state_format.storage, implementation, request is not None),
+      leaves,
+      {**scalars(state.count), **codec.rounding_scalars(state.count)},
+      {
+        leaf.path: sharding
+        for leaf, sharding in zip(leaves, known, strict=True)
+        if sharding is not None
+      },
     )
     treedef: Any = jax.tree.structure(params)
     results: list[Any] = [leaf.result for leaf in updated]
     if request is not None:
       results = request.make(
-          results,
-          (leaf.path for leaf in leaves),
-          (leaf.correction for leaf in leaves),
-          (leaf.correction for leaf in updated),
+        results,
+        (leaf.path for leaf in leaves),
+        (leaf.correction for leaf in leaves),
+        (leaf.correction for leaf in updated),
       )
     return treedef.unflatten(results), _new_state(state, treedef, updated, state_format)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def new_params_request(
-    extra_args: Mapping[str, Any], params: Any
-) -> NewParams | None:
+def new_params_request(extra_args: Mapping[str, Any], params: Any) -> NewParams | None:
   """The request for these new parameters, if there is one."""
   request = extra_args.get(NEW_PARAMS)
   if isinstance(request, NewParams) and request.concerns(params):
@@ -205,27 +205,27 @@ def new_params_request(
 
 
 def _leaves(
-    grads: Any, state: FlashState, params: Any, state_format: Format
+  grads: Any, state: FlashState, params: Any, state_format: Format
 ) -> list[Leaf]:
   """Lines up gradients, parameters and state; raises a ValueError if it can't."""
   if not isinstance(state, FlashState):
     raise ValueError(
-        f"The optimizer state is a {type(state).__name__}; expected a"
-        f" FlashState, as {state_format.optimizer}(...).init returns."
+      f"The optimizer state is a {type(state).__name__}; expected a"
+      f" FlashState, as {state_format.optimizer}(...).init returns."
     )
   if state.format != state_format:
     raise ValueError(
-        f"The optimizer state was made by {state.format}; this transformation is"
-        f" {state_format}."
+      f"The optimizer state was made by {state.format}; this transformation is"
+      f" {state_format}."
     )
   state_lib.check_params(params)
   storage = state_format.storage
   # Kernels know leaves, and their shardings, by these names.
   named = [
-      (name, jnp.asarray(leaf))
-      for name, leaf in zip(
-          paths.unique_names(params), jax.tree.leaves(params), strict=True
-      )
+    (name, jnp.asarray(leaf))
+    for name, leaf in zip(
+      paths.unique_names(params), jax.tree.leaves(params), strict=True
+    )
   ]
   grads = paths.leaves_like(grads, params, "the gradients", "the parameters")
 
@@ -238,8 +238,8 @@ def _leaves(
 
   corrections = field("correction")
   moments = [
-      (kind, name, field(name), field(f"{name}_scale"))
-      for name, kind in state_format.moments
+    (kind, name, field(name), field(f"{name}_scale"))
+    for name, kind in state_format.moments
   ]
   leaves = []
   for i, (path, param) in enumerate(named):
@@ -258,16 +258,14 @@ def _leaves(
       scale_dtype = codec.SCALE_DTYPE if storage.quantizes_moments else None
       scale = _expect(f"state's {name}_scale", path, scales[i], shape, scale_dtype)
       pairs.append((codes, scale if quantized else None))
-    leaves.append(
-        Leaf(grad, param, correction, tuple(pairs), path, decay=False)
-    )
+    leaves.append(Leaf(grad, param, correction, tuple(pairs), path, decay=False))
   return leaves
 
 
 def _with_update_dtype(leaf: Leaf) -> Leaf:
   """A leaf whose gradient has the dtype in which its update loses nothing."""
   return leaf.replace(
-      grad=leaf.grad.astype(update_dtype(leaf.grad.dtype, leaf.param.dtype))
+    grad=leaf.grad.astype(update_dtype(leaf.grad.dtype, leaf.param.dtype))
   )
 
 
@@ -277,7 +275,7 @@ def update_dtype(grad_dtype: Any, param_dtype: Any) -> Any:
 
 
 def checked_gradient(
-    path: str, grad: Any, param: jax.Array, extra_axes: int = 0
+  path: str, grad: Any, param: jax.Array, extra_axes: int = 0
 ) -> jax.Array:
   """The gradient of a parameter; raises a ValueError if it can't be that.
 
@@ -290,16 +288,16 @@ def checked_gradient(
   """
   if isinstance(grad, NewParam):
     raise ValueError(
-        f"Leaf {path!r} is updated by two flash optimizers; expected masks or"
-        " labels that give each leaf to one."
+      f"Leaf {path!r} is updated by two flash optimizers; expected masks or"
+      " labels that give each leaf to one."
     )
   grad = jnp.asarray(grad)
   fits = grad.shape[max(extra_axes, 0) :] == jnp.shape(param)
   if not fits or not jnp.issubdtype(grad.dtype, jnp.floating):
     raise ValueError(
-        f"The gradient of {path!r} has shape {grad.shape} and dtype"
-        f" {grad.dtype.name}; expected shape {jnp.shape(param)} and a"
-        " floating-point dtype."
+      f"The gradient of {path!r} has shape {grad.shape} and dtype"
+      f" {grad.dtype.name}; expected shape {jnp.shape(param)} and a"
+      " floating-point dtype."
     )
   return grad
 
@@ -339,16 +337,16 @@ def _decay_flags(mask: Any, params: Any) -> list[bool]:
     return jax.tree.leaves(jax.tree.broadcast(mask, params))
   except ValueError as error:
     raise ValueError(
-        "The weight decay mask is not a prefix of the parameters:"
-        f" {jax.tree.structure(mask)} against {jax.tree.structure(params)}."
+      "The weight decay mask is not a prefix of the parameters:"
+      f" {jax.tree.structure(mask)} against {jax.tree.structure(params)}."
     ) from error
 
 
 def _new_state(
-    state: FlashState,
-    treedef: Any,
-    updated: list[UpdatedLeaf],
-    state_format: Format,
+  state: FlashState,
+  treedef: Any,
+  updated: list[UpdatedLeaf],
+  state_format: Format,
 ) -> FlashState:
   absent = optax.MaskedNode()
   fields = {}
@@ -357,13 +355,14 @@ def _new_state(
     if state_format.storage.quantizes_moments:
       # Leaves that are not quantised keep their zeros.
       old = treedef.flatten_up_to(getattr(state, f"{name}_scale"))
-      fields[f"{name}_scale"] = treedef.unflatten([
+      fields[f"{name}_scale"] = treedef.unflatten(
+        [
           zeros if leaf.moments[i][1] is None else leaf.moments[i][1]
           for leaf, zeros in zip(updated, old, strict=True)
-      ])
+        ]
+      )
   if state_format.storage.master_bits is not None:
-    fields["correction"] = treedef.unflatten([
-        absent if leaf.correction is None else leaf.correction
-        for leaf in updated
-    ])
+    fields["correction"] = treedef.unflatten(
+      [absent if leaf.correction is None else leaf.correction for leaf in updated]
+    )
   return state._replace(count=optax.safe_increment(state.count), **fields)

@@ -20,9 +20,9 @@ TX = optax.chain(optax.clip(1.0), fo.adamw(1e-3, storage=cases.QUANTIZED))
 def make():
   params = cases.tree(cases.TINY_SHAPES)
   return {
-      "params": params,
-      "opt_state": cases.random_state(TX, params, count=17),
-      "step": jnp.int32(17),
+    "params": params,
+    "opt_state": cases.random_state(TX, params, count=17),
+    "step": jnp.int32(17),
   }
 
 
@@ -49,16 +49,16 @@ def test_inspect(saved, monkeypatch):
   nonfinite = {a.path: a.nonfinite for a in found.arrays if a.nonfinite}
   assert nonfinite == {"params/norm": 2}
   assert sum(a.nbytes for a in found.arrays) == sum(
-      leaf.nbytes for leaf in jax.tree.leaves(tree)
+    leaf.nbytes for leaf in jax.tree.leaves(tree)
   )
   state = tree["opt_state"][1]
   for component, part in {
-      "params": tree["params"],
-      "corrections": state.correction,
-      "moments": (state.mu, state.nu),
-      "scales": (state.mu_scale, state.nu_scale),
-      "counts": state.count,
-      "step": tree["step"],
+    "params": tree["params"],
+    "corrections": state.correction,
+    "moments": (state.mu, state.nu),
+    "scales": (state.mu_scale, state.nu_scale),
+    "counts": state.count,
+    "step": tree["step"],
   }.items():
     sizes = [a.nbytes for a in found.arrays if a.component == component]
     assert sum(sizes) == sum(leaf.nbytes for leaf in jax.tree.leaves(part))
@@ -118,7 +118,10 @@ def test_a_state_alone(tmp_path):
   found = inspection.inspect(tmp_path / "0")
   assert found.counts == {"<root>": 0}
   assert {a.component for a in found.arrays} == {
-      "counts", "moments", "scales", "corrections"
+    "counts",
+    "moments",
+    "scales",
+    "corrections",
   }
 
 

@@ -22,21 +22,24 @@ from tests.support.tiers import slow_but
 
 
 @pytest.mark.parametrize(
-    ("name", "storage", "container", "mesh", "saves"),
-    slow_but([
-        ("adamw", "root", "bare", (1, 1), ("sync", "async", "manager")),
-        ("lion", "root", "linen", (1, 1), ("async",)),
-        ("nesterov", "paper", "nnx", (1, 1), ("sync",)),
-        ("adamw_nesterov", "32/32", "bare", (4, 2), ("async",)),
-        ("momentum", "none/8", "linen", (1, 1), ("manager",)),
-        ("sgd", "root", "nnx", (4, 2), ("manager",)),
-    ], ("lion", "root", "linen", (1, 1), ("async",))),
+  ("name", "storage", "container", "mesh", "saves"),
+  slow_but(
+    [
+      ("adamw", "root", "bare", (1, 1), ("sync", "async", "manager")),
+      ("lion", "root", "linen", (1, 1), ("async",)),
+      ("nesterov", "paper", "nnx", (1, 1), ("sync",)),
+      ("adamw_nesterov", "32/32", "bare", (4, 2), ("async",)),
+      ("momentum", "none/8", "linen", (1, 1), ("manager",)),
+      ("sgd", "root", "nnx", (4, 2), ("manager",)),
+    ],
+    ("lion", "root", "linen", (1, 1), ("async",)),
+  ),
 )
 def test_a_restored_run_goes_on_bit_for_bit(
-    name, storage, container, mesh, saves, tmp_path
+  name, storage, container, mesh, saves, tmp_path
 ):
   run = resume.CONTAINERS[container](
-      resume.make_tx(name, storage), resume.make_mesh(mesh)
+    resume.make_tx(name, storage), resume.make_mesh(mesh)
   )
   assert not resume.resumes(run, saves, tmp_path)
 
@@ -51,9 +54,9 @@ def test_across_meshes(tmp_path):
   def step(i, params, opt_state):
     # Gradients that don't depend on the mesh, as a model's sums would.
     grads = jax.tree.map(
-        lambda g, p: jax.device_put(g.astype(p.dtype), p.sharding),
-        resume.draw(i),
-        params,
+      lambda g, p: jax.device_put(g.astype(p.dtype), p.sharding),
+      resume.draw(i),
+      params,
     )
     return update(grads, opt_state, params)
 
@@ -78,9 +81,7 @@ def make_tree(tx, params=None):
 
 def save(path, tree, args=orbax.Save):
   with ocp.Checkpointer(
-      orbax.Handler()
-      if args is orbax.Save
-      else ocp.StandardCheckpointHandler()
+    orbax.Handler() if args is orbax.Save else ocp.StandardCheckpointHandler()
   ) as checkpointer:
     checkpointer.save(path, args=args(tree))
 
@@ -116,23 +117,23 @@ def test_another_tree_is_refused(described, tmp_path):
   taller = {**params, "matrix": jnp.zeros((3, 40), jnp.bfloat16)}
   wide = fo.cast_params(params, jnp.float32)
   refused = [
-      (with_storage(master_bits=32), r"opt_state/1.*flashoptim_jax\.convert"),
-      (with_storage(moment_bits=32), r"opt_state/1.*flashoptim_jax\.convert"),
-      (target(in_chain(optax.adamw(1e-3))), r"opt_state/1"),
-      (target(in_chain(fo.lion(1e-3, storage=cases.QUANTIZED))), r"opt_state/1"),
-      (target(params=taller), r"matrix.*\(2, 40\).*\(3, 40\)"),
-      (
-          {**target(), "params": jax.eval_shape(lambda: wide)},
-          r"params/matrix.*bfloat16.*float32.*flashoptim_jax\.to_fp32",
-      ),
-      ({**target(), "step": jnp.int32(0)}, r"'step', found nothing"),
-      ({"params": target()["params"]}, r"opt_state/1"),
+    (with_storage(master_bits=32), r"opt_state/1.*flashoptim_jax\.convert"),
+    (with_storage(moment_bits=32), r"opt_state/1.*flashoptim_jax\.convert"),
+    (target(in_chain(optax.adamw(1e-3))), r"opt_state/1"),
+    (target(in_chain(fo.lion(1e-3, storage=cases.QUANTIZED))), r"opt_state/1"),
+    (target(params=taller), r"matrix.*\(2, 40\).*\(3, 40\)"),
+    (
+      {**target(), "params": jax.eval_shape(lambda: wide)},
+      r"params/matrix.*bfloat16.*float32.*flashoptim_jax\.to_fp32",
+    ),
+    ({**target(), "step": jnp.int32(0)}, r"'step', found nothing"),
+    ({"params": target()["params"]}, r"opt_state/1"),
   ]
   if described:
     refused += [
-        (with_storage(companding="paper"), r"opt_state/1.*flashoptim_jax\.convert"),
-        (target(in_chain(optax.adamw(1e-3))), r"flashoptim_jax\.to_optax"),
-        (target(in_chain(fo.lion(1e-3, storage=cases.QUANTIZED))), r"no conversion"),
+      (with_storage(companding="paper"), r"opt_state/1.*flashoptim_jax\.convert"),
+      (target(in_chain(optax.adamw(1e-3))), r"flashoptim_jax\.to_optax"),
+      (target(in_chain(fo.lion(1e-3, storage=cases.QUANTIZED))), r"no conversion"),
     ]
   for abstract, message in refused:
     with pytest.raises(ValueError, match=message):
@@ -152,19 +153,19 @@ def test_plain_optax_is_refused_with_a_way_to_come_from_it(tmp_path):
 
 
 ODD_LEAVES = {
-    "typed key": jax.random.key(3),
-    "typed keys": jax.random.split(jax.random.key(3, impl="rbg"), 4),
-    "raw key": jax.random.PRNGKey(3),
-    "int": 7,
-    "float": 0.1,
-    "bool": True,
-    "NumPy int64": np.arange(3),
-    "NumPy float64": np.linspace(0, 1, 3),
-    "NumPy bool": np.array([True, False]),
-    "NumPy scalar": np.int64(5),
-    "NumPy float scalar": np.float64(0.1),
-    "bfloat16 NumPy scalar": jnp.bfloat16(1.5),
-    "int4": jnp.arange(3, dtype=jnp.int4),
+  "typed key": jax.random.key(3),
+  "typed keys": jax.random.split(jax.random.key(3, impl="rbg"), 4),
+  "raw key": jax.random.PRNGKey(3),
+  "int": 7,
+  "float": 0.1,
+  "bool": True,
+  "NumPy int64": np.arange(3),
+  "NumPy float64": np.linspace(0, 1, 3),
+  "NumPy bool": np.array([True, False]),
+  "NumPy scalar": np.int64(5),
+  "NumPy float scalar": np.float64(0.1),
+  "bfloat16 NumPy scalar": jnp.bfloat16(1.5),
+  "int4": jnp.arange(3, dtype=jnp.int4),
 }
 
 
@@ -194,8 +195,8 @@ def test_odd_leaves(args, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("saved", "asked"),
-    [("typed key", "raw key"), ("raw key", "typed key"), ("typed keys", "typed key")],
+  ("saved", "asked"),
+  [("typed key", "raw key"), ("raw key", "typed key"), ("typed keys", "typed key")],
 )
 @pytest.mark.parametrize("args", [orbax.Save, ocp.args.StandardSave])
 def test_other_keys_are_refused(args, saved, asked, tmp_path):
@@ -281,10 +282,10 @@ def test_the_parameters_alone(args, tmp_path):
   restore_args = ocp.checkpoint_utils.construct_restore_args(part)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     found = checkpointer.restore(
-        tmp_path / "0",
-        args=ocp.args.PyTreeRestore(
-            part, restore_args=restore_args, partial_restore=True
-        ),
+      tmp_path / "0",
+      args=ocp.args.PyTreeRestore(
+        part, restore_args=restore_args, partial_restore=True
+      ),
     )
   cases.assert_same(found, {"params": tree["params"]})
 
@@ -333,11 +334,11 @@ def test_descriptions_from_before_small_leaves_were_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "message"),
-    [
-        (2, r"format version 2; this version.* reads 1.*Install a later"),
-        (0, r"format version 0; this version.* reads 1.*Install an earlier"),
-    ],
+  ("version", "message"),
+  [
+    (2, r"format version 2; this version.* reads 1.*Install a later"),
+    (0, r"format version 0; this version.* reads 1.*Install an earlier"),
+  ],
 )
 def test_another_format_version(version, message, tmp_path):
   tree = make_tree(TX)
@@ -352,25 +353,25 @@ STATE = {"optimizer": "adam", "moments": [["mu", "first"]], "storage": {}}
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"format_version": None},
-        {"format_version": "1"},
-        {"format_version": True},
-        {"states": []},
-        {"states": {"opt_state/1": None}},
-        {"states": {"opt_state/1": {"optimizer": "adam"}}},
-        {"states": {"opt_state/1": {**STATE, "storage": 3}}},
-        {"states": {"opt_state/1": {**STATE, "optimizer": []}}},
-        {"states": {"opt_state/1": {**STATE, "moments": [[1, 2]]}}},
-        {"arrays": None},
-        {"arrays": {"x": 3}},
-        {"arrays": {"x": [3, "float32"]}},
-        {"arrays": {"x": [[-3], "float32"]}},
-        {"arrays": {"x": [["3"], "float32"]}},
-        {"arrays": {"x": [[3], "float33"]}},
-        {"arrays": {"x": [[3], None]}},
-    ],
+  "change",
+  [
+    {"format_version": None},
+    {"format_version": "1"},
+    {"format_version": True},
+    {"states": []},
+    {"states": {"opt_state/1": None}},
+    {"states": {"opt_state/1": {"optimizer": "adam"}}},
+    {"states": {"opt_state/1": {**STATE, "storage": 3}}},
+    {"states": {"opt_state/1": {**STATE, "optimizer": []}}},
+    {"states": {"opt_state/1": {**STATE, "moments": [[1, 2]]}}},
+    {"arrays": None},
+    {"arrays": {"x": 3}},
+    {"arrays": {"x": [3, "float32"]}},
+    {"arrays": {"x": [[-3], "float32"]}},
+    {"arrays": {"x": [["3"], "float32"]}},
+    {"arrays": {"x": [[3], "float33"]}},
+    {"arrays": {"x": [[3], None]}},
+  ],
 )
 def test_malformed_descriptions(change, tmp_path):
   """With the right checksum. For inspect too, which would print them."""

@@ -144,9 +144,7 @@ def damage_export(folder: pathlib.Path, flips: int, seed: int) -> Damage:
   return report
 
 
-def _judge(
-  report: Damage, read: Callable[[], Any], tree: Any, what: str
-) -> None:
+def _judge(report: Damage, read: Callable[[], Any], tree: Any, what: str) -> None:
   try:
     restored = read()
   except Exception as error:
@@ -163,9 +161,7 @@ def _judge(
 def tree_of(step: int) -> dict[str, Any]:
   """What the killed process saves at a step: every number tells the step."""
   tx = fo.adamw(1e-3)
-  params = {
-    f"w{i}": jnp.full((SIZE, SIZE), step + i, jnp.bfloat16) for i in range(4)
-  }
+  params = {f"w{i}": jnp.full((SIZE, SIZE), step + i, jnp.bfloat16) for i in range(4)}
   state = jax.tree.map(lambda x: jnp.full_like(x, step % 100), tx.init(params))
   return {"params": params, "opt_state": state}
 

@@ -153,14 +153,17 @@ def nnx_run(tx: Any, mesh: Any) -> Run:
     params, opt_state = start_on(tx, mesh, seed)
     model = Model(params)
     optimizer = fo.flax.Optimizer(model, tx, wrt=nnx.Param)
-    load((model, optimizer), {
-      "model": nnx.as_pure(nnx.state(model)),
-      "opt_state": jax.tree.unflatten(
-        jax.tree.structure(nnx.as_pure(optimizer.opt_state)),
-        jax.tree.leaves(opt_state),
-      ),
-      "step": jax.device_put(jnp.uint32(0), NamedSharding(mesh, P())),
-    })
+    load(
+      (model, optimizer),
+      {
+        "model": nnx.as_pure(nnx.state(model)),
+        "opt_state": jax.tree.unflatten(
+          jax.tree.structure(nnx.as_pure(optimizer.opt_state)),
+          jax.tree.leaves(opt_state),
+        ),
+        "step": jax.device_put(jnp.uint32(0), NamedSharding(mesh, P())),
+      },
+    )
     return model, optimizer
 
   @nnx.jit
@@ -218,9 +221,7 @@ def restore(folder: pathlib.Path, abstract: Any) -> Any:
     with ocp.CheckpointManager(folder) as manager:
       return manager.restore(0, args=fo.checkpoint.Restore(abstract))
   with ocp.Checkpointer(fo.checkpoint.Handler()) as checkpointer:
-    return checkpointer.restore(
-      folder / "0", args=fo.checkpoint.Restore(abstract)
-    )
+    return checkpointer.restore(folder / "0", args=fo.checkpoint.Restore(abstract))
 
 
 SAVES = {"sync": _sync, "async": _async, "manager": _manager}

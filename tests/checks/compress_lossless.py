@@ -91,9 +91,7 @@ def follow(name: str):
   plain = optimizer.make(optimizer.rate)
   tx = fo.compress(plain, STORAGE)
   masters, noise = draw(name)
-  params, state = train(
-    tx, optimizer.needs, *fo.from_fp32(tx, masters), noise
-  )
+  params, state = train(tx, optimizer.needs, *fo.from_fp32(tx, masters), noise)
   desired, plain_state = train(
     plain, optimizer.needs, masters, plain.init(masters), noise
   )

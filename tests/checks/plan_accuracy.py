@@ -20,8 +20,8 @@ import pathlib
 import sys
 
 os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+  "JAX_PLATFORMS": "cpu",
+  "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
 }
 
 import jax
@@ -63,15 +63,13 @@ def gpt2_layer(w, x):
 
 
 def gpt2_embed(w, tokens):
-  return (w["tokens"][tokens] + w["positions"][: tokens.shape[1]]).astype(
-      jnp.bfloat16
-  )
+  return (w["tokens"][tokens] + w["positions"][: tokens.shape[1]]).astype(jnp.bfloat16)
 
 
 def gpt2_top(w, x, targets):
   logits = layer_norm(x, w, "ln_f") @ w["tokens"].T
   return optax.softmax_cross_entropy_with_integer_labels(
-      logits.astype(jnp.float32), targets
+    logits.astype(jnp.float32), targets
   ).mean()
 
 
@@ -94,19 +92,19 @@ def gpt2():
   arrays = models.load("gpt2").stacked_parts
   # 50,257 tokens are not divisible.
   specs = jax.tree.map(
-      lambda a: P(
-          *(
-              roles[role] if n != 50257 else None
-              for n, role in zip(a.shape, a.roles, strict=True)
-          )
-      ),
-      arrays,
-      is_leaf=lambda node: isinstance(node, models.Array),
+    lambda a: P(
+      *(
+        roles[role] if n != 50257 else None
+        for n, role in zip(a.shape, a.roles, strict=True)
+      )
+    ),
+    arrays,
+    is_leaf=lambda node: isinstance(node, models.Array),
   )
   shapes = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16),
-      arrays,
-      is_leaf=lambda node: isinstance(node, models.Array),
+    lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16),
+    arrays,
+    is_leaf=lambda node: isinstance(node, models.Array),
   )
   return models.load("gpt2"), gpt2_loss, shapes, specs
 
@@ -114,22 +112,22 @@ def gpt2():
 def llama_model(name, config):
   """The same for a size of benchmarks/support/llama.py."""
   described = models.from_config(
-      {
-          "model_type": "llama",
-          "vocab_size": config.vocabulary,
-          "hidden_size": config.dim,
-          "intermediate_size": config.hidden,
-          "num_hidden_layers": config.layers,
-          "num_attention_heads": config.heads,
-          "num_key_value_heads": config.kv_heads,
-      },
-      name,
+    {
+      "model_type": "llama",
+      "vocab_size": config.vocabulary,
+      "hidden_size": config.dim,
+      "intermediate_size": config.hidden,
+      "num_hidden_layers": config.layers,
+      "num_attention_heads": config.heads,
+      "num_key_value_heads": config.kv_heads,
+    },
+    name,
   )
   return (
-      described,
-      functools.partial(llama.ordinary_loss, config),
-      llama.structs(config),
-      llama.SPECS,
+    described,
+    functools.partial(llama.ordinary_loss, config),
+    llama.structs(config),
+    llama.SPECS,
   )
 
 
@@ -140,10 +138,10 @@ def arguments_of(model, tx, dtype, mesh, tokens):
   typed = jax.tree.map(lambda struct: struct.update(dtype=dtype), structs)
   params = llama.placed(typed, shardings)
   state = llama.placed(
-      jax.eval_shape(tx.init, params), fo.state_shardings(tx, params, shardings)
+    jax.eval_shape(tx.init, params), fo.state_shardings(tx, params, shardings)
   )
   batch = jax.ShapeDtypeStruct(
-      (mesh.shape["fsdp"], tokens), jnp.int32, sharding=NamedSharding(mesh, P("fsdp"))
+    (mesh.shape["fsdp"], tokens), jnp.int32, sharding=NamedSharding(mesh, P("fsdp"))
   )
   return params, state, batch
 
@@ -152,12 +150,12 @@ def compare(model, sizes):
   """Arguments and gradients, beside the plan's."""
   described, loss, *_ = model
   mesh = Mesh(
-      np.array(jax.devices()[: sizes[0] * sizes[1]]).reshape(sizes),
-      ("fsdp", "tensor"),
-      axis_types=(AxisType.Auto,) * 2,
+    np.array(jax.devices()[: sizes[0] * sizes[1]]).reshape(sizes),
+    ("fsdp", "tensor"),
+    axis_types=(AxisType.Auto,) * 2,
   )
   plan = planning.plan(
-      described, dict(zip(mesh.axis_names, sizes, strict=True)), "h100"
+    described, dict(zip(mesh.axis_names, sizes, strict=True)), "h100"
   )
   results = {}
   for row, (name, dtype) in zip(plan.rows[:2], DTYPES.items(), strict=True):
@@ -165,24 +163,22 @@ def compare(model, sizes):
     params, state, batch = arguments_of(model, tx, dtype, mesh, TOKENS)
     shardings = jax.tree.map(lambda s: s.sharding, (params, state))
     step = jax.jit(
-        llama.train_step(loss, tx),
-        donate_argnums=(0, 1),
-        out_shardings=(None, *shardings),
+      llama.train_step(loss, tx),
+      donate_argnums=(0, 1),
+      out_shardings=(None, *shardings),
     )
     memory = step.lower(params, state, batch, batch).compile().memory_analysis()
-    grads = jax.jit(
-        jax.value_and_grad(loss), out_shardings=(None, shardings[0])
-    )
+    grads = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings[0]))
     returned = grads.lower(params, batch, batch).compile().memory_analysis()
     results[name] = {
-        "params_and_state": {
-            "plan": row.params + row.state,
-            "compiled": memory.argument_size_in_bytes - 2 * llama.per_device(batch),
-        },
-        "gradients": {
-            "plan": row.gradients,
-            "compiled": returned.output_size_in_bytes,
-        },
+      "params_and_state": {
+        "plan": row.params + row.state,
+        "compiled": memory.argument_size_in_bytes - 2 * llama.per_device(batch),
+      },
+      "gradients": {
+        "plan": row.gradients,
+        "compiled": returned.output_size_in_bytes,
+      },
     }
   return results
 
@@ -190,23 +186,23 @@ def compare(model, sizes):
 def main():
   arguments = record.parser(__doc__).parse_args()
   found = {
-      **record.about(),
-      "tokens_per_device": TOKENS,
-      "models": {},
+    **record.about(),
+    "tokens_per_device": TOKENS,
+    "models": {},
   }
   worst = 0.0
   for model in (
-      gpt2(),
-      llama_model("Llama 1.1 B", llama.ONE_BILLION),
-      llama_model("Llama-3-8B", llama.LLAMA3_8B),
+    gpt2(),
+    llama_model("Llama 1.1 B", llama.ONE_BILLION),
+    llama_model("Llama-3-8B", llama.LLAMA3_8B),
   ):
     described = model[0]
     result = {
-        "parameters": described.num_params,
-        "meshes": {
-            "one device": compare(model, (1, 1)),
-            "fsdp=4, tp=2": compare(model, (4, 2)),
-        },
+      "parameters": described.num_params,
+      "meshes": {
+        "one device": compare(model, (1, 1)),
+        "fsdp=4, tp=2": compare(model, (4, 2)),
+      },
     }
     for mesh in result["meshes"].values():
       for row in mesh.values():

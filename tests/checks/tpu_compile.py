@@ -60,18 +60,18 @@ def check(chip: str, optimizer: str, storage: str, shapes, dtype="bfloat16") -> 
   aliased = sum(len(re.findall(r"\{\d*\}: \(\d+, \{\}\)", line)) for line in calls)
   outputs = len(jax.tree.leaves((params, jax.eval_shape(tx.init, params)))) - 1
   return {
-      "chip": chip,
-      "optimizer": optimizer,
-      "storage": storage,
-      "dtype": dtype,
-      "shapes": [list(shape) for shape in shapes],
-      "leaves": len(shapes),
-      "kernels": len(calls),
-      "outputs": outputs,
-      "aliased": aliased,
-      "copies": copies(hlo, set(map(math.prod, shapes))),
-      "temporaries": compiled.memory_analysis().temp_size_in_bytes,
-      "seconds": round(seconds, 1),
+    "chip": chip,
+    "optimizer": optimizer,
+    "storage": storage,
+    "dtype": dtype,
+    "shapes": [list(shape) for shape in shapes],
+    "leaves": len(shapes),
+    "kernels": len(calls),
+    "outputs": outputs,
+    "aliased": aliased,
+    "copies": copies(hlo, set(map(math.prod, shapes))),
+    "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+    "seconds": round(seconds, 1),
   }
 
 
@@ -91,10 +91,10 @@ def quick() -> list[dict]:
   small = [(3, 100, 1000), (4, 64, 320)]
   # XLA keeps the last of each with its axes in another order.
   cases = [
-      ("v4", "adamw", "24/8", [*small, (256, 200)]),
-      ("v5e", "adamw", "24/8", [*small, (2, 384, 64)]),
-      ("v5p", "lion", "24/8", [*small, (40, 5, 72)]),
-      ("v6e", "momentum", "32/32", [*small, (256, 200)]),
+    ("v4", "adamw", "24/8", [*small, (256, 200)]),
+    ("v5e", "adamw", "24/8", [*small, (2, 384, 64)]),
+    ("v5p", "lion", "24/8", [*small, (40, 5, 72)]),
+    ("v6e", "momentum", "32/32", [*small, (256, 200)]),
   ]
   return [check(*case) for case in cases]
 
@@ -109,11 +109,11 @@ def chosen(chip: str) -> dict[str, dict]:
     return jax.sharding.NamedSharding(found, jax.sharding.PartitionSpec("x"))
 
   placements = {
-      "one, no mesh": jax.sharding.SingleDeviceSharding(devices[0]),
-      "one, auto": meshed(devices[:1], auto),
-      "all, explicit": meshed(devices, explicit),
-      "all, auto": meshed(devices, auto),
-      "all, auto, given": meshed(devices, auto),
+    "one, no mesh": jax.sharding.SingleDeviceSharding(devices[0]),
+    "one, auto": meshed(devices[:1], auto),
+    "all, explicit": meshed(devices, explicit),
+    "all, auto": meshed(devices, auto),
+    "all, auto, given": meshed(devices, auto),
   }
   result = {}
   for name, sharding in placements.items():
@@ -122,15 +122,15 @@ def chosen(chip: str) -> dict[str, dict]:
     if name.endswith("given"):
       tx = fo.with_shardings(tx, params, {"w": sharding})
     state = jax.tree.map(
-        lambda a, s=sharding: a.update(sharding=s if a.ndim else None),
-        jax.eval_shape(tx.init, params),
+      lambda a, s=sharding: a.update(sharding=s if a.ndim else None),
+      jax.eval_shape(tx.init, params),
     )
     step = jax.jit(functools.partial(fo.step, tx), donate_argnums=(1, 2))
     compiled = step.lower(params, state, params).compile()
     memory = compiled.memory_analysis()
     result[name] = {
-        "kernels": compiled.as_text().count("tpu_custom_call"),
-        "temporaries": memory.temp_size_in_bytes,
+      "kernels": compiled.as_text().count("tpu_custom_call"),
+      "temporaries": memory.temp_size_in_bytes,
     }
   return result
 
@@ -140,23 +140,23 @@ def orders(chip: str) -> list[dict]:
   sizes = (1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 64, 72, 100, 128, 130, 200, 256, 1000)
   rng = np.random.default_rng(0)
   drawn = {
-      tuple(map(int, rng.choice(sizes, rank))) for rank in (2, 3, 4) for _ in range(150)
+    tuple(map(int, rng.choice(sizes, rank))) for rank in (2, 3, 4) for _ in range(150)
   }
   arrays = [
-      jax.ShapeDtypeStruct(shape, dtype, sharding=single(chip))
-      for shape in sorted({*shapes(), *drawn})
-      for dtype in ("float32", "bfloat16", "int16", "int8")
-      if math.prod(shape) < 1 << 23
+    jax.ShapeDtypeStruct(shape, dtype, sharding=single(chip))
+    for shape in sorted({*shapes(), *drawn})
+    for dtype in ("float32", "bfloat16", "int16", "int8")
+    if math.prod(shape) < 1 << 23
   ]
   compiled = jax.jit(lambda *_: 0, keep_unused=True).lower(*arrays).compile()
   return [
-      {
-          "shape": list(array.shape),
-          "dtype": array.dtype.name,
-          "kept": list(found.layout.major_to_minor),
-          "expected": list(axis_order(array.shape, array.dtype.itemsize)),
-      }
-      for array, found in zip(arrays, compiled.input_formats[0], strict=True)
+    {
+      "shape": list(array.shape),
+      "dtype": array.dtype.name,
+      "kept": list(found.layout.major_to_minor),
+      "expected": list(axis_order(array.shape, array.dtype.itemsize)),
+    }
+    for array, found in zip(arrays, compiled.input_formats[0], strict=True)
   ]
 
 
@@ -176,9 +176,9 @@ def main():
   # Each pair once, on the chips in turn, then each on the next chip: what is done
   # after part of the time says something of all of them.
   cases = [
-      (chips[(turn + i) % len(chips)], *pair)
-      for turn in range(len(chips))
-      for i, pair in enumerate(pairs)
+    (chips[(turn + i) % len(chips)], *pair)
+    for turn in range(len(chips))
+    for i, pair in enumerate(pairs)
   ]
   for i, case in enumerate(cases):
     # One more for each round, or a chip would meet the same shapes in all of them.

@@ -90,9 +90,9 @@ def compare(found, ours, reference, storage) -> None:
   for name in ("mu", "nu"):
     for suffix, kind in (("", "codes"), ("_scale", "scales")):
       for a, b in zip(
-          jax.tree.leaves(getattr(state, name + suffix)),
-          jax.tree.leaves(getattr(other, name + suffix)),
-          strict=True,
+        jax.tree.leaves(getattr(state, name + suffix)),
+        jax.tree.leaves(getattr(other, name + suffix)),
+        strict=True,
       ):
         if a.dtype == jnp.float32:
           key = "float32_moment_units"
@@ -117,8 +117,8 @@ def against_xla(optimizer: str, storage: str, seed: int) -> dict:
   rng = np.random.default_rng(seed)
   make = functools.partial(OPTIMIZERS[optimizer], storage=STORAGES[storage])
   kernel, xla = (
-      jax.jit(functools.partial(fo.step, make(implementation=name)))
-      for name in ("mosaic_tpu", "xla")
+    jax.jit(functools.partial(fo.step, make(implementation=name)))
+    for name in ("mosaic_tpu", "xla")
   )
   params = random_leaves(rng)
   shapes = [[list(leaf.shape), leaf.dtype.name] for leaf in params.values()]
@@ -130,11 +130,11 @@ def against_xla(optimizer: str, storage: str, seed: int) -> dict:
     compare(found, ours, reference, STORAGES[storage])
     params, state = ours
   return {
-      "optimizer": optimizer,
-      "storage": storage,
-      "leaves": shapes,
-      **found,
-      "seconds": round(time.perf_counter() - start, 1),
+    "optimizer": optimizer,
+    "storage": storage,
+    "leaves": shapes,
+    **found,
+    "seconds": round(time.perf_counter() - start, 1),
   }
 
 
@@ -163,9 +163,7 @@ def released(optimizer: str) -> dict:
   keys = jax.random.split(jax.random.key(0), STEPS + 1)
   params = jax.random.normal(keys[0], (LAYERS, DIM, DIM), jnp.bfloat16) / DIM**0.5
   usual = released = params, tx.init(params)
-  release = jax.jit(
-      fo.value_and_release(functools.partial(loss, fo.released_call), tx)
-  )
+  release = jax.jit(fo.value_and_release(functools.partial(loss, fo.released_call), tx))
 
   @jax.jit
   def ordinary(params, state, x):
@@ -180,10 +178,10 @@ def released(optimizer: str) -> dict:
   compare(found, released, usual, STORAGES["24/8"])
   found["loss_difference"] = float(abs(value - expected))
   return {
-      "optimizer": optimizer,
-      "storage": "24/8",
-      **found,
-      "seconds": round(time.perf_counter() - start, 1),
+    "optimizer": optimizer,
+    "storage": "24/8",
+    **found,
+    "seconds": round(time.perf_counter() - start, 1),
   }
 
 
@@ -193,11 +191,11 @@ def main():
   arguments = parser.parse_args()
   only = arguments.only
   result = {
-      **record.about(),
-      "steps": STEPS,
-      "xla_flags": os.environ["XLA_FLAGS"],
-      "against_xla": [],
-      "released": [],
+    **record.about(),
+    "steps": STEPS,
+    "xla_flags": os.environ["XLA_FLAGS"],
+    "against_xla": [],
+    "released": [],
   }
 
   def add(kind, row):

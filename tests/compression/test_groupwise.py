@@ -21,13 +21,15 @@ from tests.support.tiers import slow_but
 
 
 @pytest.mark.parametrize(
-    "tx",
-    slow_but([
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)),
-        contrib.prodigy(),
-        optax.noisy_sgd(1e-2, key=0),
-    ]),
-    ids=["clip", "prodigy", "noise"],
+  "tx",
+  slow_but(
+    [
+      optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)),
+      contrib.prodigy(),
+      optax.noisy_sgd(1e-2, key=0),
+    ]
+  ),
+  ids=["clip", "prodigy", "noise"],
 )
 def test_leaf_by_leaf_is_all_at_once(tx, monkeypatch):
   """Taken apart, a computation is the same."""
@@ -44,16 +46,18 @@ def test_leaf_by_leaf_is_all_at_once(tx, monkeypatch):
 
 # With the temporaries that a step may take, in float32 copies of the largest leaf.
 @pytest.mark.parametrize(
-    ("tx", "most"),
-    slow_but([
-        (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), 2),
-        (contrib.prodigy(), 3),
-        (optax.lamb(1e-2), 2),
-        (contrib.muon(1e-2), 3),
-        # Random bits alone take 4.
-        (optax.chain(optax.novograd(1e-2), optax.noisy_sgd(1e-2, key=0)), 5),
-    ]),
-    ids=["clip", "prodigy", "lamb", "muon", "novograd, noise"],
+  ("tx", "most"),
+  slow_but(
+    [
+      (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), 2),
+      (contrib.prodigy(), 3),
+      (optax.lamb(1e-2), 2),
+      (contrib.muon(1e-2), 3),
+      # Random bits alone take 4.
+      (optax.chain(optax.novograd(1e-2), optax.noisy_sgd(1e-2, key=0)), 5),
+    ]
+  ),
+  ids=["clip", "prodigy", "lamb", "muon", "novograd, noise"],
 )
 def test_leaf_by_leaf_takes_few_temporaries(tx, most, monkeypatch):
   """Taken apart, a computation is the same, with few temporaries."""
@@ -70,9 +74,7 @@ def test_leaf_by_leaf_takes_few_temporaries(tx, most, monkeypatch):
   planned = compiled.memory_analysis().temp_size_in_bytes
   assert planned <= most * 4 * params["a"].size
   actual = compiled(grads, *jax.tree.map(lambda x: x.copy(), (state, params)))
-  cases.assert_masters_close(
-      fo.to_fp32(*actual), fo.to_fp32(*desired), params, 24, 1
-  )
+  cases.assert_masters_close(fo.to_fp32(*actual), fo.to_fp32(*desired), params, 24, 1)
   cases.assert_same(fo.moments(actual[1]), fo.moments(desired[1]))
 
 
@@ -83,9 +85,9 @@ def test_no_float32_copy_of_the_tree(tmp_path):
   # with several.
   command = [sys.executable, compress_temporaries.__file__, "--output", tmp_path]
   subprocess.run(
-      [*command, "--only", "clip, adamw"],
-      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-      check=True,
+    [*command, "--only", "clip, adamw"],
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    check=True,
   )
   found = json.loads((tmp_path / "compress_memory.json").read_text())
   assert found["tree"] > 30

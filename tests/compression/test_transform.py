@@ -32,19 +32,17 @@ from tests.support.meshes import (
 from tests.support.tiers import slow_but
 
 LOSSLESS = fo.Storage(master_bits=32, moment_bits=32)
+
+
 def test_every_export_is_listed():
-  assert optax_optimizers.exported() == {
-      name.partition(",")[0] for name in OPTIMIZERS
-  }
+  assert optax_optimizers.exported() == {name.partition(",")[0] for name in OPTIMIZERS}
 
 
 # Storage that loses nothing.
 
 
 # The others: tests/checks/compress_lossless.py.
-@pytest.mark.parametrize(
-    "name", slow_but(["dpsgd", "momo", "muon"], "momo")
-)
+@pytest.mark.parametrize("name", slow_but(["dpsgd", "momo", "muon"], "momo"))
 def test_lossless_storage_is_the_optimizer_itself(name):
   actual, desired, state, plain_state = compress_lossless.follow(name)
   cases.assert_same_types(state.inner, plain_state)
@@ -65,27 +63,27 @@ def test_lossless_state_starts_from_the_masters():
 
 
 @pytest.mark.parametrize(
-    ("plain", "flash"),
-    slow_but([
-        (
-            optax.adamw(1e-2, weight_decay=0.1),
-            fo.adamw(
-                1e-2,
-                weight_decay=0.1,
-                implementation="xla",
-                storage=cases.QUANTIZED,
-            ),
+  ("plain", "flash"),
+  slow_but(
+    [
+      (
+        optax.adamw(1e-2, weight_decay=0.1),
+        fo.adamw(
+          1e-2,
+          weight_decay=0.1,
+          implementation="xla",
+          storage=cases.QUANTIZED,
         ),
-        (
-            optax.lion(1e-3),
-            fo.lion(1e-3, implementation="xla", storage=cases.QUANTIZED),
-        ),
-    ]),
-    ids=["adamw", "lion"],
+      ),
+      (
+        optax.lion(1e-3),
+        fo.lion(1e-3, implementation="xla", storage=cases.QUANTIZED),
+      ),
+    ]
+  ),
+  ids=["adamw", "lion"],
 )
-@pytest.mark.parametrize(
-    "function", slow_but([cases.jitted_step, cases.jitted_update])
-)
+@pytest.mark.parametrize("function", slow_but([cases.jitted_step, cases.jitted_update]))
 def test_agrees_with_the_flash_optimizer(plain, flash, function):
   params = cases.tree(cases.SMALL_SHAPES)
   compressed = cases.train(fo.compress(plain, cases.QUANTIZED), params, 3, function)
@@ -108,18 +106,18 @@ def test_memory_report():
 
 
 WRAPPED = {
-    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
-    "partition": lambda: optax.partition(
-        {True: optax.adam(1e-2), False: optax.sgd(0.1, 0.9)},
-        lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-    ),
-    "masked": lambda: optax.masked(
-        optax.adam(1e-2), {key: key != "bias" for key in cases.SMALL_SHAPES}
-    ),
-    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adamw)(1e-2),
-    "MultiSteps": lambda: optax.MultiSteps(optax.adam(1e-2), 2),
-    "mu_dtype": lambda: optax.adam(1e-2, mu_dtype=jnp.bfloat16),
-    "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(1e-2), 3),
+  "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
+  "partition": lambda: optax.partition(
+    {True: optax.adam(1e-2), False: optax.sgd(0.1, 0.9)},
+    lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+  ),
+  "masked": lambda: optax.masked(
+    optax.adam(1e-2), {key: key != "bias" for key in cases.SMALL_SHAPES}
+  ),
+  "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adamw)(1e-2),
+  "MultiSteps": lambda: optax.MultiSteps(optax.adam(1e-2), 2),
+  "mu_dtype": lambda: optax.adam(1e-2, mu_dtype=jnp.bfloat16),
+  "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(1e-2), 3),
 }
 
 
@@ -137,32 +135,32 @@ def test_inside_of_compress(name):
     assert cases.types(new_state) == cases.types(state)
     cases.assert_same_types(results, params)
   codes = {
-      leaf.dtype.name
-      for tree in fo.moments(state).values()
-      for leaf in jax.tree.leaves(tree)
+    leaf.dtype.name
+    for tree in fo.moments(state).values()
+    for leaf in jax.tree.leaves(tree)
   }
   assert codes == {"float32"}
   kept = [
-      leaf
-      for leaf in jax.tree.leaves(state)
-      if leaf.dtype in (jnp.float32, jnp.bfloat16) and leaf.shape == (4, 64)
+    leaf
+    for leaf in jax.tree.leaves(state)
+    if leaf.dtype in (jnp.float32, jnp.bfloat16) and leaf.shape == (4, 64)
   ]
   assert len(kept) == (1 if name == "MultiSteps" else 0)  # acc_grads
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
-        lambda tx: optax.partition(
-            {True: tx, False: fo.adamw(1e-2, storage=cases.QUANTIZED)},
-            lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        ),
-        lambda tx: optax.masked(tx, {"matrix": True, "bias": False}),
-        lambda tx: optax.MultiSteps(tx, 1),
-    ],
-    ids=["chain", "partition", "masked", "MultiSteps"],
+  "wrap",
+  [
+    lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+    lambda tx: optax.partition(
+      {True: tx, False: fo.adamw(1e-2, storage=cases.QUANTIZED)},
+      lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    ),
+    lambda tx: optax.masked(tx, {"matrix": True, "bias": False}),
+    lambda tx: optax.MultiSteps(tx, 1),
+  ],
+  ids=["chain", "partition", "masked", "MultiSteps"],
 )
 def test_inside_of_wrappers(wrap):
   """``step`` and ``update`` land on the same parameters."""
@@ -197,29 +195,31 @@ def raveled(tx):
 
 
 @pytest.mark.parametrize(
-    ("tx", "same"),
-    slow_but([
-        (contrib.muon(1e-2, muon_weight_dimension_numbers=NUMBERS), contrib.muon(1e-2)),
-        (
-            contrib.muon(1e-2, muon_weight_dimension_numbers=lambda _: NUMBERS),
-            contrib.muon(1e-2),
+  ("tx", "same"),
+  slow_but(
+    [
+      (contrib.muon(1e-2, muon_weight_dimension_numbers=NUMBERS), contrib.muon(1e-2)),
+      (
+        contrib.muon(1e-2, muon_weight_dimension_numbers=lambda _: NUMBERS),
+        contrib.muon(1e-2),
+      ),
+      (
+        optax.partition(
+          {"matrix": optax.adam(1e-2), "bias": optax.sgd(1e-2, 0.9)}, needs_a_dict
         ),
-        (
-            optax.partition(
-                {"matrix": optax.adam(1e-2), "bias": optax.sgd(1e-2, 0.9)}, needs_a_dict
-            ),
-            optax.partition(
-                {"matrix": optax.adam(1e-2), "bias": optax.sgd(1e-2, 0.9)},
-                {"matrix": "matrix", "bias": "bias"},
-            ),
+        optax.partition(
+          {"matrix": optax.adam(1e-2), "bias": optax.sgd(1e-2, 0.9)},
+          {"matrix": "matrix", "bias": "bias"},
         ),
-        (
-            optax.chain(optax.clip(1.0), optax.flatten(optax.adamw(1e-2))),
-            optax.chain(optax.clip(1.0), optax.adamw(1e-2)),
-        ),
-        (raveled(optax.adamw(1e-2)), optax.adamw(1e-2)),
-    ]),
-    ids=["muon", "muon, function", "partition", "flatten", "ravel"],
+      ),
+      (
+        optax.chain(optax.clip(1.0), optax.flatten(optax.adamw(1e-2))),
+        optax.chain(optax.clip(1.0), optax.adamw(1e-2)),
+      ),
+      (raveled(optax.adamw(1e-2)), optax.adamw(1e-2)),
+    ]
+  ),
+  ids=["muon", "muon, function", "partition", "flatten", "ravel"],
 )
 @pytest.mark.filterwarnings("error")
 def test_init_that_needs_real_parameters(tx, same):
@@ -239,7 +239,7 @@ def test_init_that_needs_real_parameters(tx, same):
   lossless = fo.compress(tx, LOSSLESS)
   masters = fo.cast_params(params, jnp.float32)
   desired, _ = cases.jitted_update(
-      tx, fo.cast_params(grads, jnp.float32), tx.init(masters), masters
+    tx, fo.cast_params(grads, jnp.float32), tx.init(masters), masters
   )
   state = lossless.init(params)
   actual = fo.to_fp32(*cases.jitted_step(lossless, grads, state, params))
@@ -256,7 +256,7 @@ def test_errors():
   with pytest.raises(ValueError, match="without flash optimizers"):
     fo.compress(fo.adam(1e-2, storage=cases.QUANTIZED), cases.QUANTIZED).init(params)
   named = optax.named_chain(
-      ("a", optax.chain(optax.scale_by_adam())), ("a.0", optax.scale_by_adam())
+    ("a", optax.chain(optax.scale_by_adam())), ("a.0", optax.scale_by_adam())
   )
   with pytest.raises(ValueError, match=r"path 'a\.0\.mu'.*\['a\.0'\]\.mu"):
     fo.compress(named).init(params)
@@ -279,9 +279,9 @@ def test_errors():
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [(0,), *(pytest.param(x, marks=pytest.mark.slow) for x in ((), (3, 0), (1,)))],
-    ids=str,
+  "shape",
+  [(0,), *(pytest.param(x, marks=pytest.mark.slow) for x in ((), (3, 0), (1,)))],
+  ids=str,
 )
 def test_odd_leaves(shape):
   tx = fo.compress(optax.adamw(1e-2), cases.QUANTIZED)
@@ -291,6 +291,7 @@ def test_odd_leaves(shape):
 
 
 # Sharded.
+
 
 def sharded_step(tx, mesh, params, grads, state):
   """The compiled step on shards, and its result."""
@@ -314,22 +315,24 @@ def test_sharded(kind):
   cases.assert_same(new_state.inner, jax.device_get(desired_state.inner))
   cases.assert_same(new_state.scales, jax.device_get(desired_state.scales))
   cases.assert_masters_close(
-      fo.to_fp32(new, new_state),
-      fo.to_fp32(desired, desired_state),
-      params,
-      24,
-      1,
+    fo.to_fp32(new, new_state),
+    fo.to_fp32(desired, desired_state),
+    params,
+    24,
+    1,
   )
 
 
 @pytest.mark.parametrize(
-    ("tx", "kind"),
-    slow_but([
-        (optax.lion(1e-2), "manual"),
-        (optax.sgd(1e-2, momentum=0.9), "manual"),
-        (optax.sgd(1e-2, momentum=0.9), "explicit"),
-    ]),
-    ids=["lion, manual", "momentum, manual", "momentum, explicit"],
+  ("tx", "kind"),
+  slow_but(
+    [
+      (optax.lion(1e-2), "manual"),
+      (optax.sgd(1e-2, momentum=0.9), "manual"),
+      (optax.sgd(1e-2, momentum=0.9), "explicit"),
+    ]
+  ),
+  ids=["lion, manual", "momentum, manual", "momentum, explicit"],
 )
 def test_sharded_one_moment(tx, kind):
   tx = fo.compress(tx, cases.QUANTIZED)
@@ -350,7 +353,7 @@ def test_sharded_one_moment(tx, kind):
   cases.assert_same(new_state.inner, desired_state.inner)
   cases.assert_same(new_state.scales, desired_state.scales)
   cases.assert_masters_close(
-      fo.to_fp32(new, new_state), fo.to_fp32(desired, desired_state), params, 24, 1
+    fo.to_fp32(new, new_state), fo.to_fp32(desired, desired_state), params, 24, 1
   )
 
 
@@ -371,8 +374,8 @@ def test_explicit_axes_that_cut_groups():
   desired, desired_state = cases.jitted_step(tx, grads, state, params)
   moments = jax.jit(fo.moments)
   for actual, expected in (
-      ((new, new_state), (desired, desired_state)),
-      (moments(new_state), moments(desired_state)),
+    ((new, new_state), (desired, desired_state)),
+    (moments(new_state), moments(desired_state)),
   ):
     cases.assert_same(*jax.device_get((actual, expected)))
 
@@ -384,8 +387,8 @@ def test_no_more_collectives_than_optax():
   mesh = make_mesh("4x2")
   found = []
   for tx, own in (
-      (fo.compress(optax.lamb(1e-2), cases.QUANTIZED), params),
-      (optax.lamb(1e-2), fo.cast_params(params, jnp.float32)),
+    (fo.compress(optax.lamb(1e-2), cases.QUANTIZED), params),
+    (optax.lamb(1e-2), fo.cast_params(params, jnp.float32)),
   ):
     grads = cases.grads_like(own)
     _, text = sharded_step(tx, mesh, own, grads, tx.init(own))
@@ -437,8 +440,8 @@ def test_gradient_release():
 
   def released(live):
     return sum(
-        fo.released_call(lambda p: jnp.sum(p.astype(jnp.float32) ** 2), live[key])
-        for key in live
+      fo.released_call(lambda p: jnp.sum(p.astype(jnp.float32) ** 2), live[key])
+      for key in live
     )
 
   release = jax.jit(fo.value_and_release(released, tx))

@@ -23,8 +23,8 @@ def no_vectors(params):
 def nest(nesting, module, **storage):
   """A transformation with our optimizers in it, or Optax's."""
   adamw, lion, sgd = (
-      functools.partial(getattr(module, name), **storage)
-      for name in ("adamw", "lion", "sgd")
+    functools.partial(getattr(module, name), **storage)
+    for name in ("adamw", "lion", "sgd")
   )
   masked = {"weight_decay": 0.1, "mask": no_vectors}
 
@@ -35,36 +35,43 @@ def nest(nesting, module, **storage):
 
   def partition():
     inner = {
-        "a": optax.chain(optax.clip(0.5), adamw(SCHEDULE)),
-        "b": inject("lion", 3e-3),
-        "c": sgd(SCHEDULE, 0.9, True),
-        "d": optax.sgd(1e-2),
+      "a": optax.chain(optax.clip(0.5), adamw(SCHEDULE)),
+      "b": inject("lion", 3e-3),
+      "c": sgd(SCHEDULE, 0.9, True),
+      "d": optax.sgd(1e-2),
     }
     return optax.chain(optax.clip(1.0), optax.partition(inner, LABELS))
 
   makers = {
-      "schedule": lambda: adamw(SCHEDULE, **masked),
-      "decay-schedule": lambda: adamw(1e-3, weight_decay=SCHEDULE),
-      "chain": lambda: optax.chain(
-          optax.clip_by_global_norm(1.0), optax.ema(0.9), lion(SCHEDULE)
-      ),
-      "masked": lambda: optax.masked(adamw(1e-3), no_vectors),
-      "inject": lambda: inject("adamw", SCHEDULE, **masked),
-      "inject-sgd": lambda: inject("sgd", 1e-3, momentum=SCHEDULE),
-      "partition": partition,
-      "multi-steps": lambda: optax.MultiSteps(adamw(1e-3), 2),
-      "if-finite": lambda: optax.apply_if_finite(sgd(SCHEDULE, 0.9), 3),
+    "schedule": lambda: adamw(SCHEDULE, **masked),
+    "decay-schedule": lambda: adamw(1e-3, weight_decay=SCHEDULE),
+    "chain": lambda: optax.chain(
+      optax.clip_by_global_norm(1.0), optax.ema(0.9), lion(SCHEDULE)
+    ),
+    "masked": lambda: optax.masked(adamw(1e-3), no_vectors),
+    "inject": lambda: inject("adamw", SCHEDULE, **masked),
+    "inject-sgd": lambda: inject("sgd", 1e-3, momentum=SCHEDULE),
+    "partition": partition,
+    "multi-steps": lambda: optax.MultiSteps(adamw(1e-3), 2),
+    "if-finite": lambda: optax.apply_if_finite(sgd(SCHEDULE, 0.9), 3),
   }
   return makers[nesting]()
 
 
 NESTINGS = (
-    "schedule", "decay-schedule", "chain", "masked", "inject", "inject-sgd",
-    "partition", "multi-steps", "if-finite",
+  "schedule",
+  "decay-schedule",
+  "chain",
+  "masked",
+  "inject",
+  "inject-sgd",
+  "partition",
+  "multi-steps",
+  "if-finite",
 )
 SHAPES = cases.TINY_SHAPES | {
-    "a": ((2, 40), jnp.bfloat16),
-    "b": ((5,), jnp.bfloat16),
+  "a": ((2, 40), jnp.bfloat16),
+  "b": ((5,), jnp.bfloat16),
 }
 LABELS = {"matrix": "a", "norm": "b", "a": "c", "b": "d"}
 
@@ -74,9 +81,9 @@ def assert_same_but_for_sgd_count(actual, desired):
   assert jax.tree.structure(actual) == jax.tree.structure(desired)
   is_state = fo.storage.state.is_flash_state
   for a, b in zip(
-      jax.tree.leaves(actual, is_leaf=is_state),
-      jax.tree.leaves(desired, is_leaf=is_state),
-      strict=True,
+    jax.tree.leaves(actual, is_leaf=is_state),
+    jax.tree.leaves(desired, is_leaf=is_state),
+    strict=True,
   ):
     if is_state(b) and b.format.optimizer in ("sgd", "momentum"):
       assert int(a.count) in (0, int(b.count))
@@ -131,7 +138,7 @@ def test_the_state_is_the_one_that_optax_has(nesting):
   optax_state = fo.to_optax(tx, params, state)
   cases.assert_same_types(optax_state, plain_state)
   for a, b in zip(
-      jax.tree.leaves(optax_state), jax.tree.leaves(plain_state), strict=True
+    jax.tree.leaves(optax_state), jax.tree.leaves(plain_state), strict=True
   ):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
@@ -142,9 +149,9 @@ def test_sgd_with_weight_decay_becomes_a_chain():
   state = cases.random_state(tx, params)
   optax_state, back = to_and_from(tx, params, state)
   chain = optax.chain(
-      optax.trace(0.9),
-      optax.add_decayed_weights(0.1, no_vectors),
-      optax.scale_by_learning_rate(SCHEDULE),
+    optax.trace(0.9),
+    optax.add_decayed_weights(0.1, no_vectors),
+    optax.scale_by_learning_rate(SCHEDULE),
   )
   cases.assert_same_types(optax_state, chain.init(fo.to_fp32(params, state)))
   cases.assert_same(back, state)
@@ -193,10 +200,14 @@ def test_from_optax_without_masters():
 
 
 @cases.every_twin
-@pytest.mark.parametrize("make", [
+@pytest.mark.parametrize(
+  "make",
+  [
     lambda storage: fo.adamw(1e-3, storage=storage),
     lambda storage: fo.compress(optax.adamw(1e-3), storage),
-], ids=["adamw", "compress"])
+  ],
+  ids=["adamw", "compress"],
+)
 def test_leaves_of_one_name(make, twin):
   """Each keeps its own master weight."""
   leaves = cases.tree(cases.SMALL_SHAPES, dtype=jnp.float32).values()
@@ -222,22 +233,22 @@ def test_from_optax_errors():
   good = optax.adamw(SCHEDULE).init(masters)
   bad_shape = good[0]._replace(mu={**good[0].mu, "norm": jnp.zeros(4)})
   for bad, message in [
-      (optax.adam(SCHEDULE).init(masters), "2/count.*expected"),
-      (optax.lion(SCHEDULE).init(masters), r"0/nu/matrix.*found nothing"),
-      ((bad_shape, *good[1:]), r"0/mu/norm.*\(4,\).*expected.*\(5,\)"),
-      (
-          (good[0], good[1], good[2]._replace(count=jnp.int32(4))),
-          r"counts.*\[0, 4\]",
-      ),
-      (tx.init(params), "does not match"),
+    (optax.adam(SCHEDULE).init(masters), "2/count.*expected"),
+    (optax.lion(SCHEDULE).init(masters), r"0/nu/matrix.*found nothing"),
+    ((bad_shape, *good[1:]), r"0/mu/norm.*\(4,\).*expected.*\(5,\)"),
+    (
+      (good[0], good[1], good[2]._replace(count=jnp.int32(4))),
+      r"counts.*\[0, 4\]",
+    ),
+    (tx.init(params), "does not match"),
   ]:
     with pytest.raises(ValueError, match=message):
       fo.from_optax(tx, params, bad)
   with pytest.raises(ValueError, match="No flash optimizer state"):
     fo.from_optax(optax.adamw(1e-3), params, good)
   for bad, message in [
-      ({"norm": masters["norm"]}, r"'matrix' in params_fp32.* none; .*\(2, 40\)"),
-      ({**masters, "matrix": jnp.ones(40)}, r"'matrix' .*\(40,\); .*\(2, 40\)"),
+    ({"norm": masters["norm"]}, r"'matrix' in params_fp32.* none; .*\(2, 40\)"),
+    ({**masters, "matrix": jnp.ones(40)}, r"'matrix' .*\(40,\); .*\(2, 40\)"),
   ]:
     with pytest.raises(ValueError, match=message):
       fo.from_optax(tx, params, good, params_fp32=bad)
@@ -262,8 +273,8 @@ def regression():
   y = np.sin(x @ rng.normal(size=(16, 1))) + 0.3 * rng.normal(size=(512, 1))
   x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
   params = {
-      "first": jnp.asarray(rng.normal(size=(16, 32)) / 4, jnp.float32),
-      "second": jnp.asarray(rng.normal(size=(32, 1)) / 6, jnp.float32),
+    "first": jnp.asarray(rng.normal(size=(16, 32)) / 4, jnp.float32),
+    "second": jnp.asarray(rng.normal(size=(32, 1)) / 6, jnp.float32),
   }
 
   def loss(params):
@@ -307,7 +318,7 @@ def test_training_goes_on_in_either(name):
 
   params, state, first = hundred(tx, *start)
   masters, optax_state, second = hundred(
-      plain, fo.to_fp32(params, state), fo.to_optax(tx, params, state)
+    plain, fo.to_fp32(params, state), fo.to_optax(tx, params, state)
   )
   params, _ = fo.from_fp32(tx, masters)
   state = fo.from_optax(tx, params, optax_state, params_fp32=masters)
@@ -318,21 +329,37 @@ def test_training_goes_on_in_either(name):
   assert straight[2][-1] < 0.7 * straight[0][0]
 
 
-STORAGES = {**cases.STORAGES, "32/8": fo.Storage(master_bits=32, min_quantized_size=0),
-            "24/32": fo.Storage(moment_bits=32)}
+STORAGES = {
+  **cases.STORAGES,
+  "32/8": fo.Storage(master_bits=32, min_quantized_size=0),
+  "24/32": fo.Storage(moment_bits=32),
+}
 
 
-@pytest.mark.parametrize(("source", "target"), slow_but([
-    ("root", "root"), ("root", "paper"), ("root", "32/32"), ("root", "none/8"),
-    ("paper", "root"), ("none/8", "24/32"), ("32/32", "root"),
-    ("32/8", "paper"), ("24/32", "none/8"),
-], ("root", "paper"), ("24/32", "none/8")))
+@pytest.mark.parametrize(
+  ("source", "target"),
+  slow_but(
+    [
+      ("root", "root"),
+      ("root", "paper"),
+      ("root", "32/32"),
+      ("root", "none/8"),
+      ("paper", "root"),
+      ("none/8", "24/32"),
+      ("32/32", "root"),
+      ("32/8", "paper"),
+      ("24/32", "none/8"),
+    ],
+    ("root", "paper"),
+    ("24/32", "none/8"),
+  ),
+)
 def test_convert(source, target):
   """Masters and moments are kept as well as the target can."""
   old, new = STORAGES[source], STORAGES[target]
   tx_from, tx_to = (
-      optax.chain(optax.clip(1.0), fo.adamw(SCHEDULE, storage=storage))
-      for storage in (old, new)
+    optax.chain(optax.clip(1.0), fo.adamw(SCHEDULE, storage=storage))
+    for storage in (old, new)
   )
   params = cases.tree(cases.TINY_SHAPES)
   before = params, cases.random_state(tx_from, params)
@@ -343,9 +370,9 @@ def test_convert(source, target):
   same_bits = new.master_bits == old.master_bits
   rtol = 0 if same_bits else {24: 2.0**-16, 32: 0, None: 2.0**-8}[new.master_bits]
   for a, b in zip(
-      jax.tree.leaves(fo.to_fp32(*after)),
-      jax.tree.leaves(fo.to_fp32(*before)),
-      strict=True,
+    jax.tree.leaves(fo.to_fp32(*after)),
+    jax.tree.leaves(fo.to_fp32(*before)),
+    strict=True,
   ):
     np.testing.assert_allclose(a, b, rtol=rtol, atol=0)
   moments, old_moments = fo.moments(after[1]), fo.moments(before[1])
@@ -365,17 +392,14 @@ def test_convert(source, target):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_convert_to_more_bits_and_back_is_exact(target, dtype):
   tx, wide = (
-      fo.adamw(1e-3, storage=storage)
-      for storage in (cases.QUANTIZED, STORAGES[target])
+    fo.adamw(1e-3, storage=storage) for storage in (cases.QUANTIZED, STORAGES[target])
   )
   params = cases.tree(cases.TINY_SHAPES, dtype=dtype)
   before = params, cases.random_state(tx, params)
   if dtype == jnp.float16:  # Its corrections stop at -127.
     correction = jax.tree.map(lambda c: jnp.maximum(c, -127), before[1].correction)
     before = params, before[1]._replace(correction=correction)
-  cases.assert_same(
-      fo.convert(wide, tx, *fo.convert(tx, wide, *before)), before
-  )
+  cases.assert_same(fo.convert(wide, tx, *fo.convert(tx, wide, *before)), before)
 
 
 def test_convert_finds_every_state():
@@ -393,9 +417,9 @@ def test_convert_errors():
   tx = fo.adamw(1e-3, storage=cases.QUANTIZED)
   state = tx.init(params)
   for tx_to, message in [
-      (fo.lion(1e-3), "'<root>' is the state of flashoptim_jax.adam of tx_from"),
-      (optax.chain(fo.adamw(1e-3)), "differ in more than storage"),
-      (optax.adamw(1e-3), "differ in more than storage"),
+    (fo.lion(1e-3), "'<root>' is the state of flashoptim_jax.adam of tx_from"),
+    (optax.chain(fo.adamw(1e-3)), "differ in more than storage"),
+    (optax.adamw(1e-3), "differ in more than storage"),
   ]:
     with pytest.raises(ValueError, match=message):
       fo.convert(tx, tx_to, params, state)

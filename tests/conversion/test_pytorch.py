@@ -15,12 +15,15 @@ from tests.support import cases
 from tests.support.tiers import slow_but
 
 SHAPES = {"0.weight": (5, 13), "0.bias": (5,), "2.weight": (2, 5)}
-KEYS = {"adamw": {"mu": "exp_avg", "nu": "exp_avg_sq"}, "lion": {"mu": "exp_avg"},
-        "sgd": {"mu": "momentum_buffer"}}
+KEYS = {
+  "adamw": {"mu": "exp_avg", "nu": "exp_avg_sq"},
+  "lion": {"mu": "exp_avg"},
+  "sgd": {"mu": "momentum_buffer"},
+}
 TX = {
-    "adamw": fo.adamw(1e-3, storage=cases.QUANTIZED),
-    "lion": fo.lion(1e-3, storage=cases.QUANTIZED),
-    "sgd": fo.sgd(1e-3, 0.9, storage=cases.QUANTIZED),
+  "adamw": fo.adamw(1e-3, storage=cases.QUANTIZED),
+  "lion": fo.lion(1e-3, storage=cases.QUANTIZED),
+  "sgd": fo.sgd(1e-3, 0.9, storage=cases.QUANTIZED),
 }
 
 
@@ -74,9 +77,7 @@ def make(name, bits=24, quantize=True, dtype=ml_dtypes.bfloat16):
       own[f"{stored}::scales"] = scales.view(dtype) if bf16 else scales
       s = np.repeat(scales.astype(float), 32)[: value.size].reshape(shape)
       n = codes.astype(float) / (127 if moment == "mu" else 255)
-      moments[moment][key] = (
-          n / (2 - np.abs(n)) * s if moment == "mu" else (n * s) ** 2
-      )
+      moments[moment][key] = n / (2 - np.abs(n)) * s if moment == "mu" else (n * s) ** 2
     state[index] = own
   width = {24: 3, 32: 4, None: 0}[bits]
   group = {"params": [0, 1, 2], "lr": 1e-3, "master_bytewidth": width}
@@ -111,19 +112,17 @@ def test_training_goes_on_from_it(storage):
 
   def to_tree(arrays):
     return {
-        "first": {"kernel": arrays["0.weight"].T, "bias": arrays["0.bias"]},
-        "second": {"kernel": arrays["2.weight"].T},
+      "first": {"kernel": arrays["0.weight"].T, "bias": arrays["0.bias"]},
+      "second": {"kernel": arrays["2.weight"].T},
     }
 
   tx = optax.chain(optax.clip(1.0), fo.adamw(1e-3, storage=storage))
-  params, state = fo.from_pytorch(
-      tx, model, optimizer, to_tree=to_tree, keep="*bias"
-  )
+  params, state = fo.from_pytorch(tx, model, optimizer, to_tree=to_tree, keep="*bias")
   rtol = 2.0**-16 if storage.master_bits == 24 else 3e-7
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol),
-      fo.to_fp32(params, state),
-      to_tree(masters),
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol),
+    fo.to_fp32(params, state),
+    to_tree(masters),
   )
   assert params["first"]["bias"].dtype == jnp.float32
   assert params["first"]["kernel"].dtype == jnp.bfloat16
@@ -131,9 +130,9 @@ def test_training_goes_on_from_it(storage):
   found = fo.moments(state)
   for moment, exact in moments.items():
     for a, b in zip(
-        jax.tree.leaves(found[moment]),
-        jax.tree.leaves(to_tree(exact)),
-        strict=True,
+      jax.tree.leaves(found[moment]),
+      jax.tree.leaves(to_tree(exact)),
+      strict=True,
     ):
       root = np.sqrt(np.abs(b))
       limit = root.max() / 100 if storage.moment_bits == 8 else 1e-6 * root
@@ -155,18 +154,19 @@ def test_names_and_groups():
   group = optimizer["param_groups"][0]
   # Two groups, another order, a frozen parameter and a buffer.
   optimizer["param_groups"] = [
-      {**group, "params": [1]}, {**group, "params": [0, 2]},
+    {**group, "params": [1]},
+    {**group, "params": [0, 2]},
   ]
   del optimizer["state"][2]
   order = ["0.bias", "0.weight", "2.weight"]
   model = {"steps": np.int64(3), **{name: model[name] for name in SHAPES}}
   decoded = pytorch.decode(model, optimizer, order)
   assert_close(
-      {name: decoded.masters[name] for name in order[:2]},
-      {name: masters[name] for name in order[:2]},
+    {name: decoded.masters[name] for name in order[:2]},
+    {name: masters[name] for name in order[:2]},
   )
   np.testing.assert_array_equal(
-      decoded.masters["2.weight"], model["2.weight"].astype(np.float32)
+    decoded.masters["2.weight"], model["2.weight"].astype(np.float32)
   )
   assert not decoded.moments["mu"]["2.weight"].any()
   for group in optimizer["param_groups"]:
@@ -184,7 +184,7 @@ def test_errors():
     fo.from_pytorch(TX["adamw"], model, optimizer, names=["x", "y", "z"])
   with pytest.raises(ValueError, match=r"0.bias' has shape \(5, 13\)"):
     fo.from_pytorch(
-        TX["adamw"], model, optimizer, names=["0.bias", "0.weight", "2.weight"]
+      TX["adamw"], model, optimizer, names=["0.bias", "0.weight", "2.weight"]
     )
   optimizer["param_groups"][0]["master_bytewidth"] = 5
   with pytest.raises(ValueError, match="5 bytes; expected bfloat16 or float16"):
@@ -220,31 +220,31 @@ SCALES = "exp_avg::scales"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (of(0, error_bits=BITS[0]), r"'0.weight' have shape \(13,\)"),
-        (of(0, error_bits=BITS[None]), r"'0.weight' have shape \(1, 5, 13\)"),
-        (of(0, error_bits=BITS + np.nan), "'0.weight' are not all whole numbers"),
-        (of(0, error_bits=BITS + 0.5), "'0.weight' are not all whole numbers"),
-        (of(0, error_bits=BITS + 200.0), "'0.weight' are not all whole numbers"),
-        (of(0, error_bits=BITS.astype("f4")), "'0.weight'.*float32; expected.*int16"),
-        (of(0, **{SCALES: np.ones(4, "f2")}), "'0.weight' has 4 scales.* 3, one"),
-        (of(0, **{SCALES: np.ones(2, "f2")}), "exp_avg of '0.weight' has 2 scales"),
-        (without(0, SCALES), "exp_avg of '0.weight' has 0 scales"),
-        (without(0, "exp_avg::quantized"), "'0.weight' has scales and no codes"),
-        (without(0, SCALES, "exp_avg::quantized"), "'0.weight' has no mu"),
-        (of(1, step=-7), "step of '0.bias' is -7; expected"),
-        (of(1, step=np.float32(np.nan)), "step of '0.bias' is nan; expected"),
-        (of(1, step=2.5), "step of '0.bias' is 2.5; expected"),
-        (of(1, step=2**31), "step of '0.bias' is 2147483648; expected"),
-        (of(1, step=np.arange(2)), "step of '0.bias' is"),
-        (of(1, step=8), "different numbers of steps"),
-        (of_group(params=[0, 1, 1]), "1 is 2 times among the parameters"),
-        (of_group(param_names=["0.bias", "x", "x"]), "'x' is 2 times among names"),
-        (lambda optimizer: optimizer["state"].update({3: {}}), "parameter 3, which"),
-        (lambda optimizer: optimizer.pop("state"), "no 'state'"),
-        (lambda optimizer: optimizer.pop("param_groups"), "no 'param_groups'"),
-    ],
+  ("change", "message"),
+  [
+    (of(0, error_bits=BITS[0]), r"'0.weight' have shape \(13,\)"),
+    (of(0, error_bits=BITS[None]), r"'0.weight' have shape \(1, 5, 13\)"),
+    (of(0, error_bits=BITS + np.nan), "'0.weight' are not all whole numbers"),
+    (of(0, error_bits=BITS + 0.5), "'0.weight' are not all whole numbers"),
+    (of(0, error_bits=BITS + 200.0), "'0.weight' are not all whole numbers"),
+    (of(0, error_bits=BITS.astype("f4")), "'0.weight'.*float32; expected.*int16"),
+    (of(0, **{SCALES: np.ones(4, "f2")}), "'0.weight' has 4 scales.* 3, one"),
+    (of(0, **{SCALES: np.ones(2, "f2")}), "exp_avg of '0.weight' has 2 scales"),
+    (without(0, SCALES), "exp_avg of '0.weight' has 0 scales"),
+    (without(0, "exp_avg::quantized"), "'0.weight' has scales and no codes"),
+    (without(0, SCALES, "exp_avg::quantized"), "'0.weight' has no mu"),
+    (of(1, step=-7), "step of '0.bias' is -7; expected"),
+    (of(1, step=np.float32(np.nan)), "step of '0.bias' is nan; expected"),
+    (of(1, step=2.5), "step of '0.bias' is 2.5; expected"),
+    (of(1, step=2**31), "step of '0.bias' is 2147483648; expected"),
+    (of(1, step=np.arange(2)), "step of '0.bias' is"),
+    (of(1, step=8), "different numbers of steps"),
+    (of_group(params=[0, 1, 1]), "1 is 2 times among the parameters"),
+    (of_group(param_names=["0.bias", "x", "x"]), "'x' is 2 times among names"),
+    (lambda optimizer: optimizer["state"].update({3: {}}), "parameter 3, which"),
+    (lambda optimizer: optimizer.pop("state"), "no 'state'"),
+    (lambda optimizer: optimizer.pop("param_groups"), "no 'param_groups'"),
+  ],
 )
 def test_broken_states(change, message):
   model, optimizer, _, _ = make("adamw", 32 if "int16" in message else 24)
@@ -295,9 +295,9 @@ def test_files(tmp_path):
   loaded = fo.load_pytorch(tmp_path / "checkpoint.pt")
   for source in (loaded, tensors):
     for a, b in zip(
-        jax.tree.leaves(dataclasses.asdict(pytorch.decode(*source))),
-        jax.tree.leaves(dataclasses.asdict(pytorch.decode(model, optimizer))),
-        strict=True,
+      jax.tree.leaves(dataclasses.asdict(pytorch.decode(*source))),
+      jax.tree.leaves(dataclasses.asdict(pytorch.decode(model, optimizer))),
+      strict=True,
     ):
       np.testing.assert_array_equal(a, b)
 

@@ -25,9 +25,9 @@ BITS = pytest.mark.parametrize("bits", slow_but([24, 32, None]))
 def make(bits=24, dtype=jnp.bfloat16):
   """float32 parameters, and what training starts from."""
   masters = {
-      "layers": [{"kernel": draw(i, (6, 40)), "bias": draw(i, (40,))} for i in (0, 1)],
-      "scale": draw(2, ()),
-      "empty": jnp.zeros((0, 4)),
+    "layers": [{"kernel": draw(i, (6, 40)), "bias": draw(i, (40,))} for i in (0, 1)],
+    "scale": draw(2, ()),
+    "empty": jnp.zeros((0, 4)),
   }
   tx = fo.adamw(1e-3, storage=fo.Storage(master_bits=bits, min_quantized_size=0))
   return masters, tx, fo.from_fp32(tx, masters, dtype, keep="*bias")
@@ -56,15 +56,11 @@ def test_other_dtypes(tmp_path):
   path = tmp_path / "model.safetensors"
   _, _, (params, state) = make(dtype=jnp.float16)
   fo.export_safetensors(path, params, state)
-  cases.assert_same(
-      fo.import_safetensors(path, params), fo.to_fp32(params, state)
-  )
+  cases.assert_same(fo.import_safetensors(path, params), fo.to_fp32(params, state))
   params = {"w": jnp.ones(3, jnp.bfloat16)}
   more = {**params, "ids": jnp.arange(3), "mask": jnp.array([True, False])}
   fo.export_safetensors(path, more, tx.init(params))
-  cases.assert_same(
-      fo.import_safetensors(path, more), {**more, "w": jnp.ones(3)}
-  )
+  cases.assert_same(fo.import_safetensors(path, more), {**more, "w": jnp.ones(3)})
 
 
 def test_the_library_reads_what_is_written(tmp_path):
@@ -72,12 +68,16 @@ def test_the_library_reads_what_is_written(tmp_path):
   fo.export_safetensors(tmp_path / "a.safetensors", params, state)
   tensors = safetensors.numpy.load_file(tmp_path / "a.safetensors")
   assert set(tensors) == {
-      "layers.0.kernel", "layers.0.bias", "layers.1.kernel", "layers.1.bias",
-      "scale", "empty",
+    "layers.0.kernel",
+    "layers.0.bias",
+    "layers.1.kernel",
+    "layers.1.bias",
+    "scale",
+    "empty",
   }
   masters = fo.to_fp32(params, state)
   np.testing.assert_array_equal(
-      tensors["layers.1.kernel"], masters["layers"][1]["kernel"]
+    tensors["layers.1.kernel"], masters["layers"][1]["kernel"]
   )
   with safetensors.safe_open(tmp_path / "a.safetensors", "numpy") as file:
     assert file.metadata() == {"format": "pt"}
@@ -114,9 +114,7 @@ def test_rename(tmp_path):
 
 def test_sharded_arrays(tmp_path):
   masters, _, (params, state) = make()
-  mesh = jax.make_mesh(
-      (2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-  )
+  mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   sharding = NamedSharding(mesh, P("x", "y"))
   for layer in params["layers"]:
     layer["kernel"] = jax.device_put(layer["kernel"], sharding)
@@ -133,13 +131,11 @@ def test_sharded_arrays(tmp_path):
 def test_blocks_make_up_the_array(shape, limit):
   x = np.arange(np.prod(shape, dtype=int)).reshape(shape)
   found = [
-      x[tuple(slice(a, a + n) for a, n in zip(start, sizes, strict=True))].ravel()
-      for start, sizes in module._blocks(shape, limit)
+    x[tuple(slice(a, a + n) for a, n in zip(start, sizes, strict=True))].ravel()
+    for start, sizes in module._blocks(shape, limit)
   ]
   assert all(block.size <= limit for block in found)
-  np.testing.assert_array_equal(
-      np.concatenate([*found, np.array([], int)]), x.ravel()
-  )
+  np.testing.assert_array_equal(np.concatenate([*found, np.array([], int)]), x.ravel())
 
 
 def test_large_leaves_go_block_by_block(tmp_path, monkeypatch):
@@ -168,7 +164,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 EXPORTS = pytest.mark.parametrize(
-    ("older", "newer"), [(None, 1000), (1000, None), (1000, 1000), (1000, 1500)]
+  ("older", "newer"), [(None, 1000), (1000, None), (1000, 1000), (1000, 1500)]
 )
 
 
@@ -200,7 +196,7 @@ def test_a_newer_export_replaces_the_older(older, newer, tmp_path):
 @pytest.mark.parametrize("killed", [True, False])
 @EXPORTS
 def test_an_interrupted_export_mixes_nothing(
-    older, newer, killed, tmp_path, monkeypatch
+  older, newer, killed, tmp_path, monkeypatch
 ):
   """At every change of the folder: the old tensors, or the new, or an error.
 
@@ -241,8 +237,8 @@ def test_an_interrupted_export_mixes_nothing(
       seen.append("both")
     else:
       same = [
-          all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(each)))
-          for each in masters
+        all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(each)))
+        for each in masters
       ]
       assert sum(same) == 1
       seen.append(("old", "new")[same.index(True)])
@@ -302,19 +298,19 @@ FLOATS = "F32 or BF16 or F16"
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size", "like", "expected"),
-    [
-        ("I64", 32, jnp.int32, "I32"),
-        ("U8", 4, jnp.int8, "I8"),
-        ("I32", 16, jnp.float32, FLOATS),
-        ("BOOL", 4, jnp.bfloat16, FLOATS),
-        ("F32", 16, jnp.int32, "I32"),
-        ("F32", 16, jnp.bool, "BOOL"),
-        ("F64", 32, jnp.float32, FLOATS),
-        ("F8_E4M3", 4, jnp.bfloat16, FLOATS),
-        ("F8_E5M2", 4, jnp.float8_e5m2, "none"),
-        ("F32", 16, jax.random.key(0).dtype, "none"),
-    ],
+  ("dtype", "size", "like", "expected"),
+  [
+    ("I64", 32, jnp.int32, "I32"),
+    ("U8", 4, jnp.int8, "I8"),
+    ("I32", 16, jnp.float32, FLOATS),
+    ("BOOL", 4, jnp.bfloat16, FLOATS),
+    ("F32", 16, jnp.int32, "I32"),
+    ("F32", 16, jnp.bool, "BOOL"),
+    ("F64", 32, jnp.float32, FLOATS),
+    ("F8_E4M3", 4, jnp.bfloat16, FLOATS),
+    ("F8_E5M2", 4, jnp.float8_e5m2, "none"),
+    ("F32", 16, jax.random.key(0).dtype, "none"),
+  ],
 )
 def test_other_dtypes_are_refused(dtype, size, like, expected, tmp_path):
   path = tmp_path / "model.safetensors"
@@ -341,28 +337,28 @@ def test_float64(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[" * 100_000, "RecursionError"),
-        ("[]", "damaged"),
-        ("{}", "weight_map"),
-        ('{"weight_map": [1]}', "damaged"),
-        ('{"weight_map": {"w": "shard", "w": "other"}}', r"\['w'\].* there twice"),
-        ('{"weight_map": {"w": 3}}', "found 3 as the file of tensor 'w'"),
-        ('{"weight_map": {"w": ["a"]}}', "as the file of tensor 'w'"),
-        ('{"weight_map": {"w": null}}', "found None"),
-        ('{"weight_map": {"w": ""}}', "found ''"),
-        ('{"weight_map": {"w": "."}}', "found '.'"),
-        ('{"weight_map": {"w": ".."}}', "beside it|no regular file"),
-        ('{"weight_map": {"w": "../other/model.safetensors"}}', "beside it"),
-        ('{"weight_map": {"w": "/etc/passwd"}}', "beside it"),
-        ('{"weight_map": {"w": "a\\u0000b"}}', "beside it"),
-        ('{"weight_map": {"w": "\\ud800"}}', "beside it"),
-        ('{"weight_map": {"w": "shard", "\\ud800": "shard"}}', r"'\\ud800'.*no such"),
-        ('{"weight_map": {"w": "folder"}}', "folder is no regular file"),
-        ('{"weight_map": {"w": "pipe"}}', "pipe is no regular file"),
-        ('{"weight_map": {"w": "shard", "v": "shard"}}', "'v'.*no such tensor"),
-    ],
+  ("content", "message"),
+  [
+    ("[" * 100_000, "RecursionError"),
+    ("[]", "damaged"),
+    ("{}", "weight_map"),
+    ('{"weight_map": [1]}', "damaged"),
+    ('{"weight_map": {"w": "shard", "w": "other"}}', r"\['w'\].* there twice"),
+    ('{"weight_map": {"w": 3}}', "found 3 as the file of tensor 'w'"),
+    ('{"weight_map": {"w": ["a"]}}', "as the file of tensor 'w'"),
+    ('{"weight_map": {"w": null}}', "found None"),
+    ('{"weight_map": {"w": ""}}', "found ''"),
+    ('{"weight_map": {"w": "."}}', "found '.'"),
+    ('{"weight_map": {"w": ".."}}', "beside it|no regular file"),
+    ('{"weight_map": {"w": "../other/model.safetensors"}}', "beside it"),
+    ('{"weight_map": {"w": "/etc/passwd"}}', "beside it"),
+    ('{"weight_map": {"w": "a\\u0000b"}}', "beside it"),
+    ('{"weight_map": {"w": "\\ud800"}}', "beside it"),
+    ('{"weight_map": {"w": "shard", "\\ud800": "shard"}}', r"'\\ud800'.*no such"),
+    ('{"weight_map": {"w": "folder"}}', "folder is no regular file"),
+    ('{"weight_map": {"w": "pipe"}}', "pipe is no regular file"),
+    ('{"weight_map": {"w": "shard", "v": "shard"}}', "'v'.*no such tensor"),
+  ],
 )
 def test_hostile_indices(content, message, tmp_path):
   (tmp_path / "folder").mkdir()
@@ -380,9 +376,9 @@ def test_what_is_no_file(name, make_file, tmp_path):
   _, _, (params, state) = make()
   path = tmp_path / "model.safetensors"
   for attempt in (
-      lambda: fo.import_safetensors(path, params),
-      lambda: fo.export_safetensors(path, params, state),
-      lambda: fo.export_safetensors(path, params, state, max_shard_bytes=1000),
+    lambda: fo.import_safetensors(path, params),
+    lambda: fo.export_safetensors(path, params, state),
+    lambda: fo.export_safetensors(path, params, state, max_shard_bytes=1000),
   ):
     with pytest.raises(ValueError, match=f"{name} is no regular file"):
       attempt()
@@ -398,7 +394,7 @@ def test_names_that_a_file_can_not_have(name, limit, tmp_path):
   message = re.escape(f"'w' becomes tensor {name!r}; expected")
   with pytest.raises(ValueError, match=message):
     fo.export_safetensors(
-        path, params, state, rename=lambda _: name, max_shard_bytes=limit
+      path, params, state, rename=lambda _: name, max_shard_bytes=limit
     )
   if isinstance(name, str):
     params = {name: params["w"]}
@@ -413,12 +409,12 @@ def test_leaves_of_one_name_are_refused(twin, tmp_path):
   params = twin(jnp.ones(3, jnp.bfloat16), jnp.zeros(3, jnp.bfloat16))
   path = tmp_path / "model.safetensors"
   first, second = (
-      re.escape(repr(jax.tree_util.keystr(path)))
-      for path, _ in jax.tree.leaves_with_path(params)
+    re.escape(repr(jax.tree_util.keystr(path)))
+    for path, _ in jax.tree.leaves_with_path(params)
   )
   for attempt in (
-      lambda: fo.export_safetensors(path, params, fo.adamw(1e-3).init(params)),
-      lambda: fo.import_safetensors(path, params),
+    lambda: fo.export_safetensors(path, params, fo.adamw(1e-3).init(params)),
+    lambda: fo.import_safetensors(path, params),
   ):
     with pytest.raises(ValueError, match=f"{first} and {second} both become tensor"):
       attempt()
@@ -452,8 +448,12 @@ def test_damaged_files(tmp_path):
   content = path.read_bytes()
   header = int.from_bytes(content[:8], "little")
   for bad in (
-      content[:-1], content[:20], b"", b"\xff" * 8 + content[8:],
-      content[:8] + b"}" + content[9:], content.replace(b"F32", b"F99", 1),
+    content[:-1],
+    content[:20],
+    b"",
+    b"\xff" * 8 + content[8:],
+    content[:8] + b"}" + content[9:],
+    content.replace(b"F32", b"F99", 1),
   ):
     path.write_bytes(bad)
     with pytest.raises(ValueError, match="damaged"):
@@ -487,9 +487,9 @@ def test_errors(tmp_path):
     fo.export_safetensors(path, {**params, "v": jnp.ones(3, jnp.float8_e5m2)}, state)
   fo.export_safetensors(path, params, state)
   for like, message in [
-      ({"w": jnp.ones(4)}, r"'w'.*shape \(3,\); expected \(4,\)"),
-      ({**params, "v": jnp.ones(4)}, r"'v'.*none; expected \(4,\)"),
-      ({}, r"'w'.*\(3,\); expected no such tensor"),
+    ({"w": jnp.ones(4)}, r"'w'.*shape \(3,\); expected \(4,\)"),
+    ({**params, "v": jnp.ones(4)}, r"'v'.*none; expected \(4,\)"),
+    ({}, r"'w'.*\(3,\); expected no such tensor"),
   ]:
     with pytest.raises(ValueError, match=message):
       fo.import_safetensors(path, like)

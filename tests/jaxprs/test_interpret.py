@@ -65,24 +65,24 @@ unknown_p.def_abstract_eval(lambda x, *, by: [x, x])
 
 # Functions of X, and the primitives that are left of them when calls are gone.
 FUNCTIONS = {
-    "no_equations": (lambda x: x, []),
-    "literal_result": (lambda x: 2.0, []),
-    "no_results": (lambda x: (), []),
-    "literals": (lambda x: x * 2 + 1, ["mul", "add"]),
-    "constants": (lambda x: x * np.arange(4.0, dtype=np.float32) + Y, ["mul", "add"]),
-    "repeated": (lambda x: (x, x + x, x), ["add"]),
-    "several_results": (lambda x: lax.sort((x, -x), num_keys=1), ["neg", "sort"]),
-    "unused_result": (lambda x: lax.top_k(x, 2)[1], ["top_k"]),
-    "jit": (nested, ["sin", "add", "mul"]),
-    "jit_of_constants": (jax.jit(lambda x: x + Y), ["add"]),
-    "custom_jvp": (halved, ["div"]),
-    "custom_vjp": (doubled, ["mul"]),
-    "custom_within_jit": (jax.jit(lambda x: halved(doubled(x))), ["mul", "div"]),
-    "checkpoint": (jax.checkpoint(nested), [primitives.remat_p.name]),
-    "scan": (scanned, ["scan"]),
-    "while": (looped, ["while"]),
-    "cond": (chosen, ["cond"]),
-    "unknown": (lambda x: unknown_p.bind(x, by=3), ["known_to_nobody"]),
+  "no_equations": (lambda x: x, []),
+  "literal_result": (lambda x: 2.0, []),
+  "no_results": (lambda x: (), []),
+  "literals": (lambda x: x * 2 + 1, ["mul", "add"]),
+  "constants": (lambda x: x * np.arange(4.0, dtype=np.float32) + Y, ["mul", "add"]),
+  "repeated": (lambda x: (x, x + x, x), ["add"]),
+  "several_results": (lambda x: lax.sort((x, -x), num_keys=1), ["neg", "sort"]),
+  "unused_result": (lambda x: lax.top_k(x, 2)[1], ["top_k"]),
+  "jit": (nested, ["sin", "add", "mul"]),
+  "jit_of_constants": (jax.jit(lambda x: x + Y), ["add"]),
+  "custom_jvp": (halved, ["div"]),
+  "custom_vjp": (doubled, ["mul"]),
+  "custom_within_jit": (jax.jit(lambda x: halved(doubled(x))), ["mul", "div"]),
+  "checkpoint": (jax.checkpoint(nested), [primitives.remat_p.name]),
+  "scan": (scanned, ["scan"]),
+  "while": (looped, ["while"]),
+  "cond": (chosen, ["cond"]),
+  "unknown": (lambda x: unknown_p.bind(x, by=3), ["known_to_nobody"]),
 }
 # Primitives that only make other forms of the same values.
 _FORMS = ("squeeze", "slice", "dynamic_slice", "gt", "convert_element_type", "copy")
@@ -121,8 +121,8 @@ def test_tracers(rule):
   np.testing.assert_array_equal(found, jnp.full(4, 15.0 if custom else 1.0))
   batch = jnp.stack([X, Y])
   np.testing.assert_array_equal(
-      jax.vmap(lambda x: interpret.evaluate(closed, [x], rule)[0])(batch),
-      jax.vmap(f)(batch),
+    jax.vmap(lambda x: interpret.evaluate(closed, [x], rule)[0])(batch),
+    jax.vmap(f)(batch),
   )
 
 
@@ -133,9 +133,7 @@ def test_inline_leaves_no_calls(case):
   assert inlined.in_avals == closed.in_avals
   assert inlined.out_avals == closed.out_avals
   assert [name for name in names(inlined) if name not in _FORMS] == left
-  for a, b in zip(
-      core.jaxpr_as_fun(inlined)(X), jax.tree.leaves(f(X)), strict=True
-  ):
+  for a, b in zip(core.jaxpr_as_fun(inlined)(X), jax.tree.leaves(f(X)), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
@@ -267,10 +265,10 @@ def test_rule_gets_each_equation_in_order():
     return [frozenset().union(*values)] * len(eqn.outvars)
 
   results = interpret.evaluate(
-      closed,
-      [frozenset("x"), frozenset("y")],
-      rule,
-      lambda value: frozenset(["const" if np.ndim(value) else "literal"]),
+    closed,
+    [frozenset("x"), frozenset("y")],
+    rule,
+    lambda value: frozenset(["const" if np.ndim(value) else "literal"]),
   )
   z = frozenset(["x", "const"])
   y, literal = frozenset("y"), frozenset(["literal"])
@@ -302,9 +300,9 @@ def test_some_equations_on_a_mapping_with_a_default():
 
   env = Unknown(interpret.environment(closed, [None, 3]))
   of_integers = [
-      eqn
-      for eqn in closed.jaxpr.eqns
-      if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.integer)
+    eqn
+    for eqn in closed.jaxpr.eqns
+    if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.integer)
   ]
   interpret.walk(of_integers, env)
   unknown, known = interpret.read(closed.jaxpr.outvars, env)

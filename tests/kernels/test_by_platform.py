@@ -79,8 +79,8 @@ def test_arrays_on_a_cpu_beside_a_gpu(how, function, gpu_machine, places):
 
 
 @pytest.mark.parametrize(
-    ("platforms", "count"),
-    [(["cuda"], 3), (["rocm"], 3), (["cpu"], 0), (["tpu"], 0), (["cpu", "cuda"], 3)],
+  ("platforms", "count"),
+  [(["cuda"], 3), (["rocm"], 3), (["cpu"], 0), (["tpu"], 0), (["cpu", "cuda"], 3)],
 )
 def test_triton_is_in_programs_for_gpus_alone(platforms, count, gpu_machine):
   """A launch for each of the leaves, whose rows are aligned in different ways."""

@@ -24,23 +24,23 @@ STEPS = 3
 # the grid runs over, groups along rows, several blocks of such rows, leading axes
 # in another order.
 SHAPES = {
-    "ragged": (5, 168),
-    "experts": (2, 3, 64),
-    "tall experts": (2, 104, 40),
-    "tall": (112, 522),
-    "kernel": (4, 5, 72),
+  "ragged": (5, 168),
+  "experts": (2, 3, 64),
+  "tall experts": (2, 104, 40),
+  "tall": (112, 522),
+  "kernel": (4, 5, 72),
 }
 FUNCTIONS = {"step": fo.step, "update": cases.update}
 COMBINATIONS = [
-    ("adamw", "root", "ragged", "step", jnp.bfloat16),
-    ("adamw", "none/8", "experts", "update", jnp.bfloat16),
-    ("nesterov", "paper", "ragged", "update", jnp.bfloat16),
-    ("lion", "root", "ragged", "step", jnp.float32),
-    ("adam_nesterov", "32/32", "experts", "step", jnp.bfloat16),
-    ("sgd", "root", "ragged", "update", jnp.bfloat16),
-    ("adamw", "root", "tall experts", "step", jnp.bfloat16),
-    ("lion", "paper", "tall", "update", jnp.float32),
-    ("lion", "none/8", "kernel", "update", jnp.bfloat16),
+  ("adamw", "root", "ragged", "step", jnp.bfloat16),
+  ("adamw", "none/8", "experts", "update", jnp.bfloat16),
+  ("nesterov", "paper", "ragged", "update", jnp.bfloat16),
+  ("lion", "root", "ragged", "step", jnp.float32),
+  ("adam_nesterov", "32/32", "experts", "step", jnp.bfloat16),
+  ("sgd", "root", "ragged", "update", jnp.bfloat16),
+  ("adamw", "root", "tall experts", "step", jnp.bfloat16),
+  ("lion", "paper", "tall", "update", jnp.float32),
+  ("lion", "none/8", "kernel", "update", jnp.bfloat16),
 ]
 
 
@@ -53,18 +53,18 @@ def trained(tx, params, function):
 
 
 @pytest.mark.parametrize(
-    ("name", "storage", "leaf", "function", "dtype"),
-    slow_but(COMBINATIONS, COMBINATIONS[3]),
+  ("name", "storage", "leaf", "function", "dtype"),
+  slow_but(COMBINATIONS, COMBINATIONS[3]),
 )
 def test_equals_xla(name, storage, leaf, function, dtype):
   params = cases.tree({leaf: (SHAPES[leaf], dtype)})
   kernel, xla = (
-      trained(
-          cases.make(name, storage, implementation=implementation),
-          params,
-          FUNCTIONS[function],
-      )
-      for implementation in ("mosaic_tpu", "xla")
+    trained(
+      cases.make(name, storage, implementation=implementation),
+      params,
+      FUNCTIONS[function],
+    )
+    for implementation in ("mosaic_tpu", "xla")
   )
   # The kernel folds decays and gains into the groups' factors, which changes about one
   # code in 10⁴ in each update.
@@ -79,7 +79,7 @@ def test_a_nan_stays_in_its_group(leaf):
   tx = cases.make("adamw", implementation="mosaic_tpu")
   grads = {"w": cases.grads_like(params)["w"].at[2, 40].set(jnp.nan)}
   params, state = jax.jit(lambda g, s, p: fo.step(tx, g, s, p))(
-      grads, tx.init(params), params
+    grads, tx.init(params), params
   )
   expected = np.zeros(SHAPES[leaf], bool)
   expected[2, 40] = True
@@ -92,13 +92,13 @@ def test_a_nan_stays_in_its_group(leaf):
 
 
 @pytest.mark.parametrize(
-    ("params", "kwargs", "reason"),
-    [
-        (jnp.zeros(64), {}, "it has 1 dimensions"),
-        (jnp.zeros((64, 3)), {}, "another axis than the last"),
-        (jnp.zeros((4, 64), jnp.float16), {}, "dtype float16"),
-        (jnp.zeros((4, 64)), {"group_size": 64}, "size is 64"),
-    ],
+  ("params", "kwargs", "reason"),
+  [
+    (jnp.zeros(64), {}, "it has 1 dimensions"),
+    (jnp.zeros((64, 3)), {}, "another axis than the last"),
+    (jnp.zeros((4, 64), jnp.float16), {}, "dtype float16"),
+    (jnp.zeros((4, 64)), {"group_size": 64}, "size is 64"),
+  ],
 )
 def test_says_why_it_cannot(params, kwargs, reason):
   storage = fo.Storage(min_quantized_size=0, **kwargs)
@@ -111,19 +111,19 @@ def test_says_why_it_cannot(params, kwargs, reason):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (sys.platform == "linux" and platform.machine() == "x86_64"),
-    reason="libtpu has no wheels for other machines",
+  not (sys.platform == "linux" and platform.machine() == "x86_64"),
+  reason="libtpu has no wheels for other machines",
 )
 def test_compiles_for_tpus():
   require("libtpu")
   # In a process of its own: libtpu is loaded by one process at a time.
   script = pathlib.Path(__file__).parents[1] / "checks" / "tpu_compile.py"
   found = subprocess.run(
-      [sys.executable, script, "--quick"],
-      capture_output=True,
-      text=True,
-      check=False,
-      env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    [sys.executable, script, "--quick"],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
   )
   assert found.returncode == 0, found.stderr[-4000:]
   result = json.loads(found.stdout.splitlines()[-1])

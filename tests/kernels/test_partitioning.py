@@ -47,8 +47,8 @@ def combinations():
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "kind"),
-    slow_but(combinations(), ("adamw", "4x2", "explicit")),
+  ("name", "mesh", "kind"),
+  slow_but(combinations(), ("adamw", "4x2", "explicit")),
 )
 def test_update_stays_on_the_shard(name, mesh, kind):
   mesh = make_mesh(mesh, KINDS.get(kind, AxisType.Auto))
@@ -86,8 +86,8 @@ def test_every_storage(name, storage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("adamw", "auto"), ("lion", "explicit"), ("lion", "given")],
+  ("name", "kind"),
+  [("adamw", "auto"), ("lion", "explicit"), ("lion", "given")],
 )
 def test_shards_that_cut_groups(name, kind):
   mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
@@ -97,9 +97,7 @@ def test_shards_that_cut_groups(name, kind):
     tx = fo.with_shardings(tx, cases.tree(CUT_SHAPES), shardings)
   step = functools.partial(fo.step, tx)
   with pytest.warns(UserWarning, match="cut groups") as caught:
-    actual, _ = train_sharded(
-        step, tx, CUT_SHAPES, shardings, out=kind == "auto"
-    )
+    actual, _ = train_sharded(step, tx, CUT_SHAPES, shardings, out=kind == "auto")
   (warning,) = caught
   for key in CUT_SHAPES:
     assert (repr(key) in str(warning.message)) == (key != "gate")
@@ -134,9 +132,9 @@ def kernel(monkeypatch):
 @pytest.mark.parametrize("kind", slow_but([*KINDS, "given"]))
 def test_kernels_see_shards(kernel, kind, shapes):
   mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
-  shapes_, specs = {
-      "SHAPES": (SHAPES, SPECS), "CUT_SHAPES": (CUT_SHAPES, CUT_SPECS)
-  }[shapes]
+  shapes_, specs = {"SHAPES": (SHAPES, SPECS), "CUT_SHAPES": (CUT_SHAPES, CUT_SPECS)}[
+    shapes
+  ]
   shardings = shardings_on(mesh, specs)
   tx = cases.make("adamw")
   if kind == "given":
@@ -144,28 +142,28 @@ def test_kernels_see_shards(kernel, kind, shapes):
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)
     actual, text = train_sharded(
-        functools.partial(fo.step, tx),
-        tx,
-        shapes_,
-        shardings,
-        steps=3,
-        out=kind == "auto" and shapes == "CUT_SHAPES",
+      functools.partial(fo.step, tx),
+      tx,
+      shapes_,
+      shardings,
+      steps=3,
+      out=kind == "auto" and shapes == "CUT_SHAPES",
     )
   assert bool(COLLECTIVE.search(text)) == (shapes == "CUT_SHAPES")
   seen = {path: shape for call in kernel.shapes for path, shape in call.items()}
   if kind == "auto":  # It was also traced as a whole, to learn what it returns.
     seen = kernel.shapes[-1]
   expected = {
-      "SHAPES": {
-          path: sharding.shard_shape(shapes_[path][0])
-          for path, sharding in shardings.items()
-      },
-      # Gathered along the axis of the groups; XLA updates the other one.
-      "CUT_SHAPES": {
-          "sixteen": (3, 128),
-          "twenty": (2, 160),
-          "gate": (1, 128),
-      },
+    "SHAPES": {
+      path: sharding.shard_shape(shapes_[path][0])
+      for path, sharding in shardings.items()
+    },
+    # Gathered along the axis of the groups; XLA updates the other one.
+    "CUT_SHAPES": {
+      "sixteen": (3, 128),
+      "twenty": (2, 160),
+      "gate": (1, 128),
+    },
   }[shapes]
   assert seen == expected
   cases.assert_equal(actual, alone("adamw", shapes=shapes, steps=3), 3)
@@ -190,9 +188,9 @@ def test_leaves_of_one_name_have_their_own_sharding(kernel, masked, twin):
   tx = cases.make("adamw")
   if masked:
     tx = optax.masked(
-        tx,
-        twin(True, False),
-        mask_compatible_extra_args=masked == "with extra args",
+      tx,
+      twin(True, False),
+      mask_compatible_extra_args=masked == "with extra args",
     )
   tx = fo.with_shardings(tx, params, twin(*shardings))
   jax.eval_shape(functools.partial(fo.step, tx), params, tx.init(params), params)
@@ -207,15 +205,14 @@ def test_kernels_see_shards_of_arrays_that_are_yet_to_be_sharded(kernel):
   tx, params = cases.make("adamw"), cases.tree(SHAPES)
   placed = fo.state_shardings(tx, params, shardings)
   step = jax.jit(
-      functools.partial(fo.step, tx),
-      in_shardings=(shardings, placed, shardings),
-      out_shardings=(shardings, placed),
+    functools.partial(fo.step, tx),
+    in_shardings=(shardings, placed, shardings),
+    out_shardings=(shardings, placed),
   )
   args = jax.device_get((cases.grads_like(params), tx.init(params), params))
   text = step.lower(*args).compile().as_text()
   assert not COLLECTIVE.search(text)
   assert kernel.shapes[-1] == {
-      path: sharding.shard_shape(SHAPES[path][0])
-      for path, sharding in shardings.items()
+    path: sharding.shard_shape(SHAPES[path][0]) for path, sharding in shardings.items()
   }
   cases.assert_equal(step(*args), cases.train(tx, params, 1), 1)

@@ -24,31 +24,31 @@ if not (sys.platform == "linux" and platform.machine() == "x86_64"):
   pytest.skip("needs x86-64 Linux", allow_module_level=True)
 
 CONSTANTS = {
-    "ALIGNMENT": 32,
-    "RULE": "adam",
-    "NESTEROV": False,
-    "DECAY": True,
-    "MASTER_BITS": 24,
-    "COMPRESSED": True,
-    "EPS_ROOT": False,
-    "ROOT": True,
-    "NEW_PARAMS": True,
-    "BLOCK_GROUPS": 64,
+  "ALIGNMENT": 32,
+  "RULE": "adam",
+  "NESTEROV": False,
+  "DECAY": True,
+  "MASTER_BITS": 24,
+  "COMPRESSED": True,
+  "EPS_ROOT": False,
+  "ROOT": True,
+  "NEW_PARAMS": True,
+  "BLOCK_GROUPS": 64,
 }
 MOMENTS = {"adam": ("mu", "nu"), "lion": ("mu",), "momentum": ("mu",), "sgd": ()}
 VARIANTS = {
-    "adam": {},
-    "adam, 17 leaves": {"COUNT": 17},
-    "adam, ragged rows": {"ALIGNMENT": 2},
-    "adam, update": {"NEW_PARAMS": False},
-    "nadam, paper": {"NESTEROV": True, "ROOT": False, "EPS_ROOT": True},
-    "adam, 32/32": {"MASTER_BITS": 32, "COMPRESSED": False},
-    "adam, none/8": {"MASTER_BITS": 0},
-    "adam, float16": {"dtype": "fp16"},
-    "adam, float32, update": {"dtype": "fp32", "MASTER_BITS": 0, "NEW_PARAMS": False},
-    "lion": {"RULE": "lion"},
-    "nesterov": {"RULE": "momentum", "NESTEROV": True, "DECAY": False},
-    "sgd": {"RULE": "sgd"},
+  "adam": {},
+  "adam, 17 leaves": {"COUNT": 17},
+  "adam, ragged rows": {"ALIGNMENT": 2},
+  "adam, update": {"NEW_PARAMS": False},
+  "nadam, paper": {"NESTEROV": True, "ROOT": False, "EPS_ROOT": True},
+  "adam, 32/32": {"MASTER_BITS": 32, "COMPRESSED": False},
+  "adam, none/8": {"MASTER_BITS": 0},
+  "adam, float16": {"dtype": "fp16"},
+  "adam, float32, update": {"dtype": "fp32", "MASTER_BITS": 0, "NEW_PARAMS": False},
+  "lion": {"RULE": "lion"},
+  "nesterov": {"RULE": "momentum", "NESTEROV": True, "DECAY": False},
+  "sgd": {"RULE": "sgd"},
 }
 
 
@@ -73,12 +73,12 @@ def build(target, aliased_outputs, dtype="bf16", COUNT=2, **changes):
       types[f"{name}_scale"] = "*bf16"
   names = tuple(name for name in types if name not in ("scalars", "layout"))
   written = tuple(
-      name
-      for name in names
-      if name != "grad" and (name != "param" or constants["NEW_PARAMS"])
+    name
+    for name in names
+    if name != "grad" and (name != "param" or constants["NEW_PARAMS"])
   )
   kernel = launches.launcher(
-      COUNT, names, written, constants["NEW_PARAMS"], aliased_outputs
+    COUNT, names, written, constants["NEW_PARAMS"], aliased_outputs
   )
   types["update"] = "*bf16"
   signature, attributes = {}, {}
@@ -90,13 +90,13 @@ def build(target, aliased_outputs, dtype="bf16", COUNT=2, **changes):
       signature[argument] = types[name]
       attributes[(i,)] = [["tt.divisibility", 16]]
   source = ASTSource(
-      kernel, signature=signature, constexprs=constants, attrs=attributes
+    kernel, signature=signature, constexprs=constants, attrs=attributes
   )
   nvidia = isinstance(target, int)
   return triton.compile(
-      source,
-      target=GPUTarget("cuda", target, 32) if nvidia else GPUTarget("hip", target, 64),
-      options={"num_warps": 4, "enable_fp_fusion": False},
+    source,
+    target=GPUTarget("cuda", target, 32) if nvidia else GPUTarget("hip", target, 64),
+    options={"num_warps": 4, "enable_fp_fusion": False},
   )
 
 
@@ -111,12 +111,12 @@ def test_constants_are_the_codecs():
   from flashoptim_jax.kernels import triton_kernel
 
   of_kernel = {
-      "_GROUP": GROUP_SIZE,
-      "_TINY": codec.TINY,
-      "_LARGEST_SECOND": codec.LARGEST_SECOND,
-      "_HALF_RUN": codec.HALF_RUN,
-      "_LARGEST_RATIO": codec.LARGEST_RATIO["first"],
-      "_HALF_OF_FLOAT32": codec.HALF_OF_FLOAT32,
+    "_GROUP": GROUP_SIZE,
+    "_TINY": codec.TINY,
+    "_LARGEST_SECOND": codec.LARGEST_SECOND,
+    "_HALF_RUN": codec.HALF_RUN,
+    "_LARGEST_RATIO": codec.LARGEST_RATIO["first"],
+    "_HALF_OF_FLOAT32": codec.HALF_OF_FLOAT32,
   }
   found = {name: getattr(triton_kernel, name).value for name in of_kernel}
   assert found == of_kernel

@@ -15,22 +15,22 @@ from tests.support.cases import some_cases
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 WHOLE = {  # Without partial groups, and small.
-    "matrix": ((4, 64), BF16),
-    "bias": ((32,), BF16),
-    "other bias": ((32,), BF16),
-    "stack": ((2, 3, 32), BF16),
+  "matrix": ((4, 64), BF16),
+  "bias": ((32,), BF16),
+  "other bias": ((32,), BF16),
+  "stack": ((2, 3, 32), BF16),
 }
 PARTIAL = {
-    "ragged": ((3, 40), BF16),
-    "few": ((5,), BF16),
-    "other axis": ((64, 5), BF16),
-    "scalar": ((), BF16),
+  "ragged": ((3, 40), BF16),
+  "few": ((5,), BF16),
+  "other axis": ((64, 5), BF16),
+  "scalar": ((), BF16),
 }
 LARGE = {"large": ((64, 4096), BF16)}
 OTHERS = {
-    "empty": ((0, 64), BF16),
-    "norm": ((64,), F32),
-    "undecayed": ((64,), BF16),
+  "empty": ((0, 64), BF16),
+  "norm": ((64,), F32),
+  "undecayed": ((64,), BF16),
 }
 SHAPES = WHOLE | PARTIAL | LARGE | OTHERS
 
@@ -50,14 +50,14 @@ def train(tx, params, via):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "storage", "via"),
-    [
-        ("adamw", "root", cases.step),
-        ("adamw", "root", cases.update),
-        ("adam", "paper", cases.step),
-        ("adam_nesterov", "32/32", cases.step),
-        ("lion", "none/8", cases.step),
-    ],
+  ("name", "storage", "via"),
+  [
+    ("adamw", "root", cases.step),
+    ("adamw", "root", cases.update),
+    ("adam", "paper", cases.step),
+    ("adam_nesterov", "32/32", cases.step),
+    ("lion", "none/8", cases.step),
+  ],
 )
 def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
   has_decay = "weight_decay" in cases.OPTIMIZERS[name].kwargs
@@ -92,17 +92,17 @@ def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        ({"_MOST_SHARING": 3, "_MOST_CACHED": 300}, [[96] * 3, [96], [32, 64], [512]]),
-        ({"_MOST_SHARING": 3, "_MOST_CACHED": 200}, [[96] * 2] * 2 + [[32, 64], [512]]),
-        ({"_MOST_JOINED": 1}, [[96] * 4, [32], [64], [512]]),
-        (
-            {"_MOST_JOINED": 2, "_JOINED_BELOW": 128},
-            [[32, 64], [96, 96], [96, 96], [512]],
-        ),
-        ({"_JOINED_BELOW": 128}, [[32, 64, 96, 96, 96, 96], [512]]),
-    ],
+  ("limits", "expected"),
+  [
+    ({"_MOST_SHARING": 3, "_MOST_CACHED": 300}, [[96] * 3, [96], [32, 64], [512]]),
+    ({"_MOST_SHARING": 3, "_MOST_CACHED": 200}, [[96] * 2] * 2 + [[32, 64], [512]]),
+    ({"_MOST_JOINED": 1}, [[96] * 4, [32], [64], [512]]),
+    (
+      {"_MOST_JOINED": 2, "_JOINED_BELOW": 128},
+      [[32, 64], [96, 96], [96, 96], [512]],
+    ),
+    ({"_JOINED_BELOW": 128}, [[32, 64, 96, 96, 96, 96], [512]]),
+  ],
 )
 def test_batches_are_limited(limits, expected, monkeypatch):
   monkeypatch.setattr(xla, "_JOINED_BELOW", 96)

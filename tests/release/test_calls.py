@@ -117,21 +117,21 @@ def too_deep(call, live, tokens):
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (used_directly, "'top' was used directly.*released_call"),
-        (multiplied, "'top' was used directly.*released_call"),
-        (given_to_a_jitted_function, "'top' was used directly.*released_call"),
-        (checkpointed, "inside jax.checkpoint.*leave the jax.checkpoint out"),
-        (mapped, "inside jax.vmap"),
-        (differentiated, "inside jax.grad"),
-        (conditional, "inside 'cond'.*Put that inside"),
-        (within, "inside the function of another one"),
-        (foreign, "part of the `live` tree.*found a"),
-        (far, f"Index {LAYERS}.*'stack'"),
-        (fractional, "dtype float32; expected an integer"),
-        (too_deep, "'norm' has shape"),
-    ],
+  ("model", "message"),
+  [
+    (used_directly, "'top' was used directly.*released_call"),
+    (multiplied, "'top' was used directly.*released_call"),
+    (given_to_a_jitted_function, "'top' was used directly.*released_call"),
+    (checkpointed, "inside jax.checkpoint.*leave the jax.checkpoint out"),
+    (mapped, "inside jax.vmap"),
+    (differentiated, "inside jax.grad"),
+    (conditional, "inside 'cond'.*Put that inside"),
+    (within, "inside the function of another one"),
+    (foreign, "part of the `live` tree.*found a"),
+    (far, f"Index {LAYERS}.*'stack'"),
+    (fractional, "dtype float32; expected an integer"),
+    (too_deep, "'norm' has shape"),
+  ],
 )
 def test_misuse(model, message):
   with pytest.raises(ValueError, match=message):
@@ -153,15 +153,17 @@ def test_live_tree_of_another_step():
 
 @pytest.mark.parametrize("wrap", slow_but([lambda f: f, jax.jit]), ids=["eager", "jit"])
 @pytest.mark.parametrize(
-    "scalar",
-    [lambda value, params, state: value, lambda value, params, state: params.sum()],
-    ids=["loss", "parameters"],
+  "scalar",
+  [lambda value, params, state: value, lambda value, params, state: params.sum()],
+  ids=["loss", "parameters"],
 )
 def test_reverse_mode_is_refused(wrap, scalar):
   tx = fo.sgd(0.1)
-  step = wrap(fo.value_and_release(
+  step = wrap(
+    fo.value_and_release(
       lambda live, x: fo.released_call(lambda w, x: jnp.sin(w * x).sum(), live, x), tx
-  ))
+    )
+  )
   x = jnp.linspace(0.0, 1.0, 4)
   args = x, tx.init(x), x
   for argnum in (0, 2):
@@ -232,7 +234,7 @@ def test_float16_loss_scaling():
   unscaled = optax.chain(optax.stateless(unscale), tx)
   params, state = fo.from_fp32(tx, small_params(), jnp.float16)
   value, ours, _ = jax.jit(released(scaled, unscaled))(
-      params, unscaled.init(params), batch(0)
+    params, unscaled.init(params), batch(0)
   )
   expected, reference, _ = jax.jit(released(small, tx))(params, state, batch(0))
   np.testing.assert_allclose(value / scale, expected, rtol=1e-5)
@@ -267,13 +269,15 @@ def test_nnx_stack():
 
 
 @pytest.mark.parametrize(
-    ("kind", "tx"),
-    slow_but([
-        ("Auto", fo.sgd(2.0**-3, 0.9)),
-        ("Explicit", fo.sgd(2.0**-3, 0.9)),
-        ("Explicit", fo.compress(optax.sgd(2.0**-3, 0.9))),
-    ]),
-    ids=["Auto", "Explicit", "Explicit, compress"],
+  ("kind", "tx"),
+  slow_but(
+    [
+      ("Auto", fo.sgd(2.0**-3, 0.9)),
+      ("Explicit", fo.sgd(2.0**-3, 0.9)),
+      ("Explicit", fo.compress(optax.sgd(2.0**-3, 0.9))),
+    ]
+  ),
+  ids=["Auto", "Explicit", "Explicit, compress"],
 )
 def test_sharded(kind, tx):
   """FSDP × TP: as one device's ordinary step, and no stack is gathered whole."""
@@ -300,8 +304,8 @@ def test_sharded(kind, tx):
     ours = sharded, jax.jit(tx.init)(sharded)
     batch_sharding = NamedSharding(mesh, P("data"))
     step = jax.jit(
-        released(model, tx),
-        out_shardings=(None, *jax.tree.map(lambda x: x.sharding, ours)),
+      released(model, tx),
+      out_shardings=(None, *jax.tree.map(lambda x: x.sharding, ours)),
     )
     tokens = jax.device_put(batches, batch_sharding)
     compiled = step.lower(*ours, tokens[0]).compile()
@@ -321,18 +325,18 @@ def test_sharded(kind, tx):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tx", "layers"),
-    # What compress needs for one layer weighs less beside more of them.
-    [(fo.sgd(1e-3, 0.9), 24), (fo.compress(optax.adamw(1e-3)), 96)],
-    ids=["flash", "compress"],
+  ("tx", "layers"),
+  # What compress needs for one layer weighs less beside more of them.
+  [(fo.sgd(1e-3, 0.9), 24), (fo.compress(optax.adamw(1e-3)), 96)],
+  ids=["flash", "compress"],
 )
 def test_memory_of_many_layers(tx, layers):
   """Temporaries shrink by the gradients; everything is updated in place."""
   dim = 128
   struct = jax.ShapeDtypeStruct
   params = {
-      "embed": struct((64, dim), jnp.bfloat16),
-      "layers": struct((layers, dim, 4 * dim), jnp.bfloat16),
+    "embed": struct((64, dim), jnp.bfloat16),
+    "layers": struct((layers, dim, 4 * dim), jnp.bfloat16),
   }
   state = jax.eval_shape(tx.init, params)
 

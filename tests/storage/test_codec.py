@@ -37,7 +37,9 @@ from tests.support.tiers import slow_but
 # Shapes.
 
 
-@pytest.mark.parametrize(("shape", "axis", "scale_shape"), [
+@pytest.mark.parametrize(
+  ("shape", "axis", "scale_shape"),
+  [
     ((), None, ()),
     ((1,), 0, (1,)),
     ((31,), 0, (1,)),
@@ -55,17 +57,29 @@ from tests.support.tiers import slow_but
     ((0, 40), 1, (0, 2)),
     ((40, 0), 0, (2, 0)),
     ((0, 0), 1, (0, 0)),
-])
+  ],
+)
 def test_group_axis_and_scale_shape(shape, axis, scale_shape):
   assert codec.group_axis(shape, 32) == axis
   assert codec.scale_shape(shape, 32) == scale_shape
 
 
 @kinds
-@pytest.mark.parametrize("shape", [
-    (), (1,), (33,), (7, 50), (40, 6), (3, 3, 64, 16), (2, 5, 1), (0,), (40, 0),
+@pytest.mark.parametrize(
+  "shape",
+  [
+    (),
+    (1,),
+    (33,),
+    (7, 50),
+    (40, 6),
+    (3, 3, 64, 16),
+    (2, 5, 1),
+    (0,),
+    (40, 0),
     (0, 40),
-])
+  ],
+)
 def test_any_shape_encodes_as_its_groups_do(shape, kind):
   """A leaf's codes are those of its groups, moved to the last axis, alone."""
   storage = Storage()
@@ -86,14 +100,14 @@ def test_any_shape_encodes_as_its_groups_do(shape, kind):
     x, codes, scale, axis = x[None], codes[None], scale[None], 0
   size = storage.group_size
   flat = [
-      grouped(np.moveaxis(a, axis, -1), size).reshape(-1, size)
-      for a in (x, codes, np.ones(x.shape, bool))
+    grouped(np.moveaxis(a, axis, -1), size).reshape(-1, size)
+    for a in (x, codes, np.ones(x.shape, bool))
   ]
   alone, alone_scale = encode(flat[0], kind, storage)
   of_zero = 0 if kind == "first" else 1  # In groups that are not all zero.
   np.testing.assert_array_equal(alone, np.where(flat[2], flat[1], of_zero))
   np.testing.assert_array_equal(
-      f64(alone_scale).ravel(), f64(np.moveaxis(scale, axis, -1)).ravel()
+    f64(alone_scale).ravel(), f64(np.moveaxis(scale, axis, -1)).ravel()
   )
 
 
@@ -112,12 +126,12 @@ def test_codes_and_scales_match_the_formulas(seed, count, spread, kind, storage)
     codes, scale = encode(x, kind, storage, rounding)
     bits = exact.view(np.int32) + np.asarray(rounding.scale, np.int32)
     np.testing.assert_array_equal(
-        scale.astype(np.float32).view(np.int32), bits & -0x10000
+      scale.astype(np.float32).view(np.int32), bits & -0x10000
     )
     # Float32's own error beside a whole number.
     error = 1e-3
     lowest, highest = (
-        np.floor(level + float(rounding.code) + e) for e in (-error, error)
+      np.floor(level + float(rounding.code) + e) for e in (-error, error)
     )
     top, least = LEVELS[kind], 1 if kind == "second" else -LEVELS[kind]
     assert (np.clip(lowest, least, top) <= codes).all()
@@ -127,15 +141,13 @@ def test_codes_and_scales_match_the_formulas(seed, count, spread, kind, storage)
 @kinds
 @companding
 @given(seed=seeds)
-def test_decode_matches_the_formulas_and_stays_within_half_a_code(
-    seed, kind, storage
-):
+def test_decode_matches_the_formulas_and_stays_within_half_a_code(seed, kind, storage):
   x = random_moment(seed, kind)
   codes, scale = encode(x, kind, storage)
   back = decode(codes, scale, kind, storage)
   stored = expanded(scale, x.shape[-1], storage.group_size)
   np.testing.assert_allclose(
-      back, values(kind, storage.companding, codes, stored), rtol=1e-6
+    back, values(kind, storage.companding, codes, stored), rtol=1e-6
   )
   r = np.abs(f64(x)) if kind == "first" else np.sqrt(f64(x))
   s = exact_scales(x, kind, storage.group_size)
@@ -288,7 +300,7 @@ def test_neighbours_of_an_outlier_keep_what_they_mean(spike, kind):
 def test_encoding_keeps_the_top_code_for_every_largest_element():
   """All 2¹⁶ leading significand bits of a group's largest element."""
   x = (np.uint32(0x3F800000) + (np.arange(2**16, dtype=np.uint32) << 7)).view(
-      np.float32
+    np.float32
   )[:, None]
   for kind, levels in LEVELS.items():
     codes, _ = encode(x if kind == "first" else x * x, kind, Storage())
@@ -336,7 +348,7 @@ def test_zero_and_tiny_groups(kind, storage):
   assert not codes[elements].any()
   assert not back[elements].any()
   np.testing.assert_array_equal(
-      f64(scale)[3, 0], 2.0**-126 if kind == "first" else 2.0**-63
+    f64(scale)[3, 0], 2.0**-126 if kind == "first" else 2.0**-63
   )
   assert (codes[3, :size] == LEVELS[kind]).all()
   # In "root" the first moment's s/127² is subnormal, and flushed.
@@ -384,7 +396,7 @@ def test_outliers_are_limited(count, storage):
     rest = np.minimum(rest, np.float32(1e20 if kind == "first" else finite[1]))
     bits = np.concatenate([exact, rest], 1).view(np.int32) + np.int32(rounding.scale)
     np.testing.assert_array_equal(
-        scale.astype(np.float32).view(np.int32), np.minimum(bits, 0x7F7FFFFF) & -0x10000
+      scale.astype(np.float32).view(np.int32), np.minimum(bits, 0x7F7FFFFF) & -0x10000
     )
     outliers = np.abs(x) > 1
     assert (np.abs(codes[outliers].astype(int)) == LEVELS[kind]).all()

@@ -23,9 +23,24 @@ def float_patterns(seed, count=4096):
   near = rng.integers(0, 512, count, dtype=np.uint32) << 23
   near += rng.integers(-300, 300, count).astype(np.uint32)
   special = np.array(
-      [0, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0x7F7FFF80, 0x7F7FFF7F, 0x7F800000,
-       0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF, 1, 0x7F, 0x80, 0x8000],
-      np.uint32,
+    [
+      0,
+      0x7F7FFFFF,
+      0x7F7F8000,
+      0x7F7F7FFF,
+      0x7F7FFF80,
+      0x7F7FFF7F,
+      0x7F800000,
+      0x7F800001,
+      0x7FBFFFFF,
+      0x7FC00000,
+      0x7FFFFFFF,
+      1,
+      0x7F,
+      0x80,
+      0x8000,
+    ],
+    np.uint32,
   )
   subnormal |= rng.integers(0, 2, count, dtype=np.uint32) << 31
   b = np.concatenate([b, subnormal, near, special, special | 0x80000000])
@@ -98,32 +113,30 @@ def reachable(p, correction):
   """The pairs that split makes: no NaN, nothing past inf or across zero."""
   magnitude = p & 0x7FFF
   return np.where(
-      magnitude > 0x7F80,
-      (correction == 0) & (p & 0x40 != 0),  # A quiet NaN.
-      ~((magnitude == 0x7F80) & (correction > 0))
-      & ~((magnitude == 0) & (correction < 0)),
+    magnitude > 0x7F80,
+    (correction == 0) & (p & 0x40 != 0),  # A quiet NaN.
+    ~((magnitude == 0x7F80) & (correction > 0))
+    & ~((magnitude == 0) & (correction < 0)),
   )
 
 
 def test_every_pair_of_24_bits_is_a_fixed_point():
   """All 65,536 × 256 pairs, but for those that split never makes."""
   c = np.arange(-128, 128, dtype=np.int8)
-  roundtrip = jax.jit(lambda p, c: (m := codec.merge(p, c), *codec.split(
-      m, jnp.bfloat16, 24
-  )))
+  roundtrip = jax.jit(
+    lambda p, c: (m := codec.merge(p, c), *codec.split(m, jnp.bfloat16, 24))
+  )
   for start in range(0, 2**16, 2**14):
     p = np.repeat(np.arange(start, start + 2**14, dtype=np.uint16), 256)
     corrections = np.tile(c, 2**14)
-    master, param, again = map(
-        np.asarray, roundtrip(p.view(jnp.bfloat16), corrections)
-    )
+    master, param, again = map(np.asarray, roundtrip(p.view(jnp.bfloat16), corrections))
     ok = reachable(p, corrections)
     np.testing.assert_array_equal(param.view(np.uint16)[ok], p[ok])
     np.testing.assert_array_equal(again[ok], corrections[ok])
     # A zero with a correction for the other side of zero is that zero.
     zero = (p & 0x7FFF == 0) & (corrections < 0)
     np.testing.assert_array_equal(
-        master[zero].view(np.uint32), p[zero].astype(np.uint32) << 16
+      master[zero].view(np.uint32), p[zero].astype(np.uint32) << 16
     )
     # An infinity with a correction beyond it, and a NaN with any, are NaN.
     lost = ~ok & ~zero
@@ -136,7 +149,7 @@ def test_sampled_pairs_of_32_bits_are_fixed_points(seed):
   rng = np.random.default_rng(seed)
   p = rng.integers(0, 2**16, 4096, dtype=np.uint16)
   p[:64] = rng.choice(
-      np.array([0, 0x8000, 0x7F80, 0xFF80, 1, 0x7F, 0x80, 0x7F7F], np.uint16), 64
+    np.array([0, 0x8000, 0x7F80, 0xFF80, 1, 0x7F, 0x80, 0x7F7F], np.uint16), 64
   )
   c = rng.integers(-(2**15), 2**15, 4096).astype(np.int16)
   c[::7] = rng.choice(np.array([-(2**15), -1, 0, 1, 2**15 - 1], np.int16), 586)
@@ -198,9 +211,9 @@ def test_residual_is_the_nearest_correction_that_can_be_reached(seed, bits):
   else:
     candidates = np.broadcast_to(candidates, (len(b), 256))
   shape = candidates.shape
-  merged = np.asarray(merge(
-      np.broadcast_to(param[:, None], shape), candidates.astype(info.dtype)
-  ))
+  merged = np.asarray(
+    merge(np.broadcast_to(param[:, None], shape), candidates.astype(info.dtype))
+  )
   distance = np.abs(f64(merged) - f64(x)[:, None])
   mine = np.abs(f64(merge(param, found)) - f64(x))
   np.testing.assert_array_equal(mine, np.nanmin(distance, 1))
@@ -212,9 +225,7 @@ def test_residual_of_nan_and_infinity(bits):
   p = np.float32([1.0, np.nan, np.nan, np.inf, 1.0, np.inf, 1.0])
   found = np.asarray(residual(x, p.astype(jnp.bfloat16), bits))
   info = np.iinfo(found.dtype)
-  np.testing.assert_array_equal(
-      found, [0, 0, 0, 0, info.max, info.min, info.min]
-  )
+  np.testing.assert_array_equal(found, [0, 0, 0, 0, info.max, info.min, info.min])
 
 
 # Master weights of other parameters.
@@ -384,11 +395,11 @@ def test_no_step_keeps_every_bit():
       step = np.full(p.shape, zero)
       after = np.asarray(advance(p, c, step, threshold))
       np.testing.assert_array_equal(
-          after.view(np.uint32)[normal], before.view(np.uint32)[normal]
+        after.view(np.uint32)[normal], before.view(np.uint32)[normal]
       )
       expected = np.asarray(add(before, step))
       np.testing.assert_array_equal(
-          after.view(np.uint32)[~normal], expected.view(np.uint32)[~normal]
+        after.view(np.uint32)[~normal], expected.view(np.uint32)[~normal]
       )
 
 

@@ -59,7 +59,7 @@ def test_a_group_decays_as_its_float32_moment_does(kind, storage):
     return codec.encode(moment, kind, storage, rounding), None
 
   (last, last_scale), _ = jax.jit(
-      lambda moment: jax.lax.scan(step, moment, jnp.arange(steps))
+    lambda moment: jax.lax.scan(step, moment, jnp.arange(steps))
   )((codes, scale))
   np.testing.assert_array_equal(last, codes)
   rate = np.log(f64(last_scale) / f64(scale)) / steps

@@ -32,7 +32,7 @@ def test_moments_are_found_in_any_nesting(nesting):
 
 
 @pytest.mark.parametrize(
-    "nesting", slow_but(["partition", "multi-steps"], "multi-steps")
+  "nesting", slow_but(["partition", "multi-steps"], "multi-steps")
 )
 def test_moments_are_decoded(nesting):
   """Against the same run with float32 moments: within the codes' steps."""
@@ -43,7 +43,7 @@ def test_moments_are_decoded(nesting):
     params, state = fo.from_fp32(tx, draw())
     for _ in range(2):  # optax.MultiSteps updates at the second.
       params, state = jax.jit(lambda g, s, p, tx=tx: fo.step(tx, g, s, p))(
-          grads, state, params
+        grads, state, params
       )
     found[bits] = fo.moments(state)
   for name, root in (("mu", np.abs), ("nu", np.sqrt)):

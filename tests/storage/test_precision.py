@@ -69,7 +69,7 @@ def test_steps_go_on_from_the_master_weights(nesting):
   after = by_path(fo.to_fp32(params, state))
   for path, master in by_path(masters).items():
     assert (np.asarray(after[path]) != np.asarray(master)).any() or (
-        nesting == "masked" and path.startswith("head")
+      nesting == "masked" and path.startswith("head")
     )
 
 
@@ -79,7 +79,10 @@ def test_keep_leaves_in_float32():
   params, state = fo.from_fp32(tx, masters, keep=("*norm*", "head/*"))
   kept = {path for path, p in by_path(params).items() if p.dtype == jnp.float32}
   assert kept == {
-      "layers/0/norm/scale", "layers/1/norm/scale", "head/kernel", "head/bias"
+    "layers/0/norm/scale",
+    "layers/1/norm/scale",
+    "head/kernel",
+    "head/bias",
   }
   assert set(by_path(state.correction)) == set(by_path(params)) - kept
   for path in kept:
@@ -88,13 +91,16 @@ def test_keep_leaves_in_float32():
     np.testing.assert_array_equal(back, by_path(masters)[path])
 
 
-@pytest.mark.parametrize(("keep", "kept"), [
+@pytest.mark.parametrize(
+  ("keep", "kept"),
+  [
     ((), set()),
     ("embed/*", {"embed/table"}),
     (["*/kernel"], {"layers/0/kernel", "layers/1/kernel", "head/kernel"}),
     (("layers/[0]/*",), {"layers/0/kernel", "layers/0/norm/scale"}),
     (("kernel", "Embed/*"), set()),  # Whole paths, case and all.
-])
+  ],
+)
 def test_cast_params_globs(keep, kept):
   params = fo.cast_params(draw(), jnp.float16, keep=keep)
   found = {path for path, p in by_path(params).items() if p.dtype == jnp.float32}
@@ -112,10 +118,10 @@ def test_cast_params_leaves_other_dtypes_alone():
 
 
 KEEPERS = {
-    "adamw": lambda: fo.adamw(1e-2, storage=fo.Storage(moment_bits=32)),
-    "injected": lambda: optax.inject_hyperparams(fo.adamw)(1e-2),
-    "schedule_free": lambda: optax.contrib.schedule_free(fo.sgd(1e-2), 1e-2),
-    "compressed": lambda: fo.compress(optax.contrib.prodigy()),
+  "adamw": lambda: fo.adamw(1e-2, storage=fo.Storage(moment_bits=32)),
+  "injected": lambda: optax.inject_hyperparams(fo.adamw)(1e-2),
+  "schedule_free": lambda: optax.contrib.schedule_free(fo.sgd(1e-2), 1e-2),
+  "compressed": lambda: fo.compress(optax.contrib.prodigy()),
 }
 
 
@@ -127,12 +133,12 @@ def test_nothing_that_is_returned_dies_with_what_was_given(name):
   held = [masters]
   params, state = fo.from_fp32(tx, masters, keep=("*norm*", "head/*"))
   held += [
-      fo.cast_params(params, jnp.bfloat16, keep="*norm*"),
-      fo.to_fp32(params, state),
-      fo.moments(state),
-      fo.to_optax(tx, params, state),
-      fo.convert(tx, tx, params, state),
-      tx.init(params) if name == "compressed" else (),
+    fo.cast_params(params, jnp.bfloat16, keep="*norm*"),
+    fo.to_fp32(params, state),
+    fo.moments(state),
+    fo.to_optax(tx, params, state),
+    fo.convert(tx, tx, params, state),
+    tx.init(params) if name == "compressed" else (),
   ]
   plain = held[-3]
   held.append(fo.from_optax(tx, params, plain, params_fp32=held[2]))
@@ -157,12 +163,15 @@ def test_float16_round_trip():
     assert (error <= np.maximum(2.0**-18 * np.abs(x), 2.0**-32)).all()
 
 
-@pytest.mark.parametrize("function", [
+@pytest.mark.parametrize(
+  "function",
+  [
     lambda state, params: fo.to_fp32(params, state),
     lambda state, params: fo.moments(state),
     lambda state, params: fo.check_numerics(params, state, 1e-3),
     lambda state, params: fo.from_fp32(optax.adam(1e-3), params),
-])
+  ],
+)
 def test_no_flash_state_is_an_error(function):
   params = draw()
   with pytest.raises(ValueError, match="No flash optimizer"):

@@ -54,7 +54,8 @@ def test_small_leaves_have_float32_moments():
   params = cases.tree()
   state = cases.make("adamw", "mixed").init(params)
   for values, scales, codes in (
-      (state.mu, state.mu_scale, jnp.int8), (state.nu, state.nu_scale, jnp.uint8)
+    (state.mu, state.mu_scale, jnp.int8),
+    (state.nu, state.nu_scale, jnp.uint8),
   ):
     assert scales.keys() == params.keys()
     for name, param in params.items():

@@ -30,33 +30,29 @@ class Optimizer(NamedTuple):
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer(
-        fo.adamw, optax.adamw, {"weight_decay": 0.1}, ("mu", "nu")
-    ),
-    "adamw_nesterov": Optimizer(
-        fo.adamw,
-        optax.adamw,
-        {"weight_decay": 0.1, "nesterov": True},
-        ("mu", "nu"),
-    ),
-    "adam": Optimizer(fo.adam, optax.adam, {}, ("mu", "nu")),
-    "adam_nesterov": Optimizer(
-        fo.adam, optax.adam, {"nesterov": True}, ("mu", "nu")
-    ),
-    "sgd": Optimizer(fo.sgd, optax.sgd, {}, ()),
-    "momentum": Optimizer(fo.sgd, optax.sgd, {"momentum": 0.9}, ("mu",)),
-    "nesterov": Optimizer(
-        fo.sgd, optax.sgd, {"momentum": 0.9, "nesterov": True}, ("mu",)
-    ),
-    "lion": Optimizer(fo.lion, optax.lion, {"weight_decay": 0.1}, ("mu",)),
+  "adamw": Optimizer(fo.adamw, optax.adamw, {"weight_decay": 0.1}, ("mu", "nu")),
+  "adamw_nesterov": Optimizer(
+    fo.adamw,
+    optax.adamw,
+    {"weight_decay": 0.1, "nesterov": True},
+    ("mu", "nu"),
+  ),
+  "adam": Optimizer(fo.adam, optax.adam, {}, ("mu", "nu")),
+  "adam_nesterov": Optimizer(fo.adam, optax.adam, {"nesterov": True}, ("mu", "nu")),
+  "sgd": Optimizer(fo.sgd, optax.sgd, {}, ()),
+  "momentum": Optimizer(fo.sgd, optax.sgd, {"momentum": 0.9}, ("mu",)),
+  "nesterov": Optimizer(
+    fo.sgd, optax.sgd, {"momentum": 0.9, "nesterov": True}, ("mu",)
+  ),
+  "lion": Optimizer(fo.lion, optax.lion, {"weight_decay": 0.1}, ("mu",)),
 }
 
 # Leaves are small here, and shall have codes all the same.
 STORAGES = {
-    "root": fo.Storage(min_quantized_size=0),
-    "paper": fo.Storage(companding="paper", min_quantized_size=0),
-    "32/32": fo.Storage(master_bits=32, moment_bits=32),
-    "none/8": fo.Storage(master_bits=None, min_quantized_size=0),
+  "root": fo.Storage(min_quantized_size=0),
+  "paper": fo.Storage(companding="paper", min_quantized_size=0),
+  "32/32": fo.Storage(master_bits=32, moment_bits=32),
+  "none/8": fo.Storage(master_bits=None, min_quantized_size=0),
 }
 QUANTIZED = STORAGES["root"]
 # Codes for some leaves of a state, float32 for others.
@@ -65,29 +61,26 @@ STORAGES["mixed"] = fo.Storage(min_quantized_size=64)
 LEARNING_RATE = 2.0**-7  # Exact in bfloat16, for optax.inject_hyperparams.
 
 _ALL = [
-    (name, storage)
-    for storage in STORAGES
-    if storage != "mixed"
-    for name in OPTIMIZERS
+  (name, storage) for storage in STORAGES if storage != "mixed" for name in OPTIMIZERS
 ]
 SOME = [
-    ("adamw", "root"),
-    ("adamw_nesterov", "none/8"),
-    ("adam", "paper"),
-    ("adam_nesterov", "32/32"),
-    ("sgd", "32/32"),
-    ("momentum", "root"),
-    ("nesterov", "paper"),
-    ("lion", "root"),
-    ("adamw", "mixed"),
+  ("adamw", "root"),
+  ("adamw_nesterov", "none/8"),
+  ("adam", "paper"),
+  ("adam_nesterov", "32/32"),
+  ("sgd", "32/32"),
+  ("momentum", "root"),
+  ("nesterov", "paper"),
+  ("lion", "root"),
+  ("adamw", "mixed"),
 ]
 
 
 def _parametrize(combinations, quick):
   return pytest.mark.parametrize(
-      ("name", "storage"),
-      slow_but(combinations, *quick),
-      ids=[f"{name}-{storage}" for name, storage in combinations],
+    ("name", "storage"),
+    slow_but(combinations, *quick),
+    ids=[f"{name}-{storage}" for name, storage in combinations],
   )
 
 
@@ -96,16 +89,14 @@ every_case = _parametrize(_ALL, SOME[:-1])
 # Every optimizer and every storage: for tests that compile whole updates.
 some_cases = _parametrize(SOME, SOME[:1])
 every_optimizer = pytest.mark.parametrize(
-    "name", slow_but(OPTIMIZERS, "adamw", "momentum", "lion")
+  "name", slow_but(OPTIMIZERS, "adamw", "momentum", "lion")
 )
 
 
 def make(name: str, storage: str = "root", learning_rate=LEARNING_RATE, **kwargs):
   """The flash optimizer of that name."""
   kwargs = {**OPTIMIZERS[name].kwargs, **kwargs}
-  return OPTIMIZERS[name].flash(
-      learning_rate, storage=STORAGES[storage], **kwargs
-  )
+  return OPTIMIZERS[name].flash(learning_rate, storage=STORAGES[storage], **kwargs)
 
 
 def make_plain(name: str, learning_rate=LEARNING_RATE, **kwargs):
@@ -115,11 +106,11 @@ def make_plain(name: str, learning_rate=LEARNING_RATE, **kwargs):
 
 
 MIXED_SHAPES = {
-    "matrix": ((4, 64), jnp.bfloat16),
-    "bias": ((33,), jnp.bfloat16),
-    "conv": ((3, 3, 2, 40), jnp.bfloat16),
-    "norm": ((5,), jnp.float32),
-    "scale": ((), jnp.bfloat16),
+  "matrix": ((4, 64), jnp.bfloat16),
+  "bias": ((33,), jnp.bfloat16),
+  "conv": ((3, 3, 2, 40), jnp.bfloat16),
+  "norm": ((5,), jnp.float32),
+  "scale": ((), jnp.bfloat16),
 }
 SMALL_SHAPES = {name: MIXED_SHAPES[name] for name in ("matrix", "bias")}
 TINY_SHAPES = {"matrix": ((2, 40), jnp.bfloat16), "norm": ((5,), jnp.float32)}
@@ -146,8 +137,8 @@ def small(seed: int = 0):
 
 # Trees of two leaves whose keys, joined by slashes, are the same.
 TWINS = {
-    "slash": lambda x, y: {"a": {"b": x}, "a/b": y},
-    "number": lambda x, y: collections.OrderedDict([(1, x), ("1", y)]),
+  "slash": lambda x, y: {"a": {"b": x}, "a/b": y},
+  "number": lambda x, y: collections.OrderedDict([(1, x), ("1", y)]),
 }
 every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
 
@@ -195,8 +186,7 @@ def random_state(tx, params, seed: int = 2, count: int = 3):
     # Every group has an element at its scale.
     axis = codec.group_axis(leaf.shape, 32)
     where = tuple(
-        slice(None, None, 32) if i == axis else slice(None)
-        for i in range(leaf.ndim)
+      slice(None, None, 32) if i == axis else slice(None) for i in range(leaf.ndim)
     )
     values[where] = info.max
     return jnp.asarray(values)
@@ -219,9 +209,9 @@ def random_state(tx, params, seed: int = 2, count: int = 3):
       fields[name] = jax.tree.map(moment, values)
       # Small leaves have zeros for scales.
       fields[f"{name}_scale"] = jax.tree.map(
-          lambda scale, of: positive(scale) if of.dtype != jnp.float32 else scale,
-          scales,
-          values if jax.tree.leaves(scales) else scales,
+        lambda scale, of: positive(scale) if of.dtype != jnp.float32 else scale,
+        scales,
+        values if jax.tree.leaves(scales) else scales,
       )
     return state._replace(count=jnp.int32(count), **fields)
 
@@ -274,9 +264,7 @@ def types(values):
 def assert_same(actual, desired):
   """Two trees agree in structure, types and every bit (NaNs included)."""
   assert jax.tree.structure(actual) == jax.tree.structure(desired)
-  pairs = zip(
-      jax.tree.leaves_with_path(actual), jax.tree.leaves(desired), strict=True
-  )
+  pairs = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(desired), strict=True)
   for (path, a), b in pairs:
     where = jax.tree_util.keystr(path)
     assert (a.shape, a.dtype) == (b.shape, b.dtype), where
@@ -307,9 +295,7 @@ def assert_masters_close(actual, desired, params, master_bits, steps: int):
   """Master weights agree to a unit per step, at the leaf's largest weight."""
   assert actual.keys() == desired.keys() == params.keys()
   for name, param in params.items():
-    assert_within_units(
-        actual[name], desired[name], steps, param.dtype, master_bits
-    )
+    assert_within_units(actual[name], desired[name], steps, param.dtype, master_bits)
 
 
 def assert_codes_close(actual, desired, share=1e-4):
@@ -351,20 +337,18 @@ def assert_equal(actual, desired, steps: int, assert_moments_equal=assert_same):
       assert_within_units(x, y, steps, jnp.float32, None)
   assert_same_types(params, other_params)
   assert_masters_close(
-      by_path(fo.to_fp32(params, state)),
-      by_path(fo.to_fp32(other_params, other_state)),
-      by_path(params),
-      flash[0].format.storage.master_bits,
-      steps,
+    by_path(fo.to_fp32(params, state)),
+    by_path(fo.to_fp32(other_params, other_state)),
+    by_path(params),
+    flash[0].format.storage.master_bits,
+    steps,
   )
 
 
 def assert_same_types(actual, desired):
   """Two trees agree in structure, shapes and dtypes."""
   assert jax.tree.structure(actual) == jax.tree.structure(desired)
-  for a, b in zip(
-      jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True
-  ):
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
     assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 

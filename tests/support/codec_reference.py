@@ -16,27 +16,27 @@ LEVELS = {"first": 127, "second": 255}
 # The smallest scale at which the value of code 1 is a normal float32. Below it
 # the small codes decode to zero, since XLA flushes subnormals on the CPU.
 SMALLEST_EXPONENT = {
-    ("root", "first"): -112,
-    ("root", "second"): -47,
-    ("paper", "first"): -118,
-    ("paper", "second"): -55,
+  ("root", "first"): -112,
+  ("root", "second"): -47,
+  ("paper", "first"): -118,
+  ("paper", "second"): -55,
 }
 # Above, v = s² or the inverse of a scale leaves float32's range.
 LARGEST_EXPONENT = {
-    ("root", "first"): 127,
-    ("root", "second"): 63,
-    ("paper", "first"): 125,
-    ("paper", "second"): 63,
+  ("root", "first"): 127,
+  ("root", "second"): 63,
+  ("paper", "first"): 125,
+  ("paper", "second"): 63,
 }
 
 STORAGES = {
-    f"{name}-{size}": Storage(companding=name, group_size=size)
-    for name, size in (("root", 32), ("root", 8), ("paper", 32))
+  f"{name}-{size}": Storage(companding=name, group_size=size)
+  for name, size in (("root", 32), ("root", 8), ("paper", 32))
 }
 storages = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 _COMPANDINGS = {name: STORAGES[name] for name in ("root-32", "paper-32")}
 companding = pytest.mark.parametrize(
-    "storage", slow_but(_COMPANDINGS.values()), ids=_COMPANDINGS
+  "storage", slow_but(_COMPANDINGS.values()), ids=_COMPANDINGS
 )
 kinds = pytest.mark.parametrize("kind", ["first", "second"])
 bits = pytest.mark.parametrize("bits", [24, 32])

@@ -28,7 +28,9 @@ def main(folder):
   assert mesh.size == 32
   step = jax.jit(functools.partial(fo.step, TX))
   for name, spec in {
-      "replicated": P(), "rows": P("rows"), "columns": P(None, "columns")
+    "replicated": P(),
+    "rows": P("rows"),
+    "columns": P(None, "columns"),
   }.items():
     shardings = {"gate": NamedSharding(mesh, spec)}
     placed = fo.state_shardings(TX, whole, shardings)
@@ -45,10 +47,8 @@ def main(folder):
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(folder / name, saved)
     target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding
-        ),
-        saved,
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+      saved,
     )
     with ocp.StandardCheckpointer() as checkpointer:
       restored = checkpointer.restore(folder / name, target)

@@ -13,41 +13,41 @@ from tests.support import cases
 
 STEPS = 20
 COLLECTIVE = re.compile(
-    r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+  r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 )
 MESHES = {
-    "8": {"fsdp": 8},
-    "4x2": {"fsdp": 4, "tensor": 2},
-    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+  "8": {"fsdp": 8},
+  "4x2": {"fsdp": 4, "tensor": 2},
+  "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 # Where each parameter is split; a mesh without an axis leaves it out.
 SHAPES = {
-    "fsdp": ((16, 64), jnp.bfloat16),
-    "tensor": ((3, 256), jnp.bfloat16),
-    "one_axis": ((2, 256), jnp.bfloat16),
-    "mixed": ((8, 128), jnp.bfloat16),
-    "replicated": ((40,), jnp.float32),
+  "fsdp": ((16, 64), jnp.bfloat16),
+  "tensor": ((3, 256), jnp.bfloat16),
+  "one_axis": ((2, 256), jnp.bfloat16),
+  "mixed": ((8, 128), jnp.bfloat16),
+  "replicated": ((40,), jnp.float32),
 }
 SPECS = {
-    "fsdp": P("fsdp"),
-    "tensor": P(None, "tensor"),
-    "one_axis": P(None, ("fsdp", "tensor")),
-    "mixed": P("fsdp", "tensor"),
-    "replicated": P(),
+  "fsdp": P("fsdp"),
+  "tensor": P(None, "tensor"),
+  "one_axis": P(None, ("fsdp", "tensor")),
+  "mixed": P("fsdp", "tensor"),
+  "replicated": P(),
 }
 # On eight devices, with 16, 8 and 20 elements of a group's axis on each, and a
 # gate with fewer rows than there are devices.
 CUT_SHAPES = {
-    "sixteen": ((3, 128), jnp.bfloat16),
-    "eight": ((64, 5), jnp.bfloat16),
-    "twenty": ((2, 160), jnp.bfloat16),
-    "gate": ((4, 128), jnp.bfloat16),
+  "sixteen": ((3, 128), jnp.bfloat16),
+  "eight": ((64, 5), jnp.bfloat16),
+  "twenty": ((2, 160), jnp.bfloat16),
+  "gate": ((4, 128), jnp.bfloat16),
 }
 CUT_SPECS = {
-    "sixteen": P(None, ("fsdp", "tensor")),
-    "eight": P(("fsdp", "tensor")),
-    "twenty": P(None, ("tensor", "fsdp")),
-    "gate": P("fsdp"),
+  "sixteen": P(None, ("fsdp", "tensor")),
+  "eight": P(("fsdp", "tensor")),
+  "twenty": P(None, ("tensor", "fsdp")),
+  "gate": P("fsdp"),
 }
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
@@ -55,7 +55,7 @@ KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 def make_mesh(name: str, kind=AxisType.Auto):
   sizes = MESHES[name]
   return jax.make_mesh(
-      tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes)
+    tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes)
   )
 
 
@@ -96,15 +96,14 @@ def train_sharded(step, tx, shapes, shardings, steps=STEPS, out=False):
   arrays = jax.tree.leaves((params, state))
   nbytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in arrays)
   grads = [
-      jax.device_put(cases.grads_like(whole, 1 + i), shardings)
-      for i in range(steps)
+    jax.device_put(cases.grads_like(whole, 1 + i), shardings) for i in range(steps)
   ]
   # The compiled step refuses arrays that are not sharded as those it was
   # compiled for, so what it returns must be sharded as what it was given.
   jitted = jax.jit(
-      step,
-      donate_argnums=(1, 2),
-      out_shardings=(shardings, placed) if out else None,
+    step,
+    donate_argnums=(1, 2),
+    out_shardings=(shardings, placed) if out else None,
   )
   compiled = jitted.lower(grads[0], state, params).compile()
   assert compiled.memory_analysis().alias_size_in_bytes == nbytes
@@ -117,9 +116,9 @@ def with_manual_axes(step, mesh, shardings, placed):
   """The step of each shard, given the parameters' and the state's shardings."""
   specs, state_specs = jax.tree.map(lambda s: s.spec, (shardings, placed))
   return jax.shard_map(
-      step,
-      mesh=mesh,
-      in_specs=(specs, state_specs, specs),
-      out_specs=(specs, state_specs),
-      check_vma=False,
+    step,
+    mesh=mesh,
+    in_specs=(specs, state_specs, specs),
+    out_specs=(specs, state_specs),
+    check_vma=False,
   )

@@ -5,12 +5,12 @@ from flashoptim_jax import models
 
 def config(model_type, *sizes, **others):
   names = (
-      "vocab_size",
-      "hidden_size",
-      "intermediate_size",
-      "num_hidden_layers",
-      "num_attention_heads",
-      "num_key_value_heads",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
   )
   return {"model_type": model_type, **dict(zip(names, sizes, strict=False)), **others}
 

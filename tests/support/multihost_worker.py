@@ -24,11 +24,11 @@ def main():
 
   def place(whole):
     return jax.tree.map(
-        lambda leaf, sharding: jax.make_array_from_callback(
-            leaf.shape, sharding, leaf.__getitem__
-        ),
-        jax.device_get(whole),
-        shardings,
+      lambda leaf, sharding: jax.make_array_from_callback(
+        leaf.shape, sharding, leaf.__getitem__
+      ),
+      jax.device_get(whole),
+      shardings,
     )
 
   whole = cases.tree(meshes.SHAPES)

@@ -9,9 +9,9 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # Code for readers, or setup that they don't see. What can't run here is marked, with
 # the reason, and still has to be Python.
 BLOCK = re.compile(
-    r"^(?P<mark><!-- compiled only: [^>]+ -->\n)?"
-    r"(?:```python\n(?P<shown>.*?)^```|<!-- setup\n(?P<hidden>.*?)^-->)",
-    re.DOTALL | re.MULTILINE,
+  r"^(?P<mark><!-- compiled only: [^>]+ -->\n)?"
+  r"(?:```python\n(?P<shown>.*?)^```|<!-- setup\n(?P<hidden>.*?)^-->)",
+  re.DOTALL | re.MULTILINE,
 )
 
 

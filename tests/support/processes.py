@@ -8,11 +8,11 @@ import sys
 def run(*arguments: object, **environment: str) -> str:
   """What a fresh interpreter prints."""
   result = subprocess.run(
-      [sys.executable, *map(str, arguments)],
-      env={**os.environ, **environment},
-      capture_output=True,
-      text=True,
-      check=False,
+    [sys.executable, *map(str, arguments)],
+    env={**os.environ, **environment},
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert result.returncode == 0, result.stderr[-4000:]
   return result.stdout

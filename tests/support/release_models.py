@@ -43,7 +43,7 @@ def partitioned(args):
 
   def keep(wanted):
     return jax.tree.map(
-        lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) == wanted else None, args
+      lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) == wanted else None, args
     )
 
   return keep(True), keep(False)
@@ -51,7 +51,7 @@ def partitioned(args):
 
 def merged(floats, others):
   return jax.tree.map(
-      lambda x, y: y if x is None else x, floats, others, is_leaf=lambda x: x is None
+    lambda x, y: y if x is None else x, floats, others, is_leaf=lambda x: x is None
   )
 
 
@@ -69,7 +69,7 @@ def recomputed_backward(fn, residuals, cotangents):
 
 
 recomputed.defvjp(
-    lambda fn, *operands: (recomputed(fn, *operands), operands), recomputed_backward
+  lambda fn, *operands: (recomputed(fn, *operands), operands), recomputed_backward
 )
 
 
@@ -113,15 +113,15 @@ def transformer(call, live, tokens):
 
 def transformer_params():
   layers = {
-      "norm": jnp.ones((LAYERS, DIM)),
-      "qkv": normal(LAYERS, DIM, 3 * DIM),
-      "mlp": normal(LAYERS, DIM, DIM),
+    "norm": jnp.ones((LAYERS, DIM)),
+    "qkv": normal(LAYERS, DIM, 3 * DIM),
+    "mlp": normal(LAYERS, DIM, DIM),
   }
   return {
-      "embed": normal(VOCABULARY, DIM),
-      "layers": layers,
-      "norm": jnp.ones(DIM),
-      "head": normal(DIM, VOCABULARY),
+    "embed": normal(VOCABULARY, DIM),
+    "layers": layers,
+    "norm": jnp.ones(DIM),
+    "head": normal(DIM, VOCABULARY),
   }
 
 
@@ -202,9 +202,9 @@ def experts(call, live, tokens):
 
 def experts_params():
   return {
-      "router": normal(2, DIM, 2),
-      "up": normal(2, 2, DIM, 40),
-      "down": normal(2, 2, 40, DIM),
+    "router": normal(2, DIM, 2),
+    "up": normal(2, 2, DIM, 40),
+    "down": normal(2, 2, 40, DIM),
   }
 
 
@@ -225,20 +225,18 @@ def ungrouped_params():
 
 
 MODELS = {
-    "transformer": (transformer, transformer_params),
-    "tied": (tied, tied_params),
-    "unrolled MLP": (unrolled_mlp, mlp_params),
-    "unrolled stack": (unrolled_stack, lambda: normal(LAYERS, DIM, DIM)),
-    "nested": (nested, nested_params),
-    "experts": (experts, experts_params),
-    "ungrouped": (ungrouped, ungrouped_params),
+  "transformer": (transformer, transformer_params),
+  "tied": (tied, tied_params),
+  "unrolled MLP": (unrolled_mlp, mlp_params),
+  "unrolled stack": (unrolled_stack, lambda: normal(LAYERS, DIM, DIM)),
+  "nested": (nested, nested_params),
+  "experts": (experts, experts_params),
+  "ungrouped": (ungrouped, ungrouped_params),
 }
 
 
 def batch(step: int):
-  return jax.random.randint(
-      jax.random.key(step), (BATCH, SEQ + 1), 0, VOCABULARY
-  )
+  return jax.random.randint(jax.random.key(step), (BATCH, SEQ + 1), 0, VOCABULARY)
 
 
 @functools.cache
@@ -288,9 +286,7 @@ def small(call, live, tokens):
 
 
 def small_params():
-  return {
-      name: normal(*shape) + (name == "norm") for name, shape in SMALL.items()
-  }
+  return {name: normal(*shape) + (name == "norm") for name, shape in SMALL.items()}
 
 
 def sgd(*before):
@@ -306,11 +302,11 @@ def matrices(params):
 def assert_close(actual, desired):
   """To a unit of bf16: XLA may fuse these updates in other ways."""
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(
-          np.float32(a), np.float32(b), rtol=2**-7, atol=2**-12
-      ),
-      actual,
-      desired,
+    lambda a, b: np.testing.assert_allclose(
+      np.float32(a), np.float32(b), rtol=2**-7, atol=2**-12
+    ),
+    actual,
+    desired,
   )
 
 

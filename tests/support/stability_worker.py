@@ -30,8 +30,8 @@ def debug():
   count = 0
   for kind, storage in cases.STORAGES.items():
     transformations = [
-        *(cases.make(name, kind, 1e-3) for name in cases.OPTIMIZERS),
-        fo.compress(optax.adam(1e-3), storage),
+      *(cases.make(name, kind, 1e-3) for name in cases.OPTIMIZERS),
+      fo.compress(optax.adam(1e-3), storage),
     ]
     for tx in transformations:
       params, state = fo.from_fp32(tx, masters)

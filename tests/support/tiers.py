@@ -18,12 +18,12 @@ def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
   quick = quick or values[:1]
   assert all(value in values for value in quick), quick
   return [
-      value
-      if value in quick
-      else pytest.param(
-          *(value if type(value) is tuple else (value,)), marks=pytest.mark.slow
-      )
-      for value in values
+    value
+    if value in quick
+    else pytest.param(
+      *(value if type(value) is tuple else (value,)), marks=pytest.mark.slow
+    )
+    for value in values
   ]
 
 
@@ -31,7 +31,7 @@ def require(package: str) -> None:
   """Fails where a package of the second tier is missing: a skip may go unnoticed."""
   if importlib.util.find_spec(package) is None:
     pytest.fail(
-        f"{package} is not installed; expected the extra 'test-all'. Run"
-        " `pip install -e '.[test-all]'`.",
-        pytrace=False,
+      f"{package} is not installed; expected the extra 'test-all'. Run"
+      " `pip install -e '.[test-all]'`.",
+      pytrace=False,
     )

@@ -32,15 +32,20 @@ SHAPES = {"rows": (8, 64), "ragged": (3, 50), "stack": (2, 3, 32), "vector": (33
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 STEPS = 2
 CASES = [
-    *((name, storage, BF16, BF16, fo.step) for name, storage in cases.SOME),
-    *(("adamw", "root", *dtypes, fo.step) for dtypes in ((F32, BF16), (F16, F16))),
-    *(("adamw", "root", BF16, grad, cases.update) for grad in (F32, BF16)),
-    ("lion", "root", BF16, F32, cases.update),
-    ("adamw", "32/32", BF16, BF16, cases.update),
+  *((name, storage, BF16, BF16, fo.step) for name, storage in cases.SOME),
+  *(("adamw", "root", *dtypes, fo.step) for dtypes in ((F32, BF16), (F16, F16))),
+  *(("adamw", "root", BF16, grad, cases.update) for grad in (F32, BF16)),
+  ("lion", "root", BF16, F32, cases.update),
+  ("adamw", "32/32", BF16, BF16, cases.update),
 ]
 _TYPES = {
-    "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8",
-    "uint8": "u8", "int16": "i16", "int32": "i32",
+  "bfloat16": "bf16",
+  "float16": "fp16",
+  "float32": "fp32",
+  "int8": "i8",
+  "uint8": "u8",
+  "int16": "i16",
+  "int32": "i32",
 }
 
 
@@ -76,7 +81,7 @@ def run_in_interpreter():
   """Prepares this process."""
   mangle = jit.mangle_type
   jit.mangle_type = lambda arg, *rest: (
-      f"*{arg.dtype}" if isinstance(arg, Buffer) else mangle(arg, *rest)
+    f"*{arg.dtype}" if isinstance(arg, Buffer) else mangle(arg, *rest)
   )
   executor: type = interpreter.GridExecutor
   executor._init_args_hst = lambda self, args, kwargs: (args, kwargs)
@@ -98,17 +103,17 @@ def check(name, storage, dtype, grad_dtype, take_step):
   rng = np.random.default_rng(0)
   for _ in range(STEPS):
     grads = {
-        key: rng.standard_normal(shape).astype(grad_dtype)
-        for key, shape in SHAPES.items()
+      key: rng.standard_normal(shape).astype(grad_dtype)
+      for key, shape in SHAPES.items()
     }
     ours = kernel(grads, state, params)
     params, state = reference(grads, state, params)
     assert_moments_equal(ours[1], state)
     cases.assert_masters_close(
-        *(cases.by_path(fo.to_fp32(*each)) for each in (ours, (params, state))),
-        cases.by_path(params),
-        state.format.storage.master_bits,
-        1,
+      *(cases.by_path(fo.to_fp32(*each)) for each in (ours, (params, state))),
+      cases.by_path(params),
+      state.format.storage.master_bits,
+      1,
     )
 
 
@@ -118,7 +123,7 @@ def assert_moments_equal(ours, reference):
   for name, scales in (("mu", ours.mu_scale), ("nu", ours.nu_scale)):
     cases.assert_same(scales, getattr(reference, f"{name}_scale"))
     found, expected = (
-        jax.tree.leaves(getattr(state, name)) for state in (ours, reference)
+      jax.tree.leaves(getattr(state, name)) for state in (ours, reference)
     )
     for a, b in zip(found, expected, strict=True):
       if a.dtype == jnp.float32:
@@ -132,9 +137,7 @@ def assert_moments_equal(ours, reference):
 def check_bound():
   """No step is longer than exact Adam's, with gradients of all sizes."""
   steps, shape = 8, (2, 40)
-  tx = fo.adam(
-      1.0, b2=0.95, storage=cases.STORAGES["root"], implementation="triton"
-  )
+  tx = fo.adam(1.0, b2=0.95, storage=cases.STORAGES["root"], implementation="triton")
   path = [jnp.zeros(shape)]
   state = tx.init(path[0])
   step = jax.jit(functools.partial(fo.step, tx))
@@ -160,7 +163,7 @@ def check_rest():
 
 @triton.jit
 def store_residual(
-    master, param, result, MASTER_BITS: tl.constexpr, SIZE: tl.constexpr
+  master, param, result, MASTER_BITS: tl.constexpr, SIZE: tl.constexpr
 ):
   at = tl.arange(0, SIZE)
   loaded = tl.load(master + at), tl.load(param + at)
@@ -184,7 +187,7 @@ def check_residual(master_bits):
   expected = codec.residual(jnp.asarray(master), jnp.asarray(param), master_bits)
   result = Buffer(np.zeros(size, np.int32))
   store_residual[(1,)](
-      Buffer(master), Buffer(param), result, MASTER_BITS=master_bits, SIZE=size
+    Buffer(master), Buffer(param), result, MASTER_BITS=master_bits, SIZE=size
   )
   # Masters that are NaN make parameters NaN, beside which any correction will do.
   nan = np.isnan(param.astype(np.float32))

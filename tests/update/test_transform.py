@@ -93,9 +93,7 @@ def test_donated_buffers_are_all_reused(name, storage, through):
   params = cases.tree()
   state = tx.init(params)
   function = {"step": cases.step, "update": cases.update}[through]
-  jitted = jax.jit(
-      functools.partial(function, tx), donate_argnums=(1, 2)
-  )
+  jitted = jax.jit(functools.partial(function, tx), donate_argnums=(1, 2))
   nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
   with warnings.catch_warnings():
     warnings.simplefilter("error")
@@ -122,7 +120,7 @@ def test_bad_gradients_show_and_stay_in_their_group(name, storage, bad):
       for each in (bad_grads, grads, grads):
         new, state = function(tx, each, state, new)
         wide, wide_state = cases.update(
-            plain, jax.tree.map(jnp.float32, each), wide_state, wide
+          plain, jax.tree.map(jnp.float32, each), wide_state, wide
         )
     finite = np.isfinite(np.asarray(new["w"], np.float32))
     desired = np.isfinite(np.asarray(wide["w"]))
@@ -149,10 +147,10 @@ def test_trees_at_the_edge(name, storage):
   tx = cases.make(name, storage)
   shapes = ((), (0,), (1,), (0, 32), (32, 0), (2, 0, 3))
   params = {
-      "empty": {},
-      "none": None,
-      "list": [jnp.ones(shape, jnp.bfloat16) for shape in shapes],
-      "tuple": (None, jnp.ones((), jnp.float32)),
+    "empty": {},
+    "none": None,
+    "list": [jnp.ones(shape, jnp.bfloat16) for shape in shapes],
+    "tuple": (None, jnp.ones((), jnp.float32)),
   }
   for tree in (params, {}, (), jnp.ones((), jnp.bfloat16)):
     grads = jax.tree.map(jnp.ones_like, tree)
