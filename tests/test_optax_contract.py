@@ -275,6 +275,7 @@ def test_partition(name, storage):
     np.testing.assert_array_equal(new_params["scale"], plain)
 
 
+@pytest.mark.slow
 @some_cases
 def test_masked_leaves_the_rest_to_others(name, storage):
   params = cases.tree()

@@ -20,15 +20,14 @@ from tests.support import cases
 from tests.support.tiers import slow_but
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "tx",
-  slow_but(
-    [
-      optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)),
-      contrib.prodigy(),
-      optax.noisy_sgd(1e-2, key=0),
-    ]
-  ),
+  [
+    optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)),
+    contrib.prodigy(),
+    optax.noisy_sgd(1e-2, key=0),
+  ],
   ids=["clip", "prodigy", "noise"],
 )
 def test_leaf_by_leaf_is_all_at_once(tx, monkeypatch):

@@ -430,6 +430,7 @@ def test_moves():
   cases.assert_same(fo.convert(wide, tx, *wider), (params, state))
 
 
+@pytest.mark.slow
 def test_gradient_release():
   tx = fo.compress(optax.adamw(1e-2), cases.QUANTIZED)
   params = cases.tree(cases.SMALL_SHAPES)

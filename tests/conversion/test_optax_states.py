@@ -389,7 +389,7 @@ def test_convert(source, target):
 
 
 @pytest.mark.parametrize("target", slow_but(["32/32", "32/8", "24/32"]))
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16, jnp.float16]))
 def test_convert_to_more_bits_and_back_is_exact(target, dtype):
   tx, wide = (
     fo.adamw(1e-3, storage=storage) for storage in (cases.QUANTIZED, STORAGES[target])

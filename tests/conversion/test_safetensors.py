@@ -37,7 +37,7 @@ def draw(seed, shape):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize("max_shard_bytes", [None, 1000])
+@pytest.mark.parametrize("max_shard_bytes", slow_but([None, 1000], 1000))
 @BITS
 def test_round_trip(bits, max_shard_bytes, tmp_path):
   masters, tx, (params, state) = make(bits)

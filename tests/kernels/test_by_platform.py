@@ -13,7 +13,7 @@ from flashoptim_jax.kernels import dispatch, mosaic_tpu, triton
 from flashoptim_jax.kernels.by_platform import Place
 from tests.support import cases
 from tests.support.cases import arguments
-from tests.support.tiers import slow_but
+from tests.support.tiers import require, slow_but
 
 SHAPES = {name: cases.MIXED_SHAPES[name] for name in ("matrix", "bias", "norm")}
 LARGE = SHAPES | {"matrix": ((64, 1024), jnp.bfloat16)}  # Enough for the TPU kernel.
@@ -78,12 +78,14 @@ def test_arrays_on_a_cpu_beside_a_gpu(how, function, gpu_machine, places):
   cases.assert_equal(found, cases.step(tx, *arguments(tx, shapes)), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("platforms", "count"),
   [(["cuda"], 3), (["rocm"], 3), (["cpu"], 0), (["tpu"], 0), (["cpu", "cuda"], 3)],
 )
 def test_triton_is_in_programs_for_gpus_alone(platforms, count, gpu_machine):
   """A launch for each of the leaves, whose rows are aligned in different ways."""
+  require("triton")
   tx = cases.make("adamw")
   traced = jax.jit(functools.partial(fo.step, tx)).trace(*arguments(tx, SHAPES))
   text = traced.lower(lowering_platforms=tuple(platforms)).as_text()

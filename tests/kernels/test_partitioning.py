@@ -128,7 +128,7 @@ def kernel(monkeypatch):
   return stand_in
 
 
-@pytest.mark.parametrize("shapes", ["SHAPES", "CUT_SHAPES"])
+@pytest.mark.parametrize("shapes", slow_but(["SHAPES", "CUT_SHAPES"], "CUT_SHAPES"))
 @pytest.mark.parametrize("kind", slow_but([*KINDS, "given"]))
 def test_kernels_see_shards(kernel, kind, shapes):
   mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
