@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from flashoptim_jax.kernels.base import GROUP_SIZE
-from flashoptim_jax.kernels.mosaic_layout import LANES
+from flashoptim_jax.kernels.mosaic_layout import GROUPS, LANES
 from flashoptim_jax.kernels.mosaic_plan import Field, Plan
 from flashoptim_jax.kernels.mosaic_words import (
+  WORD_ROWS,
   as_float,
   as_words,
   from_words,
@@ -54,25 +55,34 @@ class Block:
     return words.T if self.plan.turned else words
 
   def _next(self, field: Field):
-    return self.scratch[f"{field.name}_next"]
+    """Where ``read`` brings words to: units that are not turned need not wait."""
+    return self.scratch[f"{field.name}_next" if self.plan.turned else field.name]
 
-  def _written(self, name: str) -> str:
-    codes = f"{name}_codes"
-    return codes if codes in self.scratch else name
+  def _stays_in_stage(self, field: Field) -> bool:
+    """Whether words are read and written where they are brought to, with a stride."""
+    return field.itemsize > 1 and not self.plan.turned
 
-  def take_next(self, group: int) -> None:
-    """Makes a group of the unit that ``read`` brought in the current one."""
-    rows = pl.ds(group * GROUP_SIZE, GROUP_SIZE)
-    for field in self.fields.values():
-      self.scratch[field.name][:, rows, :] = self._next(field)[:, rows, :]
+  def _new(self, name: str) -> Any:
+    """Scratch memory of what an array becomes."""
+    return self.scratch.get(f"{name}_new", self.scratch[name])
+
+  def take_next(self) -> None:
+    """Makes the unit that ``read`` brought in the current one."""
+    if not self.plan.turned:
+      return
+    for group in range(GROUPS):
+      rows = pl.ds(group * GROUP_SIZE, GROUP_SIZE)
+      for field in self.fields.values():
+        self.scratch[field.name][:, rows, :] = self._next(field)[:, rows, :]
 
   def read(self, field: Field, unit) -> None:
     """Brings a unit of an array into scratch memory, as transposed words."""
-    plan, ref, out = self.plan, self.inputs[field.name], self._next(field)
+    plan, ref = self.plan, self.inputs[field.name]
     per_tile = plan.words * field.itemsize
     columns = [self.columns(unit, tile) for tile in range(plan.tiles)]
     if field.itemsize == 1:
-      out[0] = self._turn(stack([as_words(ref[:, c]) for c in columns]))
+      words = stack([as_words(ref[:, c]) for c in columns])
+      self._next(field)[0] = self._turn(words)
       return
     stage = self.scratch[f"{field.name}_stage"]
     for tile, c in enumerate(columns):
@@ -84,13 +94,18 @@ class Block:
           stage[rows, :] = ref.bitcast(jnp.int32)[row : row + _TILE_WORDS, c]
       else:
         stage[pl.ds(tile * per_tile, per_tile), :] = as_words(ref[:, c])
+    if self._stays_in_stage(field):
+      return
+    out = self._next(field)
     for i in range(field.itemsize):
       out[i] = self._turn(stage[pl.ds(i, LANES, stride=field.itemsize), :])
 
   def write(self, field: Field, unit) -> None:
     """The inverse of ``read``, but for what is left to ``flush``."""
+    if self._stays_in_stage(field):
+      return
     plan, ref = self.plan, self.results[field.name]
-    words = self.scratch[self._written(field.name)]
+    words = self._new(field.name)
     per_tile = plan.words * field.itemsize
     if field.itemsize == 1:
       turned = self._turn(words[0])
@@ -130,8 +145,24 @@ class Block:
 
   def word(self, name: str, k: int, rows) -> tuple[jax.Array, int]:
     """The words that hold row ``k`` of four, and their numbers' size."""
-    itemsize = self.fields[name].itemsize
-    return self.scratch[name][k * itemsize // 4, rows, :], itemsize
+    field = self.fields[name]
+    i = k * field.itemsize // WORD_ROWS
+    if self._stays_in_stage(field):
+      stage = self.scratch[f"{name}_stage"]
+      return stage[self._with_stride(field, i, rows), :], field.itemsize
+    return self.scratch[name][i, rows, :], field.itemsize
+
+  def put_word(self, field: Field, i: int, rows, word: jax.Array) -> None:
+    """Sets words ``i`` of those of four rows."""
+    if self._stays_in_stage(field):
+      stage = self.scratch[f"{field.name}_written"]
+      stage[self._with_stride(field, i, rows), :] = word
+    else:
+      self._new(field.name)[i, rows, :] = word
+
+  def _with_stride(self, field: Field, i: int, rows):
+    size = field.itemsize
+    return pl.ds(rows.start * size + i, rows.size, stride=size)
 
   def floats(self, name: str, k: int, rows) -> jax.Array:
     """Row ``k`` of four of an array of floats, as float32."""

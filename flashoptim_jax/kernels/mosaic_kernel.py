@@ -115,7 +115,7 @@ def kernel(plan: Plan, scalars: Any, *refs: Any) -> None:
   def encode(u):
     for moment in moments:
       each_group(functools.partial(elements.encode, moment))
-    for field in codes:
+    for field in [*codes, *(others if plan.writes_late else [])]:
       block.write(field, u)
     for field in others:
       block.flush(field, u)
@@ -123,26 +123,27 @@ def kernel(plan: Plan, scalars: Any, *refs: Any) -> None:
   # A unit's codes have to wait for its scales, and everything for the transpose
   # unit; so this encodes and flushes the unit before and reads the one after. Scales
   # come first: they are found in memory by an index, so the compiler has their loads
-  # wait for what was stored before.
+  # wait for what was stored before. Where nothing is transposed, the unit itself is
+  # read at this place.
   def unit(u, carry):
     for moment in moments:
       scales.decoders(moment, step, u)
     encode(jnp.maximum(u - 1, 0))
     for field in fields.values():
-      block.read(field, jnp.minimum(u + 1, units - 1))
+      block.read(field, jnp.minimum(u + 1, units - 1) if plan.turned else u)
     each_group(lambda group: elements.update(step, u, group))
-    for field in others:
-      block.write(field, u)
+    if not plan.writes_late:
+      for field in others:
+        block.write(field, u)
     for moment in moments:
       scales.encoders(moment, step, u)
-    for group in range(GROUPS):
-      block.take_next(group)
+    block.take_next()
     return carry
 
-  for field in fields.values():
-    block.read(field, 0)
-  for group in range(GROUPS):
-    block.take_next(group)
+  if plan.turned:
+    for field in fields.values():
+      block.read(field, 0)
+  block.take_next()
   lax.fori_loop(0, units, unit, None)
   encode(units - 1)
 
@@ -185,7 +186,8 @@ class _Elements:
         old.append(self._old_moment(moment, k, rows, group))
         new.append(self._new_moment(moment, grad, old[-1]))
         if not plan.compressed:
-          self.scratch[moment.name][k, rows, :] = as_bits(new[-1])
+          field = self.fields[moment.name]
+          self.block.put_word(field, k, rows, as_bits(new[-1]))
           continue
         magnitude, root, code_root = self._roots(moment, new[-1])
         if root is not None:
@@ -275,7 +277,8 @@ class _Elements:
       # A NaN's low bits are zero.
       numbers.append(as_bits(level + last))
     word = pack(numbers, 1, self.plan.interpret)
-    self.scratch[f"{moment.name}_codes"][0, pl.ds(row, GROUP_SIZE), :] = word
+    field = self.block.fields[moment.name]
+    self.block.put_word(field, 0, pl.ds(row, GROUP_SIZE), word)
 
   def _level(self, moment, k, group, rows) -> tuple[jax.Array, float]:
     """What is rounded to codes, and what one code is of it."""
@@ -405,4 +408,4 @@ class _Elements:
       else:
         part = [logical_shift(number, at) for number in part]
         word = pack(part, itemsize, self.plan.interpret)
-      self.scratch[name][i, rows, :] = word
+      self.block.put_word(self.outputs[name], i, rows, word)

@@ -10,6 +10,7 @@ from flashoptim_jax.kernels.base import GROUP_SIZE, UpdateSpec
 from flashoptim_jax.kernels.mosaic_layout import GROUPS, LANES, SCALE_COLUMNS, Blocks
 from flashoptim_jax.kernels.mosaic_math import reads_old_moments
 from flashoptim_jax.kernels.mosaic_words import WORD_ROWS
+from flashoptim_jax.rules import Moment
 
 
 class Field(NamedTuple):
@@ -40,7 +41,7 @@ class Plan(NamedTuple):
     hyperparameters: Names of the scalars, in the order in which they are passed.
     zeros: Names of the scalars that are known to be 0.
     blocks: How the leaf is cut into blocks.
-    has_fast_roots: Whether the TPU has accurate square roots.
+    generation: The TPU's.
     interpret: Whether to run in interpret mode.
   """
 
@@ -51,7 +52,7 @@ class Plan(NamedTuple):
   hyperparameters: tuple[str, ...]
   zeros: tuple[str, ...]
   blocks: Blocks
-  has_fast_roots: bool
+  generation: int
   interpret: bool
 
   @property
@@ -62,6 +63,11 @@ class Plan(NamedTuple):
   def dtype(self, name: str) -> Any:
     """The dtype of an array that is read or written."""
     return self.dtypes[like(name)]
+
+  @property
+  def has_fast_roots(self) -> bool:
+    """Whether the TPU has accurate square roots."""
+    return self.generation >= 6
 
   @property
   def words(self) -> int:
@@ -96,6 +102,18 @@ class Plan(NamedTuple):
     return self.compressed and not reads_old_moments(self.spec.rule, names)
 
   @property
+  def writes_late(self) -> bool:
+    """Whether a unit's results are turned around one unit later, with its codes.
+
+    The vector unit waits for the last transposes of a unit otherwise. The codes of two
+    moments would wait for these transposes in turn, and for longer. On v4 the vector
+    unit has half the slots and seldom waits.
+    """
+    # Interpret mode stands for the later TPUs.
+    waits = self.interpret or self.generation > 4
+    return self.turned and waits and len(self.spec.rule.moments) == 1
+
+  @property
   def turned(self) -> bool:
     """Whether units are transposed."""
     return self.compressed and not self.blocks.along_rows
@@ -117,30 +135,42 @@ def scratch_shapes(plan: Plan) -> dict[str, Any]:
   shapes: dict[str, Any] = {}
   for name in names:
     size = jnp.dtype(plan.dtypes[name]).itemsize
-    shapes[name] = shapes[f"{name}_next"] = ((size, LANES, LANES), jnp.int32)
+    if plan.turned or size == 1:
+      shapes[name] = ((size, LANES, LANES), jnp.int32)
+    if plan.turned:
+      shapes[f"{name}_next"] = shapes[name]
     if size > 1:
       shapes[f"{name}_stage"] = ((size * LANES, LANES), jnp.int32)
       shapes[f"{name}_written"] = shapes[f"{name}_stage"]
   if "update" in plan.written:
-    shapes["update"] = shapes["grad"]
-    shapes["update_written"] = shapes["grad_stage"]
+    of_grad = {n: shape for n, shape in shapes.items() if n in ("grad", "grad_written")}
+    shapes |= {n.replace("grad", "update"): shape for n, shape in of_grad.items()}
+  if plan.writes_late:
+    for name in plan.written:
+      if not is_scale(name):
+        shapes[f"{name}_new"] = shapes[name]
   shapes["stage"] = ((4 * LANES, LANES), jnp.int32)
   if plan.compressed:
     for moment in plan.spec.rule.moments:
-      if plan.turned:
-        kept = (2, LANES // GROUPS, GROUPS, LANES)
-        shapes[f"{moment.name}_scale"] = (kept, jnp.int32)
-      shapes |= {
-        f"{moment.name}_decoder": ((WORD_ROWS * GROUPS, LANES), jnp.float32),
-        f"{moment.name}_encoder": ((WORD_ROWS * GROUPS, LANES), jnp.float32),
-        f"{moment.name}_old_scale": ((WORD_ROWS * GROUPS, LANES), jnp.float32),
-        f"{moment.name}_max": ((8 * WORD_ROWS * GROUPS, LANES), jnp.float32),
-        f"{moment.name}_codes": ((1, LANES, LANES), jnp.int32),
-        f"{moment.name}_root": ((WORD_ROWS * LANES, LANES), jnp.float32),
-      }
-      # What only one kind has.
-      if moment.kind == "first":
-        shapes[f"{moment.name}_value"] = shapes[f"{moment.name}_root"]
-      else:
-        shapes[f"{moment.name}_last"] = shapes[f"{moment.name}_encoder"]
+      shapes |= _scratch_of_moment(plan, moment)
+  return shapes
+
+
+def _scratch_of_moment(plan: Plan, moment: Moment) -> dict[str, Any]:
+  name, of_groups = moment.name, WORD_ROWS * GROUPS
+  shapes: dict[str, Any] = {
+    f"{name}_decoder": ((of_groups, LANES), jnp.float32),
+    f"{name}_encoder": ((of_groups, LANES), jnp.float32),
+    f"{name}_old_scale": ((of_groups, LANES), jnp.float32),
+    f"{name}_max": ((8 * of_groups, LANES), jnp.float32),
+    f"{name}_new": ((1, LANES, LANES), jnp.int32),
+    f"{name}_root": ((WORD_ROWS * LANES, LANES), jnp.float32),
+  }
+  if plan.turned:
+    shapes[f"{name}_scale"] = ((2, LANES // GROUPS, GROUPS, LANES), jnp.int32)
+  # What only one kind has.
+  if moment.kind == "first":
+    shapes[f"{name}_value"] = shapes[f"{name}_root"]
+  else:
+    shapes[f"{name}_last"] = shapes[f"{name}_encoder"]
   return shapes

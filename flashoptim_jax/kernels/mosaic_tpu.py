@@ -101,7 +101,7 @@ def _update(
     hyper,
     zeros,
     cut_into_blocks(param.shape, param.dtype.itemsize, element_bytes, leaf.quantized),
-    generation >= 6,
+    generation,
     interpret,
   )
   packed = jnp.stack([jnp.asarray(scalars[n], jnp.float32) for n in hyper])[None]
