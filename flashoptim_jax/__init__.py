@@ -71,14 +71,23 @@ __all__ = [
 ]
 
 
+# Imported on first use: Flax and Orbax are optional dependencies. The last two are not
+# public, but programs know them by the names that they had before they moved.
+_LAZY = {
+  "checkpoint": "flashoptim_jax.checkpoint",
+  "flax": "flashoptim_jax.flax",
+  "codec": "flashoptim_jax.storage.codec",
+  "inspection": "flashoptim_jax.checkpoint.inspection",
+}
+
+
 def __dir__() -> list[str]:
   return sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str):
-  # Imported on first use: Flax and Orbax are optional dependencies.
-  if name in ("checkpoint", "flax"):
+  if name in _LAZY:
     import importlib
 
-    return importlib.import_module(f"flashoptim_jax.{name}")
+    return importlib.import_module(_LAZY[name])
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -99,6 +99,13 @@ def test_public_names():
   assert all(hasattr(fo, name) for name in PUBLIC)
 
 
+def test_modules_by_the_names_that_they_had():
+  from flashoptim_jax import codec, inspection
+
+  assert codec.__name__ == "flashoptim_jax.storage.codec"
+  assert inspection.__name__ == "flashoptim_jax.checkpoint.inspection"
+
+
 @pytest.mark.parametrize(
   "name", [n for n, p in MODULES.items() if p.name == "__init__.py"][1:]
 )

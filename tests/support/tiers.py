@@ -16,7 +16,8 @@ def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
   """
   values = list(values)
   quick = quick or values[:1]
-  assert all(value in values for value in quick), quick
+  unknown = [value for value in quick if value not in values]
+  assert not unknown, f"{unknown} are not among the parameters"
   return [
     value
     if value in quick
