@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import Rule, Scalars
@@ -131,6 +132,15 @@ def result_types(leaf: Leaf, spec: UpdateSpec) -> UpdatedLeaf:
   if not spec.new_params:
     result = result.update(dtype=leaf.grad.dtype)
   return UpdatedLeaf(result, leaf.correction, leaf.moments)
+
+
+def split_scalars(
+  scalars: Scalars,
+) -> tuple[tuple[tuple[str, float], ...], dict[str, jax.Array]]:
+  """Scalars that are Python numbers, which are static, and those that are arrays."""
+  numbers = {n: v for n, v in scalars.items() if isinstance(v, int | float)}
+  arrays = {n: jnp.asarray(v) for n, v in scalars.items() if n not in numbers}
+  return tuple(numbers.items()), arrays
 
 
 class Unavailable(NamedTuple):

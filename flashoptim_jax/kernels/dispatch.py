@@ -13,7 +13,6 @@ import jax
 # Not used here. Importing it changes JAX's configuration, by which compiled programs
 # are told apart: in the middle of a step, it would have the step compiled again.
 import jax.experimental.pallas.tpu
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from flashoptim_jax.kernels import by_platform, offload, partitioning
@@ -24,6 +23,7 @@ from flashoptim_jax.kernels.base import (
   UpdatedLeaf,
   UpdateSpec,
   result_types,
+  split_scalars,
 )
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import Scalars
@@ -137,10 +137,9 @@ def _update_anywhere(
   spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars
 ) -> list[UpdatedLeaf]:
   """Updates leaves that are on no mesh, wherever they turn out to be."""
-  numbers = {n: v for n, v in scalars.items() if isinstance(v, int | float)}
-  traced = {n: jnp.asarray(v) for n, v in scalars.items() if n not in numbers}
+  numbers, traced = split_scalars(scalars)
   arrays, treedef = jax.tree.flatten((list(leaves), traced))
-  update = _Update(spec, tuple(numbers.items()), treedef)
+  update = _Update(spec, numbers, treedef)
   results_treedef: Any
   types, results_treedef = jax.tree.flatten(
     [result_types(jax.tree.map(jax.typeof, leaf), spec) for leaf in leaves]

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf, UpdateSpec, result_types
+from flashoptim_jax.kernels.base import (
+  Leaf,
+  UpdatedLeaf,
+  UpdateSpec,
+  result_types,
+  split_scalars,
+)
 from flashoptim_jax.rules import Scalars
 from flashoptim_jax.storage import codec
 
@@ -75,8 +81,7 @@ def update_leaves(
   shardings: Mapping[str, NamedSharding],
 ) -> list[UpdatedLeaf]:
   """Stands for :func:`flashoptim_jax.kernels.dispatch.update_leaves`."""
-  traced = {n: v for n, v in scalars.items() if isinstance(v, jax.Array)}
-  numbers = tuple((n, v) for n, v in scalars.items() if n not in traced)
+  numbers, traced = split_scalars(scalars)
   launch = _Launch(spec, numbers, tuple(traced))
   updated = []
   for leaf in leaves:
