@@ -464,14 +464,8 @@ def test_muon_converges_like_plain_muon():
   def loss(params):
     return jnp.mean((inputs @ params["w"].astype(jnp.float32) - targets) ** 2)
 
-  @functools.partial(jax.jit, static_argnums=0)
   def run(tx, params, state):
-    def step(carry, _):
-      params, state = carry
-      value, grads = jax.value_and_grad(loss)(params)
-      return fo.step(tx, grads, state, params), value
-
-    return jax.lax.scan(step, (params, state), length=300)[1]
+    return cases.descend(tx, loss, params, state, steps=300)[2]
 
   masters = {"w": jnp.zeros((64, 32))}
   plain = contrib.muon(optax.cosine_decay_schedule(0.2, 300))

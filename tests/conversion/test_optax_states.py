@@ -295,15 +295,8 @@ def test_training_goes_on_in_either(name):
   tx = cases.make(name, learning_rate=schedule)
   plain = cases.make_plain(name, learning_rate=schedule)
 
-  @functools.partial(jax.jit, static_argnums=0)
   def hundred(tx, params, state):
-    def body(carry, _):
-      params, state = carry
-      value, grads = jax.value_and_grad(loss)(params)
-      return fo.step(tx, grads, state, params), value
-
-    (params, state), losses = jax.lax.scan(body, (params, state), length=100)
-    return params, state, losses
+    return cases.descend(tx, loss, params, state, steps=100)
 
   def run(tx, params, state):
     losses = []

@@ -1,6 +1,7 @@
 """What several test files share: optimizers, storages, trees and comparisons."""
 
 import collections
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -173,6 +174,19 @@ def train(tx, params, steps: int = 3, function=step, state=None, seed: int = 1):
   for i in range(steps):
     params, state = function(tx, grads_like(params, seed + i), state, params)
   return params, state
+
+
+@functools.partial(jax.jit, static_argnames=("tx", "loss", "steps"))
+def descend(tx, loss, params, state, *, steps: int):
+  """Parameters, state and losses after steps down a loss, with its own gradients."""
+
+  def body(carry, _):
+    params, state = carry
+    value, grads = jax.value_and_grad(loss)(params)
+    return fo.step(tx, grads, state, params), value
+
+  (params, state), losses = jax.lax.scan(body, (params, state), length=steps)
+  return params, state, losses
 
 
 def random_state(tx, params, seed: int = 2, count: int = 3):
