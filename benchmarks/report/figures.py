@@ -20,6 +20,7 @@ BLOCK = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", re.DOTALL)
 TABLES = {
   "results": tables.readme,
   "plans": tables.plans,
+  "plan-8b": tables.plan_of_8b,
   "plan-check": tables.plan_check,
   "plan-peaks": tables.plan_peaks,
   "release": tables.release,

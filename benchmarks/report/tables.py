@@ -197,6 +197,19 @@ def plans():
   return markdown(header, rows)
 
 
+def plan_of_8b():
+  """What Llama-3-8B takes of one device, in short."""
+  plan = record.load("plan_llama3-8b.json")
+  keys = ("params", "state", "gradients", "total", "left")
+  rows = [
+    (row["name"], *(_gib(row[key]) for key in keys), "yes" if row["fits"] else "no")
+    for row in plan["rows"]
+    if not row["host"]
+  ]
+  header = ("GiB on one H100", "parameters", "state", "gradients", "total", "left")
+  return markdown((*header, "fits"), rows)
+
+
 def plan_check():
   """The plan beside compiled train steps."""
   found = record.load("plan_check.json")
