@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 MODELS = (
   "Give a model's parameters alone: eqx.filter(model, eqx.is_inexact_array) of an"
@@ -80,15 +81,24 @@ def param_path(
 def leaves_like(tree: Any, reference: Any, what: str, expected: str) -> list[Any]:
   """Leaves of ``tree``, one for each leaf of ``reference``.
 
-  ``tree`` may hold whole subtrees (such as ``optax.MaskedNode()``) where
-  ``reference`` has leaves.
+  ``tree`` may hold whole subtrees where ``reference`` has leaves. An
+  ``optax.MaskedNode()`` in it stands for all leaves below.
 
   Raises:
     ValueError: If the trees differ, naming the first path at which they do.
   """
+
+  def is_masked(node):
+    return isinstance(node, optax.MaskedNode)
+
+  def below(node, part):
+    return jax.tree.map(lambda _: node, part) if is_masked(node) else node
+
   treedef: Any = jax.tree.structure(reference)
   try:
-    return treedef.flatten_up_to(tree)
+    return treedef.flatten_up_to(
+      jax.tree.map(below, tree, reference, is_leaf=is_masked)
+    )
   except (ValueError, TypeError, KeyError) as error:
     found = [name(path) for path, _ in jax.tree.leaves_with_path(tree)]
     wanted = [name(path) for path, _ in jax.tree.leaves_with_path(reference)]

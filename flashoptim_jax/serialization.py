@@ -31,15 +31,12 @@ def _deserialize(serialized: bytes) -> Format:
 @functools.cache
 def register() -> None:
   """Registers the states of this package and of Optax, once in a process."""
-  jax.export.register_pytree_node_serialization(
-    Format,
-    serialized_name="flashoptim_jax.Format",
-    serialize_auxdata=_serialize,
-    deserialize_auxdata=_deserialize,
-  )
   for own in (FlashState, CompressedState):
-    jax.export.register_namedtuple_serialization(
-      own, serialized_name=f"flashoptim_jax.{own.__name__}"
+    jax.export.register_pytree_node_serialization(
+      own,
+      serialized_name=f"flashoptim_jax.{own.__name__}",
+      serialize_auxdata=_serialize,
+      deserialize_auxdata=_deserialize,
     )
   for name, node in _optax_nodes().items():
     try:

@@ -14,7 +14,7 @@ from optax._src import base
 from flashoptim_jax import paths
 from flashoptim_jax.compression import groupwise, moment_table
 from flashoptim_jax.kernels import primitive
-from flashoptim_jax.storage import aliasing, codec, host_memory
+from flashoptim_jax.storage import aliasing, codec, flax_boxes, host_memory
 from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.storage.moments import call_now, decode_inner, encode_inner
 from flashoptim_jax.storage.options import Storage
@@ -134,7 +134,7 @@ def compress(
 
     def update(grads, state, params):
       rounding = codec.rounding_of(state.count)
-      corrections = _corrections(state, treedef)
+      corrections = _corrections(state, treedef.unflatten(params))
       masters = [
         call(codec.merge, *each) for each in zip(params, corrections, strict=True)
       ]
@@ -166,14 +166,9 @@ def compress(
         )
         for master, param, dtype in zip(masters, params, dtypes, strict=True)
       ]
-      correction: Any = optax.MaskedNode()
-      if storage.master_bits is not None:
-        correction = treedef.unflatten(
-          [
-            optax.MaskedNode() if correction is None else correction
-            for _, correction in stored
-          ]
-        )
+      correction = state_lib.correction_tree(
+        treedef.unflatten(params), [each for _, each in stored], storage
+      )
       new_state = encode_inner(
         inner,
         optax.safe_increment(state.count),
@@ -200,8 +195,8 @@ def compress(
       results = request.make(
         results,
         (paths.name(path) for path, _ in jax.tree.leaves_with_path(params)),
-        _corrections(state, treedef),
-        _corrections(new_state, treedef),
+        _corrections(state, params),
+        _corrections(new_state, params),
       )
     return treedef.unflatten(results), new_state
 
@@ -250,11 +245,10 @@ def _gradients(grads: Any, params: Any) -> list[jax.Array]:
   return gradients
 
 
-def _corrections(state: CompressedState, treedef: Any) -> list[jax.Array | None]:
+def _corrections(state: CompressedState, params: Any) -> list[jax.Array | None]:
   """A correction, or None, for each parameter."""
-  if isinstance(state.correction, optax.MaskedNode):
-    return [None] * treedef.num_leaves
-  found = treedef.flatten_up_to(state.correction)
+  what = "the state's correction"
+  found = paths.leaves_like(state.correction, params, what, "the parameters")
   return [None if isinstance(each, optax.MaskedNode) else each for each in found]
 
 
@@ -343,5 +337,5 @@ def _stored_parts(state: CompressedState) -> dict[str, Any]:
     "count": state.count,
     "inner": moments,
     "scales": state.scales,
-    "correction": state.correction,
+    "correction": flax_boxes.without_empty(state.correction),
   }

@@ -16,8 +16,8 @@ import optax
 from flashoptim_jax.storage import (
   aliasing,
   codec,
+  flax_boxes,
   host_memory,
-  nnx_metadata,
   partition_specs,
 )
 from flashoptim_jax.storage import state as state_lib
@@ -101,7 +101,7 @@ def _encode_tree(
   values, scales = (
     treedef.unflatten([pair[part] for pair in pairs]) for part in (0, 1)
   )
-  return values, nnx_metadata.fitted(scales)
+  return values, flax_boxes.fitted(scales)
 
 
 def _decode_tree(

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import json
+import operator
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,16 +15,20 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from flashoptim_jax import paths
-from flashoptim_jax.storage import codec, nnx_metadata, partition_specs
+from flashoptim_jax.storage import codec, flax_boxes, partition_specs
 from flashoptim_jax.storage.options import Kind, Storage
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+# Libraries that walk dataclasses look for this mark before they take a field for a
+# child.
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """What a state's arrays mean. Static: a pytree node without leaves.
+  """What a state's arrays mean: static data of the state.
 
   Attributes:
     optimizer: Name of the update rule, see :mod:`flashoptim_jax.rules`, or
@@ -32,9 +37,9 @@ class Format:
     storage: How they are stored.
   """
 
-  optimizer: str
-  moments: tuple[tuple[str, Kind], ...]
-  storage: Storage
+  optimizer: str = dataclasses.field(metadata=_STATIC)
+  moments: tuple[tuple[str, Kind], ...] = dataclasses.field(metadata=_STATIC)
+  storage: Storage = dataclasses.field(metadata=_STATIC)
 
   def __post_init__(self):
     # Flax is optional; whoever has imported it may serialise states with it.
@@ -86,12 +91,27 @@ def _with_moments(state_format: Any) -> str:
   return f"{state_format} and the moments {state_format.moments}"
 
 
+def _format_is_static(cls: Any) -> Any:
+  """Makes the format of a named tuple the node's own data instead of a child."""
+  names = [name for name in cls._fields if name != "format"]
+  keys = [jax.tree_util.GetAttrKey(name) for name in names]
+  arrays = operator.attrgetter(*names)
+  jax.tree_util.register_pytree_with_keys(
+    cls,
+    lambda state: (tuple(zip(keys, arrays(state), strict=True)), state.format),
+    lambda state_format, children: cls(*children, format=state_format),
+    lambda state: (arrays(state), state.format),
+  )
+  return cls
+
+
+@_format_is_static
 class FlashState(NamedTuple):
   """State of a flash optimizer.
 
   The trees have the parameters' structure, with one array per leaf, of the
   leaf's rank; ``optax.MaskedNode()`` stands for an array that a leaf, or the
-  whole state, does not need.
+  whole state, does not need, and for the box that it would be in.
 
   Attributes:
     count: Updates done so far, int32 of shape ().
@@ -102,7 +122,7 @@ class FlashState(NamedTuple):
     nu: Second moment: uint8 codes, or float32.
     nu_scale: Its scales, as for ``mu_scale``.
     correction: int8 or int16 of the leaf's shape, for 16-bit leaves.
-    format: What the arrays mean.
+    format: What the arrays mean. Static.
   """
 
   count: Any
@@ -114,6 +134,7 @@ class FlashState(NamedTuple):
   format: Format
 
 
+@_format_is_static
 class CompressedState(NamedTuple):
   """State of :func:`flashoptim_jax.compress`.
 
@@ -125,7 +146,8 @@ class CompressedState(NamedTuple):
       dots between the keys and ``_scale`` at the end (``0.mu_scale``), a tree like
       the moment. Empty where moments are float32.
     correction: As in :class:`FlashState`.
-    format: What the arrays mean. Moments are named by their path in ``inner``.
+    format: What the arrays mean. Static. Moments are named by their path in
+      ``inner``.
   """
 
   count: Any
@@ -261,7 +283,7 @@ def init(params: Any, state_format: Format) -> FlashState:
   for name, kind in state_format.moments:
     fields[name] = jax.tree.map(functools.partial(values, kind=kind), params)
     if storage.quantizes_moments:
-      fields[f"{name}_scale"] = nnx_metadata.fitted(scales())
+      fields[f"{name}_scale"] = flax_boxes.fitted(scales())
   return FlashState(
     count=jnp.zeros([], jnp.int32),
     correction=zero_correction(params, storage),
@@ -281,7 +303,18 @@ def zero_correction(params: Any, storage: Storage) -> Any:
 
   if storage.master_bits is None:
     return optax.MaskedNode()
-  return jax.tree.map(zeros, params)
+  return flax_boxes.without_empty(jax.tree.map(zeros, params))
+
+
+def correction_tree(params: Any, corrections: Iterable[Any], storage: Storage) -> Any:
+  """The state's correction, given one or None for each leaf of ``params``."""
+  if storage.master_bits is None:
+    return optax.MaskedNode()
+  treedef: Any = jax.tree.structure(params)
+  absent = optax.MaskedNode()
+  return flax_boxes.without_empty(
+    treedef.unflatten([absent if each is None else each for each in corrections])
+  )
 
 
 def zero_scale(param: Any, group_size: int) -> jax.Array:

@@ -191,7 +191,7 @@ def flash_transformation(
         (leaf.correction for leaf in leaves),
         (leaf.correction for leaf in updated),
       )
-    return treedef.unflatten(results), _new_state(state, treedef, updated, state_format)
+    return treedef.unflatten(results), _new_state(state, params, updated, state_format)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -230,11 +230,8 @@ def _leaves(
   grads = paths.leaves_like(grads, params, "the gradients", "the parameters")
 
   def field(name):
-    tree = getattr(state, name)
-    if isinstance(tree, optax.MaskedNode):
-      return [tree] * len(named)
     what = f"the state's {name}"
-    return paths.leaves_like(tree, params, what, "the parameters")
+    return paths.leaves_like(getattr(state, name), params, what, "the parameters")
 
   corrections = field("correction")
   moments = [
@@ -344,11 +341,11 @@ def _decay_flags(mask: Any, params: Any) -> list[bool]:
 
 def _new_state(
   state: FlashState,
-  treedef: Any,
+  params: Any,
   updated: list[UpdatedLeaf],
   state_format: Format,
 ) -> FlashState:
-  absent = optax.MaskedNode()
+  treedef: Any = jax.tree.structure(params)
   fields = {}
   for i, (name, _) in enumerate(state_format.moments):
     fields[name] = treedef.unflatten([leaf.moments[i][0] for leaf in updated])
@@ -361,8 +358,8 @@ def _new_state(
           for leaf, zeros in zip(updated, old, strict=True)
         ]
       )
-  if state_format.storage.master_bits is not None:
-    fields["correction"] = treedef.unflatten(
-      [absent if leaf.correction is None else leaf.correction for leaf in updated]
-    )
+  corrections = [leaf.correction for leaf in updated]
+  fields["correction"] = state_lib.correction_tree(
+    params, corrections, state_format.storage
+  )
   return state._replace(count=optax.safe_increment(state.count), **fields)

@@ -1,39 +1,58 @@
-"""Sharding metadata of Flax's nnx, on the scales of moments.
+"""The boxes in which Flax keeps arrays: ``nnx.Variable`` and linen's ``Partitioned``.
 
-A tree made from another with ``nnx.Variable`` objects in it has their metadata, and
-nnx shards each array as that says; a scale may be too short for it.
+A tree made from another has its boxes, and their metadata with them. Flax takes it that
+each holds an array, and that what a box says of its sharding fits that array.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flashoptim_jax.storage import partition_specs
 
+_NNX_BOX = "flax.nnx", "Variable"
+_LINEN_BOX = "flax.core.meta", "AxisMetadata"
 # Which metadata say how an optimizer's variable is sharded.
 _NAMES = ("out_sharding", "optimizer_sharding")
 
 
+def without_empty(tree: Any) -> Any:
+  """A tree with ``optax.MaskedNode()`` instead of the boxes that hold one."""
+  empty = optax.MaskedNode()
+
+  def unboxed(box):
+    return empty if not jax.tree.leaves(box) else box
+
+  return _map_boxes(unboxed, tree, _NNX_BOX, _LINEN_BOX)
+
+
 def fitted(scales: Any) -> Any:
-  """The tree, where variables lack the mesh axes that don't divide them.
+  """A tree of scales, where variables lack the mesh axes that don't divide them.
 
   As with :func:`flashoptim_jax.state_shardings`. It does nothing without nnx, nor
   where no mesh is known.
   """
-  # Flax is optional; without it there are no such variables.
-  variable = getattr(sys.modules.get("flax.nnx"), "Variable", None)
-  if variable is None:
-    return scales
+  return _map_boxes(_fit, scales, _NNX_BOX)
 
-  def is_variable(node):
-    return isinstance(node, variable)
+
+def _map_boxes(f: Callable[[Any], Any], tree: Any, *classes: tuple[str, str]) -> Any:
+  """A tree with ``f`` applied to boxes of some classes, given by module and name."""
+  # Flax is optional. What is not imported has no instances.
+  found = tuple(
+    getattr(sys.modules[module], name)
+    for module, name in classes
+    if module in sys.modules
+  )
+
+  def is_box(node):
+    return isinstance(node, found)
 
   return jax.tree.map(
-    lambda node: _fit(node) if is_variable(node) else node,
-    scales,
-    is_leaf=is_variable,
+    lambda node: f(node) if is_box(node) else node, tree, is_leaf=is_box
   )
 
 
