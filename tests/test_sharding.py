@@ -65,7 +65,7 @@ def test_state_of_sharded_params_is_sharded(name, storage, kind):
 def nestings():
   flash = cases.make("adamw")
   labels = {"fsdp": "a", "tensor": "a", "one_axis": "b", "mixed": "b"}
-  labels |= {"replicated": "a"}
+  labels |= {"replicated": "a", "with_gaps": "b"}
   return {
     "chain": optax.chain(optax.clip(1.0), optax.trace(0.9), flash),
     "partition": optax.partition({"a": flash, "b": optax.adam(0.1)}, labels),
@@ -132,7 +132,7 @@ def test_state_shardings_of_unusual_leaves():
   assert placed.mu["w"]["mu"].spec == P("fsdp")
   assert placed.mu["mu"]["w"].spec == P(None, "tensor")
   assert placed.mu["long"][0].spec == P("fsdp", "tensor")
-  assert placed.mu_scale["long"][0].spec == P("fsdp", None)
+  assert placed.mu_scale["long"][0].spec == P("fsdp", "tensor")
   # A whole tree of one leaf, and none at all.
   bare = fo.state_shardings(tx, jnp.ones((8, 64)), place(P("fsdp")))
   assert bare.nu.spec == bare.nu_scale.spec == P("fsdp")

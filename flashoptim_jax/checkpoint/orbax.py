@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flashoptim_jax import paths
+from flashoptim_jax.storage import scale_gaps
 from flashoptim_jax.storage import state as state_lib
 
 # Raised when a reader of this version would misread what a later one writes.
@@ -107,12 +108,16 @@ class Handler(ocp.StandardCheckpointHandler):
 
   def restore(self, directory, item=None, args=None):
     """Restores a tree, if it is the one that is asked for."""
-    target = item if args is None else args.item
-    check(_read_description(self, directory), target)
-    _check_shardings(target)
+    wanted = item if args is None else args.item
+    description = _read_description(self, directory)
+    target = _with_gaps_as_in(description, wanted)
+    check(description, target)
+    _check_shardings(wanted)
     try:
-      request = _request(target, _arrays_of(self.metadata(directory).tree))
+      stored = self.metadata(directory).tree
+      request = _request(target, stored)
       restored = super().restore(directory, args=ocp.args.StandardRestore(request))
+      restored = _like(target, restored)
     except Exception as error:
       raise ValueError(
         f"Nothing of the checkpoint in {directory} was loaded: {error} Either it is"
@@ -120,7 +125,8 @@ class Handler(ocp.StandardCheckpointHandler):
         " giving it up, ask for arrays without shardings, as jax.eval_shape returns"
         " them."
       ) from error
-    return jax.tree.map_with_path(_as_asked, target, restored)
+    restored = jax.tree.map_with_path(_as_asked, target, restored)
+    return _with_gaps_of(wanted, restored)
 
 
 @ocp.args.register_with_handler(Handler, for_save=True)
@@ -253,22 +259,102 @@ def _check_shardings(target: Any) -> None:
       ) from error
 
 
-def _request(target: Any, stored: Mapping[str, _ARRAY]) -> Any:
+def _by_name(tree: Any) -> dict[str, Any]:
+  return dict(zip(paths.unique_names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _like(target: Any, tree: Any) -> Any:
+  """The leaves of a tree in the target's structure, told by their names."""
+  found = _by_name(tree)
+  return jax.tree.unflatten(
+    jax.tree.structure(target), [found[name] for name in paths.unique_names(target)]
+  )
+
+
+def _request(target: Any, stored: Any) -> Any:
   """What to ask Orbax for: the target, less what it can't restore or would truncate.
 
-  Numbers of 64 bits are restored as NumPy's arrays of their own dtype first.
+  It has the structure that was stored: Orbax minds nodes without leaves, such as those
+  that states had once. Numbers of 64 bits are restored as NumPy's arrays of their own
+  dtype first.
   """
+  arrays = _arrays_of(stored)
 
   def request(name, leaf):
-    dtype = stored[name][1] if name in stored else None
+    dtype = arrays[name][1] if name in arrays else None
     if dtype in _64_BITS and dtype != getattr(leaf, "dtype", dtype):
       return np.broadcast_to(np.zeros([], dtype), leaf.shape)
     # It restores to arrays, not to NumPy's scalars.
     return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
 
+  asked = _by_name(target)
+  return jax.tree.unflatten(
+    jax.tree.structure(stored),
+    [request(name, asked[name]) for name in paths.unique_names(stored)],
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scales:
+  """The scales of a leaf, in a tree of states.
+
+  Attributes:
+    of: The leaf's shape.
+    group_size: Elements of a group.
+    stored: What stands for the scales in the tree.
+  """
+
+  of: tuple[int, ...]
+  group_size: int
+  stored: Any
+
+
+def _marked(tree: Any) -> Any:
+  """A tree with the scales of its flash states as :class:`_Scales`."""
+
+  def mark(state):
+    size = state.format.storage.group_size
+    return state_lib.map_scales(
+      lambda codes, scale: _Scales(tuple(codes.shape), size, scale), state
+    )
+
+  return state_lib.map_flash_states(mark, tree)
+
+
+def _with_gaps_as_in(found: Description, wanted: Any) -> Any:
+  """What is asked for, with scales of the shapes that a checkpoint has them in.
+
+  Before there were gaps between them, they were fewer.
+  """
   treedef: Any
-  leaves, treedef = jax.tree.flatten(target)
-  return treedef.unflatten(map(request, paths.unique_names(target), leaves))
+  leaves, treedef = jax.tree.flatten(_marked(wanted))
+
+  def as_found(name, leaf):
+    if not isinstance(leaf, _Scales):
+      return leaf
+    shape, _ = found.arrays.get(name, (leaf.stored.shape, None))
+    fits = scale_gaps.is_stored_shape(shape, leaf.of, leaf.group_size)
+    if shape == leaf.stored.shape or not fits:
+      return leaf.stored
+    # To be sharded when they have their gaps.
+    return np.broadcast_to(np.zeros([], leaf.stored.dtype), shape)
+
+  names = paths.unique_names(wanted)
+  return treedef.unflatten(map(as_found, names, leaves))
+
+
+def _with_gaps_of(wanted: Any, restored: Any) -> Any:
+  """What was restored, with scales of the shapes and shardings that are asked for."""
+
+  def fitted(asked, scale):
+    if not isinstance(asked, _Scales) or scale.shape == asked.stored.shape:
+      return scale
+    scale = jnp.asarray(scale)
+    scale = scale_gaps.insert(scale, asked.of, asked.stored.shape, asked.group_size)
+    sharding = getattr(asked.stored, "sharding", None)
+    return scale if sharding is None else jax.device_put(scale, sharding)
+
+  return jax.tree.map(fitted, _marked(wanted), restored)
 
 
 def _as_asked(path: jax.tree_util.KeyPath, leaf: Any, restored: Any) -> Any:

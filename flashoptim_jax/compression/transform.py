@@ -182,7 +182,8 @@ def compress(
 
     args = (
       _gradients(updates, params),
-      host_memory.to_device(state),
+      # A state brought back from a file may hold NumPy arrays.
+      jax.tree.map(jnp.asarray, host_memory.to_device(state)),
       list(map(jnp.asarray, jax.tree.leaves(params))),
     )
     if call is primitive.call:  # The caller takes it apart.

@@ -75,7 +75,12 @@ def update(
     mesh = place.mesh
   with jax.sharding.use_abstract_mesh(mesh):
     interpret = place.platform != "tpu"
-    return [_update(spec, leaf, scalars, interpret) for leaf in leaves]
+    return [
+      _update(spec, leaf.without_gaps(GROUP_SIZE), scalars, interpret).with_gaps(
+        leaf, GROUP_SIZE
+      )
+      for leaf in leaves
+    ]
 
 
 def _update(

@@ -29,7 +29,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf
 from flashoptim_jax.rules import Scalars
-from flashoptim_jax.storage import codec, partition_specs
+from flashoptim_jax.storage import codec, partition_specs, scale_gaps
 
 # Updates leaves that lie whole on one device.
 Update = Callable[[Sequence[Leaf], Scalars], list[UpdatedLeaf]]
@@ -144,11 +144,10 @@ def _update_known(
   explicit = partition_specs.is_explicit(shardings[0])
   move = jax.sharding.reshard if explicit else lax.with_sharding_constraint
   original = [
-    _of_arrays(leaf, sharding, group_size)
-    for leaf, sharding in zip(leaves, shardings, strict=True)
+    _of_arrays(leaf, sharding) for leaf, sharding in zip(leaves, shardings, strict=True)
   ]
   uncut = [
-    _of_arrays(leaf, _uncut(leaf, sharding, group_size), group_size)
+    _of_arrays(leaf, _uncut(leaf, sharding, group_size))
     for leaf, sharding in zip(leaves, shardings, strict=True)
   ]
   moved = [
@@ -191,7 +190,7 @@ def _update_auto(
     del results
     placements, scalars = arguments
     placed = [
-      _of_arrays(leaf, _uncut(leaf, own.param.sharding, group_size), group_size)
+      _of_arrays(leaf, _uncut(leaf, own.param.sharding, group_size))
       for leaf, own in zip(leaves, placements, strict=True)
     ]
     outputs = [_outputs(each) for each in placed]
@@ -216,11 +215,16 @@ def _sharding_rule(
     scale = list(factors)
     axis = _cuttable_axis(leaf, group_size)
     if axis is not None:
-      groups, rest = divmod(leaf.param.shape[axis], group_size)
-      if groups > 1 and not rest:
+      length, slots = leaf.param.shape[axis], leaf.scale_shape[axis]
+      runs = scale_gaps.runs(leaf.param.shape, leaf.scale_shape, group_size).count
+      if runs > 1 and not length % group_size:
         whole.append(f"l{i}e")
-        sizes[whole[-1]] = group_size
+        sizes[whole[-1]] = length // runs
         factors[axis] = CompoundFactor(factors[axis], whole[-1])
+        if slots > runs:
+          whole.append(f"l{i}s")
+          sizes |= {scale[axis]: runs, whole[-1]: slots // runs}
+          scale[axis] = CompoundFactor(scale[axis], whole[-1])
       else:
         scale[axis] = f"l{i}s"
         whole += [factors[axis], scale[axis]]
@@ -241,10 +245,11 @@ def _outputs(leaf: Leaf) -> UpdatedLeaf:
   return UpdatedLeaf(leaf.param, leaf.correction, leaf.moments)
 
 
-def _of_arrays(leaf: Leaf, sharding: NamedSharding, group_size: int) -> Leaf:
+def _of_arrays(leaf: Leaf, sharding: NamedSharding) -> Leaf:
   """Shardings of a leaf's arrays, given its parameter's."""
-  shape = codec.scale_shape(leaf.param.shape, group_size)
-  spec = partition_specs.divisible(sharding.mesh, sharding.spec, shape)
+  if not leaf.quantized:
+    return leaf.map_arrays(sharding, None)
+  spec = partition_specs.divisible(sharding.mesh, sharding.spec, leaf.scale_shape)
   return leaf.map_arrays(sharding, sharding.update(spec=spec))
 
 

@@ -35,7 +35,7 @@ from flashoptim_jax.kernels.base import (
 )
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import LEAST_ROOT, Rule, Scalars
-from flashoptim_jax.storage import codec
+from flashoptim_jax.storage import codec, scale_gaps
 
 # With twice as many, a step of 150 leaves takes 1 to 4 % less on an H100, but Triton
 # takes about twice as long to compile the kernel.
@@ -261,6 +261,7 @@ class _Launch(NamedTuple):
         EPS_ROOT=self.has_eps_root,
         ROOT=storage.companding == "root",
         NEW_PARAMS=new_params,
+        GAPS=any(map(_has_gaps, leaves)),
         BLOCK_GROUPS=tuned["block_groups"],
       )
     )
@@ -275,6 +276,17 @@ def _struct(array: jax.Array) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
+def _runs(leaf: Leaf) -> scale_gaps.Runs:
+  """How the scales of a leaf lie; as without gaps, where it has none."""
+  if not leaf.quantized:
+    return scale_gaps.Runs(1, 1, 0)
+  return scale_gaps.runs(leaf.param.shape, leaf.scale_shape, GROUP_SIZE)
+
+
+def _has_gaps(leaf: Leaf) -> bool:
+  return _runs(leaf).gaps > 0
+
+
 def _layout(
   leaves: Sequence[Leaf], alignment: int, block_groups: int
 ) -> tuple[int, np.ndarray]:
@@ -283,11 +295,12 @@ def _layout(
   for leaf in leaves:
     length = _row_length(leaf)
     groups = leaf.param.size // length * math.ceil(length / GROUP_SIZE)
-    rows.append((first, groups, length // alignment))
+    run = _runs(leaf)
+    rows.append((first, groups, length // alignment, run.length, run.gaps))
     first += math.ceil(groups / block_groups)
   # No block belongs to the leaves that fill up the width.
   width = 1 << (len(rows) - 1).bit_length()
-  rows += [(np.iinfo(np.int32).max, 0, 0)] * (width - len(rows))
+  rows += [(np.iinfo(np.int32).max, 0, 0, 1, 0)] * (width - len(rows))
   return first, np.array(rows, np.int32).T.copy()
 
 

@@ -364,6 +364,8 @@ def _update_groups(
   block,
   num_groups,
   row_length,
+  run_length,
+  run_gaps,
   ALIGNMENT: tl.constexpr,
   RULE: tl.constexpr,
   NESTEROV: tl.constexpr,
@@ -373,6 +375,7 @@ def _update_groups(
   EPS_ROOT: tl.constexpr,
   ROOT: tl.constexpr,
   NEW_PARAMS: tl.constexpr,
+  GAPS: tl.constexpr,
   BLOCK_GROUPS: tl.constexpr,
 ):
   """Updates ``BLOCK_GROUPS`` groups of a leaf, in place.
@@ -384,6 +387,8 @@ def _update_groups(
     num_groups: Groups of the leaf.
     row_length: Length of the group axis, in units of ALIGNMENT; that of the whole
       leaf where moments are float32.
+    run_length: Scales between two gaps, see :mod:`flashoptim_jax.storage.scale_gaps`.
+    run_gaps: Gaps after them.
     ALIGNMENT: A power of two that divides every leaf's row length, at most 32.
       At 32 no row ends in a partial group.
     RULE: The rule's name.
@@ -394,6 +399,7 @@ def _update_groups(
     EPS_ROOT: Whether there is a number to add below the root of Adam's rules.
     ROOT: Companding, "root" or "paper".
     NEW_PARAMS: Whether to write the parameter, or the update.
+    GAPS: Whether there are gaps between scales.
     BLOCK_GROUPS: Groups per program.
   """
   IN_UNITS: tl.constexpr = RULE == "adam" and COMPRESSED
@@ -422,6 +428,12 @@ def _update_groups(
     inside = in_leaf[:, None] & (column < length)
     inside = tl.max_constancy(inside, [1, ALIGNMENT])
 
+  scale_at = local
+  if GAPS:
+    # Rows have whole runs, so that runs follow each other through the leaf.
+    group = block * BLOCK_GROUPS + local
+    scale_at += group // run_length * run_gaps
+
   grad_ptr = arrays[0] + base
   param_ptr = arrays[1] + base
   correction_ptr = arrays[2] + base
@@ -436,13 +448,13 @@ def _update_groups(
     mu_scale_ptr = arrays[4] + first
     mu = tl.load(mu_ptr + at, mask=inside, other=0)
     if COMPRESSED:
-      mu_scale = tl.load(mu_scale_ptr + local, mask=in_leaf, other=0.0)
+      mu_scale = tl.load(mu_scale_ptr + scale_at, mask=in_leaf, other=0.0)
   if RULE == "adam":
     nu_ptr = arrays[5] + base
     nu_scale_ptr = arrays[6] + first
     nu = tl.load(nu_ptr + at, mask=inside, other=0)
     if COMPRESSED:
-      nu_scale = tl.load(nu_scale_ptr + local, mask=in_leaf, other=0.0)
+      nu_scale = tl.load(nu_scale_ptr + scale_at, mask=in_leaf, other=0.0)
   # No load moves below a barrier. Without it the compiler puts off half of them until
   # the first have come, to save registers: memory would be waited for twice.
   tl.debug_barrier()
@@ -518,14 +530,14 @@ def _update_groups(
     if COMPRESSED:
       codes, scale = _encode(mu, 0.0, mu_unit, mu_scale, scalars, True, ROOT)
       tl.store(mu_ptr + at, saturate_biased(codes), mask=inside)
-      tl.store(mu_scale_ptr + local, scale, mask=in_leaf)
+      tl.store(mu_scale_ptr + scale_at, scale, mask=in_leaf)
     else:
       tl.store(mu_ptr + at, mu, mask=inside)
   if RULE == "adam":
     if COMPRESSED:
       codes, scale = _encode(nu, nu_root, nu_unit, nu_scale, scalars, False, ROOT)
       tl.store(nu_ptr + at, saturate(codes, tl.uint8), mask=inside)
-      tl.store(nu_scale_ptr + local, scale, mask=in_leaf)
+      tl.store(nu_scale_ptr + scale_at, scale, mask=in_leaf)
     else:
       tl.store(nu_ptr + at, nu, mask=inside)
 
@@ -587,14 +599,16 @@ def update_leaves(
   EPS_ROOT: tl.constexpr,
   ROOT: tl.constexpr,
   NEW_PARAMS: tl.constexpr,
+  GAPS: tl.constexpr,
   BLOCK_GROUPS: tl.constexpr,
 ):
   """Updates one block of one of COUNT leaves, all of the same dtypes.
 
   Args:
     scalars: As for :func:`_update_groups`.
-    layout: Pointer to three int32 numbers for each leaf: the index of its first
-      block, its number of groups and its row length, as (3, WIDTH).
+    layout: Pointer to five int32 numbers for each leaf: the index of its first
+      block, its number of groups, its row length, and the scales and the gaps of its
+      runs, as (5, WIDTH).
     leaves: A tuple of COUNT tuples of pointers, in the order of ``ARRAYS``.
     COUNT: The number of leaves.
     WIDTH: COUNT, rounded up to a power of two.
@@ -609,6 +623,8 @@ def update_leaves(
     block - tl.load(layout + index),
     tl.load(layout + WIDTH + index),
     tl.load(layout + 2 * WIDTH + index),
+    tl.load(layout + 3 * WIDTH + index),
+    tl.load(layout + 4 * WIDTH + index),
     ALIGNMENT,
     RULE,
     NESTEROV,
@@ -618,5 +634,6 @@ def update_leaves(
     EPS_ROOT,
     ROOT,
     NEW_PARAMS,
+    GAPS,
     BLOCK_GROUPS,
   )

@@ -52,12 +52,15 @@ def update(
 
   Where the update runs decides in which passes, but not what comes of it.
   """
+  size = spec.storage.group_size
   # Leaves that differ in their names alone are treated alike.
-  leaves = [leaf.replace(path="") for leaf in leaves]
+  bare = [leaf.replace(path="").without_gaps(size) for leaf in leaves]
   if place.platform == "gpu":
-    return _update_in_batches(spec, leaves, scalars)
-  one_cpu = place.platform == "cpu" and place.devices == 1
-  return [_update_alone(spec, leaf, scalars, one_cpu) for leaf in leaves]
+    updated = _update_in_batches(spec, bare, scalars)
+  else:
+    one_cpu = place.platform == "cpu" and place.devices == 1
+    updated = [_update_alone(spec, leaf, scalars, one_cpu) for leaf in bare]
+  return [new.with_gaps(old, size) for new, old in zip(updated, leaves, strict=True)]
 
 
 def _update_alone(

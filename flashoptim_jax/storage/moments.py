@@ -19,6 +19,7 @@ from flashoptim_jax.storage import (
   flax_boxes,
   host_memory,
   partition_specs,
+  scale_gaps,
 )
 from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.storage.options import Kind, Storage
@@ -33,29 +34,39 @@ def encode_leaf(
   kind: Kind,
   storage: Storage,
 ) -> tuple[jax.Array, jax.Array]:
-  """:func:`flashoptim_jax.storage.codec.encode`; codes are sharded as x is."""
+  """:func:`flashoptim_jax.storage.codec.encode`, with gaps between scales.
+
+  Codes are sharded as x is.
+  """
+  size = storage.group_size
+  shape = scale_gaps.stored_shape(x.shape, size)
   own = jax.typeof(x).sharding
-  if not partition_specs.is_explicit(own):
-    return codec.encode(x, kind, storage, rounding, old_scale)
-  whole = partition_specs.uncut(own, x.shape, storage.group_size)
+  explicit = partition_specs.is_explicit(own)
+  if explicit:
+    whole = partition_specs.uncut(own, x.shape, size)
+    x = jax.sharding.reshard(x, whole)
   if old_scale is not None:
-    _, old_scale = _placed(whole, x, old_scale)
-  encoded = codec.encode(
-    jax.sharding.reshard(x, whole), kind, storage, rounding, old_scale
-  )
-  return _placed(own, *encoded)
+    shape = old_scale.shape
+    if explicit:
+      _, old_scale = _placed(whole, x, old_scale)
+    old_scale = scale_gaps.remove(old_scale, x.shape, size)
+  codes, scale = codec.encode(x, kind, storage, rounding, old_scale)
+  scale = scale_gaps.insert(scale, x.shape, shape, size)
+  return _placed(own, codes, scale) if explicit else (codes, scale)
 
 
 def decode_leaf(
   codes: jax.Array, scale: jax.Array, *, kind: Kind, storage: Storage
 ) -> jax.Array:
-  """:func:`flashoptim_jax.storage.codec.decode`; moments are sharded as their codes."""
+  """The inverse of :func:`encode_leaf`; moments are sharded as their codes."""
   own = jax.typeof(codes).sharding
-  if not partition_specs.is_explicit(own):
-    return codec.decode(codes, scale, kind, storage)
-  whole = partition_specs.uncut(own, codes.shape, storage.group_size)
-  x = codec.decode(*_placed(whole, codes, scale), kind, storage)
-  return jax.sharding.reshard(x, own)
+  explicit = partition_specs.is_explicit(own)
+  if explicit:
+    whole = partition_specs.uncut(own, codes.shape, storage.group_size)
+    codes, scale = _placed(whole, codes, scale)
+  scale = scale_gaps.remove(scale, codes.shape, storage.group_size)
+  x = codec.decode(codes, scale, kind, storage)
+  return jax.sharding.reshard(x, own) if explicit else x
 
 
 def _placed(

@@ -4,7 +4,7 @@ from typing import Any
 
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flashoptim_jax.storage import codec
+from flashoptim_jax.storage import codec, scale_gaps
 
 
 def divisible(mesh: Any, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
@@ -46,6 +46,9 @@ def cut_groups(
     return (
       f"{length} of {whole} elements of axis {axis}, not a multiple of {group_size}"
     )
+  slots = scale_gaps.stored_shape(shape, group_size)[axis]
+  if length != whole and slots % (whole // length):
+    return f"{slots} scales for {whole // length} shards of axis {axis}"
   if codec.group_axis(shard_shape, group_size) != axis:
     return f"groups of shape {shape} lie along another axis than those of {shard_shape}"
   return None

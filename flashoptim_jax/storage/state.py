@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from flashoptim_jax import paths
-from flashoptim_jax.storage import codec, flax_boxes, partition_specs
+from flashoptim_jax.storage import codec, flax_boxes, partition_specs, scale_gaps
 from flashoptim_jax.storage.options import Kind, Storage
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -218,6 +218,20 @@ def map_stored(f: Callable[[Any], Any], state: Any) -> Any:
   return mapped(state)._replace(count=state.count)
 
 
+def map_scales(f: Callable[[Any, Any], Any], state: Any) -> Any:
+  """A flash state with ``f(codes, scale)`` instead of the scales of each leaf."""
+  if not state.format.storage.quantizes_moments:
+    return state
+  names = [name for name, _ in state.format.moments]
+  mapped = {
+    scale_name(name): jax.tree.map(f, moment.values, moment.scales)
+    for name, moment in zip(names, stored_moments(state), strict=True)
+  }
+  if isinstance(state, CompressedState):
+    return state._replace(scales=mapped)
+  return state._replace(**mapped)
+
+
 def dotted(path: jax.tree_util.KeyPath) -> str:
   """A path in a state, with dots: ``0.mu``."""
   return jax.tree_util.keystr(path, simple=True, separator=".")
@@ -319,7 +333,7 @@ def correction_tree(params: Any, corrections: Iterable[Any], storage: Storage) -
 
 def zero_scale(param: Any, group_size: int) -> jax.Array:
   """Scales of a leaf that has seen no update, sharded as the leaf is."""
-  shape = codec.scale_shape(jnp.shape(param), group_size)
+  shape = scale_gaps.stored_shape(jnp.shape(param), group_size)
   sharding = getattr(
     jax.typeof(param) if isinstance(param, jax.core.Tracer) else param,
     "sharding",

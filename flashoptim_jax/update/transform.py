@@ -13,7 +13,7 @@ from flashoptim_jax import paths
 from flashoptim_jax.kernels import dispatch, primitive
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf, UpdateSpec
 from flashoptim_jax.rules import Rule, Scalars
-from flashoptim_jax.storage import codec
+from flashoptim_jax.storage import codec, scale_gaps
 from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.storage.state import FlashState, Format
 from flashoptim_jax.update import optax_counterpart
@@ -251,8 +251,11 @@ def _leaves(
       quantized = has_codes or storage.quantizes(param.shape)
       dtype = codec.CODE_DTYPE[kind] if quantized else jnp.float32
       codes = _expect(f"state's {name}", path, values[i], param.shape, dtype)
-      shape = codec.scale_shape(param.shape, storage.group_size)
       scale_dtype = codec.SCALE_DTYPE if storage.quantizes_moments else None
+      found, size = getattr(scales[i], "shape", ()), storage.group_size
+      shape = scale_gaps.stored_shape(param.shape, size)
+      if scale_gaps.is_stored_shape(found, param.shape, size):
+        shape = found
       scale = _expect(f"state's {name}_scale", path, scales[i], shape, scale_dtype)
       pairs.append((codes, scale if quantized else None))
     leaves.append(Leaf(grad, param, correction, tuple(pairs), path, decay=False))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flashoptim_jax.storage import codec
+from flashoptim_jax.storage import scale_gaps
 from flashoptim_jax.storage.state import FlashState
 from tests.support import cases
 from tests.support.cases import every_case
@@ -61,5 +61,5 @@ def test_small_leaves_have_float32_moments():
     for name, param in params.items():
       large = param.size >= 64
       assert values[name].dtype == (codes if large else jnp.float32)
-      assert scales[name].shape == codec.scale_shape(param.shape, 32)
+      assert scales[name].shape == scale_gaps.stored_shape(param.shape, 32)
       assert not scales[name].any()

@@ -27,6 +27,7 @@ SHAPES = {
   "one_axis": ((2, 256), jnp.bfloat16),
   "mixed": ((8, 128), jnp.bfloat16),
   "replicated": ((40,), jnp.float32),
+  "with_gaps": ((8, 192), jnp.bfloat16),  # between scales
 }
 SPECS = {
   "fsdp": P("fsdp"),
@@ -34,6 +35,7 @@ SPECS = {
   "one_axis": P(None, ("fsdp", "tensor")),
   "mixed": P("fsdp", "tensor"),
   "replicated": P(),
+  "with_gaps": P("fsdp", "tensor"),
 }
 # On eight devices, with 16, 8 and 20 elements of a group's axis on each, and a
 # gate with fewer rows than there are devices.
