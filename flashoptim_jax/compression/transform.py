@@ -1,6 +1,7 @@
 """The storage of flash optimizers around any Optax transformation."""
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,13 +20,12 @@ from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.storage.moments import call_now, decode_inner, encode_inner
 from flashoptim_jax.storage.options import Storage
 from flashoptim_jax.storage.state import CompressedState, Format
-from flashoptim_jax.update import optax_counterpart
+from flashoptim_jax.update import followers, optax_counterpart
+from flashoptim_jax.update.new_params import NEW_PARAMS, NewParams, new_params_request
 from flashoptim_jax.update.transform import (
   DEFERRED,
-  NEW_PARAMS,
   PARAM_SHARDINGS,
   checked_gradient,
-  new_params_request,
   update_dtype,
 )
 
@@ -192,16 +192,29 @@ def compress(
       groups, of_state = _groups(state, params)
       results, new_state = groupwise.run(update, args, groups, of_state)
     new_state = host_memory.move_like(new_state, state)
-    if request is not None:
-      results = request.make(
-        results,
-        (paths.name(path) for path, _ in jax.tree.leaves_with_path(params)),
-        _corrections(state, params),
-        _corrections(new_state, params),
-      )
-    return treedef.unflatten(results), new_state
+    return _handed_over(results, state, new_state, params, request)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _handed_over(
+  results: list[Any],
+  state: CompressedState,
+  new_state: CompressedState,
+  params: Any,
+  request: NewParams | None,
+) -> tuple[Any, CompressedState]:
+  """Updates, or new parameters where they are requested, and the new state."""
+  treedef: Any = jax.tree.structure(params)
+  names = [paths.name(path) for path, _ in jax.tree.leaves_with_path(params)]
+  old, new = (_corrections(each, params) for each in (state, new_state))
+  if request is not None:
+    return treedef.unflatten(request.make(results, names, old, new)), new_state
+  updates = treedef.unflatten(results)
+  kept = followers.replace_updates(updates, names, params)
+  chosen = map(operator.getitem, zip(new, old, strict=True), kept)
+  correction = state_lib.correction_tree(params, chosen, state.format.storage)
+  return updates, new_state._replace(correction=correction)
 
 
 def _formats(

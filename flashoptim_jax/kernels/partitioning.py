@@ -216,7 +216,7 @@ def _sharding_rule(
     axis = _cuttable_axis(leaf, group_size)
     if axis is not None:
       length, slots = leaf.param.shape[axis], leaf.scale_shape[axis]
-      runs = scale_gaps.runs(leaf.param.shape, leaf.scale_shape, group_size).count
+      runs = scale_gaps.runs(leaf.param.shape, leaf.scale_shape, group_size).number
       if runs > 1 and not length % group_size:
         whole.append(f"l{i}e")
         sizes[whole[-1]] = length // runs

@@ -296,7 +296,7 @@ def _layout(
     length = _row_length(leaf)
     groups = leaf.param.size // length * math.ceil(length / GROUP_SIZE)
     run = _runs(leaf)
-    rows.append((first, groups, length // alignment, run.length, run.gaps))
+    rows.append((first, groups, length // alignment, run.scales, run.gaps))
     first += math.ceil(groups / block_groups)
   # No block belongs to the leaves that fill up the width.
   width = 1 << (len(rows) - 1).bit_length()

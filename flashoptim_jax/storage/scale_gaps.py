@@ -66,13 +66,13 @@ class Runs(NamedTuple):
   """How scales lie along their axis.
 
   Attributes:
-    count: The number of runs.
-    length: Scales in a run.
+    number: How many runs there are.
+    scales: Scales in a run.
     gaps: Gaps after them.
   """
 
-  count: int
-  length: int
+  number: int
+  scales: int
   gaps: int
 
 
@@ -88,8 +88,8 @@ def runs(shape: tuple[int, ...], scale_shape: tuple[int, ...], group_size: int) 
   if axis is None or not shape[axis]:
     return Runs(1, 1, 0)
   groups, slots = math.ceil(shape[axis] / group_size), scale_shape[axis]
-  count = math.gcd(groups, slots)
-  return Runs(count, groups // count, (slots - groups) // count)
+  number = math.gcd(groups, slots)
+  return Runs(number, groups // number, (slots - groups) // number)
 
 
 def remove(scale: jax.Array, shape: tuple[int, ...], group_size: int) -> jax.Array:
@@ -100,14 +100,14 @@ def remove(scale: jax.Array, shape: tuple[int, ...], group_size: int) -> jax.Arr
     shape: The leaf's shape.
     group_size: Elements of a group.
   """
-  count, length, gaps = runs(shape, scale.shape, group_size)
+  number, scales, gaps = runs(shape, scale.shape, group_size)
   if not gaps:
     return scale
   axis: Any = codec.group_axis(shape, group_size)
   before, after = scale.shape[:axis], scale.shape[axis + 1 :]
-  parted = scale.reshape(*before, count, length + gaps, *after)
-  kept = lax.slice_in_dim(parted, 0, length, axis=axis + 1)
-  return kept.reshape(*before, count * length, *after)
+  parted = scale.reshape(*before, number, scales + gaps, *after)
+  kept = lax.slice_in_dim(parted, 0, scales, axis=axis + 1)
+  return kept.reshape(*before, number * scales, *after)
 
 
 def insert(
@@ -117,12 +117,12 @@ def insert(
   group_size: int,
 ) -> jax.Array:
   """The inverse of :func:`remove`, to scales of shape ``stored``."""
-  count, length, gaps = runs(shape, stored, group_size)
+  number, scales, gaps = runs(shape, stored, group_size)
   if not gaps:
     return scale
   axis: Any = codec.group_axis(shape, group_size)
   before, after = scale.shape[:axis], scale.shape[axis + 1 :]
-  parted = scale.reshape(*before, count, length, *after)
+  parted = scale.reshape(*before, number, scales, *after)
   padding = [(0, 0, 0)] * parted.ndim
   padding[axis + 1] = (0, gaps, 0)
   return lax.pad(parted, np.zeros((), scale.dtype), padding).reshape(stored)

@@ -8,7 +8,7 @@ import optax
 
 from flashoptim_jax import paths
 from flashoptim_jax.storage import state as state_lib
-from flashoptim_jax.update.transform import LAST, NEW_PARAMS, NewParam, NewParams
+from flashoptim_jax.update.new_params import LAST, NEW_PARAMS, NewParam, NewParams
 
 # States of wrappers that hand updates through as they are, leaf by leaf.
 _TRANSPARENT = (
@@ -37,9 +37,7 @@ def step(
   accumulate them) this calls ``update`` and ``apply_updates``.
 
   ``optax.freeze(mask)`` may follow a flash optimizer in a chain: frozen leaves keep
-  their master weights too. ``tx.update`` can't see what follows; there, and in the
-  other wrappers, master weights of frozen leaves move by what the parameter rounds
-  away. ``optax.selective_transform(tx, freeze_mask=mask)`` holds them everywhere.
+  their master weights too.
 
   Args:
     tx: A transformation; where flash optimizers are part of it, each must be the

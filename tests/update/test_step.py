@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 import flashoptim_jax as fo
-from flashoptim_jax.update.transform import NewParams
+from flashoptim_jax.update.new_params import NewParams
 from tests.support import cases
 from tests.support.cases import every_optimizer, small, some_cases
 from tests.support.tiers import slow_but
