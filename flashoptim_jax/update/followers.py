@@ -8,11 +8,10 @@ Where that finds nothing, as would be with an Optax that writes its chains in an
 way, everything is as if no transformation followed.
 """
 
-import functools
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,42 +39,52 @@ def replace_updates(updates: Any, names: Sequence[str], params: Any) -> list[boo
   Warns:
     UserWarning: If one computes with an update. The correction no longer fits then.
   """
-  marks = [
-    NewParam(update, name, None, None)
-    for update, name in zip(jax.tree.leaves(updates), names, strict=True)
-  ]
-  tree: Any = jax.tree.unflatten(jax.tree.structure(updates), marks)
-  for update in _later_updates(params):
-    try:
-      tree = update(tree)
-    except ValueError as error:
-      if not any(mark.computed_with for mark in marks):
-        raise
-      warnings.warn(
-        f"{error} As it is, master weights do not follow the parameters.", stacklevel=3
-      )
-      break
-  arrived = set(map(id, jax.tree.leaves(tree)))
-  return [id(mark) not in arrived for mark in marks]
+  owned = jax.tree.leaves(params)
+  marks = {
+    id(param): NewParam(update, name, None, None)
+    for param, update, name in zip(owned, jax.tree.leaves(updates), names, strict=True)
+  }
+  for chain, later in _chains(owned):
+    # Others may share the chain's parameters.
+    params, updates = chain["params"], chain["updates"]
+    ids = jax.tree.map(id, params)
+    tree = jax.tree.map(marks.get, ids, updates)
+    for function, state in later:
+      try:
+        tree, _ = function(tree, state, params, **chain["extra_args"])
+      except ValueError as error:
+        if not any(mark.computed_with for mark in marks.values()):
+          raise
+        warnings.warn(
+          f"{error} As it is, master weights do not follow the parameters.",
+          stacklevel=3,
+        )
+        return [False] * len(owned)
+    arrived = set(map(id, jax.tree.leaves(tree)))
+    marks = {param: mark for param, mark in marks.items() if id(mark) in arrived}
+  return [id(param) not in marks for param in owned]
 
 
-def _later_updates(params: Any) -> Iterator[Callable[[Any], Any]]:
-  """Functions of updates: those of the transformations that follow, in order."""
-  own = set(map(id, jax.tree.leaves(params)))
+def _chains(owned: Sequence[Any]) -> Iterator[tuple[Mapping[str, Any], list[Any]]]:
+  """The chains that are calling, from the inside out, with these parameters.
+
+  Each as the variables of its ``update``, and the functions and states of the
+  transformations that follow in it.
+  """
+  ids = set(map(id, owned))
   for frame in _callers():
     if frame.f_code not in (_CHAIN, _NAMED_CHAIN):
       continue
-    known = frame.f_locals
-    # Not a chain around something else, such as the training of an optimizer.
-    if not own <= set(map(id, jax.tree.leaves(known["params"]))):
+    chain = frame.f_locals
+    # Not one around something else, such as the training of an optimizer.
+    if not ids <= set(map(id, jax.tree.leaves(chain["params"]))):
       continue
     if frame.f_code is _CHAIN:
-      functions = dict(enumerate(known["update_fns"]))
+      functions = dict(enumerate(chain["update_fns"]))
     else:
-      functions = {name: tx.update for name, tx in known["transforms"]}
-    done = len(known["new_state"])
-    for key, function in [*functions.items()][done + 1 :]:
-      yield functools.partial(_updated, function, known["state"][key], known)
+      functions = {name: tx.update for name, tx in chain["transforms"]}
+    pairs = [(function, chain["state"][key]) for key, function in functions.items()]
+    yield chain, pairs[len(chain["new_state"]) + 1 :]
 
 
 def _callers() -> Iterator[types.FrameType]:
@@ -83,9 +92,3 @@ def _callers() -> Iterator[types.FrameType]:
   while frame is not None:
     yield frame
     frame = frame.f_back
-
-
-def _updated(function: Any, state: Any, known: Mapping[str, Any], updates: Any) -> Any:
-  """What a transformation of a chain makes of updates."""
-  changed, _ = function(updates, state, known["params"], **known["extra_args"])
-  return changed

@@ -31,7 +31,8 @@ AROUND = {
     optax.chain(flash(LR), last), 1
   ).gradient_transformation(),
   "inject_hyperparams": lambda flash, last: optax.chain(
-    optax.inject_hyperparams(flash, hyperparam_dtype=jnp.float32)(learning_rate=LR), last
+    optax.inject_hyperparams(flash, hyperparam_dtype=jnp.float32)(learning_rate=LR),
+    last,
   ),
   "partition": lambda flash, last: optax.chain(
     optax.partition({"a": flash(LR), "b": flash(LR)}, {"matrix": "a", "bias": "b"}),
