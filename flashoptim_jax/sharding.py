@@ -10,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from flashoptim_jax import paths
-from flashoptim_jax.storage import codec, partition_specs
+from flashoptim_jax.storage import codec, partition_specs, scale_gaps
 from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.update.transform import PARAM_SHARDINGS
 
@@ -85,8 +85,9 @@ def state_shardings(
     if param is None or len(param.shape) != leaf.ndim:
       return replicated
     if group_size is not None and leaf.dtype in _CODES:
+      scales = scale_gaps.stored_shape(param.shape, group_size)
       local = param.sharding.shard_shape(param.shape)
-      if why := partition_specs.cut_groups(param.shape, local, group_size):
+      if why := partition_specs.cut_groups(param.shape, scales, local, group_size):
         cut[param_path] = why
     return _fitted(param.sharding, leaf.shape)
 

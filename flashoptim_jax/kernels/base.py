@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import Rule, Scalars
-from flashoptim_jax.storage import scale_gaps
 from flashoptim_jax.storage.options import Storage
 
 GROUP_SIZE = 32  # of all kernels
@@ -96,17 +95,6 @@ class Leaf:
     """The leaf with other values of some attributes."""
     return dataclasses.replace(self, **changes)
 
-  def without_gaps(self, group_size: int) -> "Leaf":
-    """The leaf with one scale for each group, for those who know no gaps."""
-    if not self.quantized:
-      return self
-    shape = self.param.shape
-    moments = tuple(
-      (codes, scale_gaps.remove(scale, shape, group_size))
-      for codes, scale in self.moments
-    )
-    return self.replace(moments=moments)
-
   def map_arrays(self, own: Any, scale: Any) -> "Leaf":
     """One thing for each array of the leaf's shape, another for each scale."""
     return self.replace(
@@ -141,22 +129,6 @@ class UpdatedLeaf(NamedTuple):
       arrays.get("correction"),
       tuple((arrays[name], arrays.get(f"{name}_scale")) for name in names),
     )
-
-  def with_gaps(self, leaf: Leaf, group_size: int) -> "UpdatedLeaf":
-    """The inverse of :meth:`Leaf.without_gaps`, for what comes of it.
-
-    Args:
-      leaf: The leaf with its gaps.
-      group_size: Elements of a group.
-    """
-    if not leaf.quantized:
-      return self
-    shape = leaf.param.shape
-    moments = tuple(
-      (codes, scale_gaps.insert(scale, shape, old.shape, group_size))
-      for (codes, scale), (_, old) in zip(self.moments, leaf.moments, strict=True)
-    )
-    return self._replace(moments=moments)
 
 
 def result_types(leaf: Leaf, spec: UpdateSpec) -> UpdatedLeaf:

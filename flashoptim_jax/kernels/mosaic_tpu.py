@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from flashoptim_jax.kernels import gaps
 from flashoptim_jax.kernels.base import (
   GROUP_SIZE,
   Leaf,
@@ -75,12 +76,12 @@ def update(
     mesh = place.mesh
   with jax.sharding.use_abstract_mesh(mesh):
     interpret = place.platform != "tpu"
-    return [
-      _update(spec, leaf.without_gaps(GROUP_SIZE), scalars, interpret).with_gaps(
-        leaf, GROUP_SIZE
-      )
-      for leaf in leaves
-    ]
+    bare = [gaps.without_gaps(leaf, GROUP_SIZE) for leaf in leaves]
+    updated = [_update(spec, leaf, scalars, interpret) for leaf in bare]
+  return [
+    gaps.with_gaps(new, leaf, GROUP_SIZE)
+    for new, leaf in zip(updated, leaves, strict=True)
+  ]
 
 
 def _update(

@@ -264,4 +264,4 @@ def _uncut(leaf: Leaf, sharding: NamedSharding, group_size: int) -> NamedShardin
   """The sharding, with the axis of the groups whole if there are any."""
   if _cuttable_axis(leaf, group_size) is None:
     return sharding
-  return partition_specs.uncut(sharding, leaf.param.shape, group_size)
+  return partition_specs.uncut(sharding, leaf.param.shape, leaf.scale_shape, group_size)

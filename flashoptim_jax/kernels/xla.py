@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from flashoptim_jax.kernels import xla_fusion
+from flashoptim_jax.kernels import gaps, xla_fusion
 from flashoptim_jax.kernels.base import Leaf, Unavailable, UpdatedLeaf, UpdateSpec
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import LEAST_ROOT, Moment, Scalars
@@ -54,13 +54,15 @@ def update(
   """
   size = spec.storage.group_size
   # Leaves that differ in their names alone are treated alike.
-  bare = [leaf.replace(path="").without_gaps(size) for leaf in leaves]
+  bare = [gaps.without_gaps(leaf.replace(path=""), size) for leaf in leaves]
   if place.platform == "gpu":
     updated = _update_in_batches(spec, bare, scalars)
   else:
     one_cpu = place.platform == "cpu" and place.devices == 1
     updated = [_update_alone(spec, leaf, scalars, one_cpu) for leaf in bare]
-  return [new.with_gaps(old, size) for new, old in zip(updated, leaves, strict=True)]
+  return [
+    gaps.with_gaps(new, leaf, size) for new, leaf in zip(updated, leaves, strict=True)
+  ]
 
 
 def _update_alone(

@@ -39,14 +39,16 @@ def encode_leaf(
   Codes are sharded as x is.
   """
   size = storage.group_size
-  shape = scale_gaps.stored_shape(x.shape, size)
+  if old_scale is None:
+    shape = scale_gaps.stored_shape(x.shape, size)
+  else:
+    shape = old_scale.shape
   own = jax.typeof(x).sharding
   explicit = partition_specs.is_explicit(own)
   if explicit:
-    whole = partition_specs.uncut(own, x.shape, size)
+    whole = partition_specs.uncut(own, x.shape, shape, size)
     x = jax.sharding.reshard(x, whole)
   if old_scale is not None:
-    shape = old_scale.shape
     if explicit:
       _, old_scale = _placed(whole, x, old_scale)
     old_scale = scale_gaps.remove(old_scale, x.shape, size)
@@ -62,7 +64,7 @@ def decode_leaf(
   own = jax.typeof(codes).sharding
   explicit = partition_specs.is_explicit(own)
   if explicit:
-    whole = partition_specs.uncut(own, codes.shape, storage.group_size)
+    whole = partition_specs.uncut(own, codes.shape, scale.shape, storage.group_size)
     codes, scale = _placed(whole, codes, scale)
   scale = scale_gaps.remove(scale, codes.shape, storage.group_size)
   x = codec.decode(codes, scale, kind, storage)

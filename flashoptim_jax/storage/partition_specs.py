@@ -4,7 +4,7 @@ from typing import Any
 
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flashoptim_jax.storage import codec, scale_gaps
+from flashoptim_jax.storage import codec
 
 
 def divisible(mesh: Any, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
@@ -29,12 +29,16 @@ def divisible(mesh: Any, spec: PartitionSpec, shape: tuple[int, ...]) -> Partiti
 
 
 def cut_groups(
-  shape: tuple[int, ...], shard_shape: tuple[int, ...], group_size: int
+  shape: tuple[int, ...],
+  scale_shape: tuple[int, ...],
+  shard_shape: tuple[int, ...],
+  group_size: int,
 ) -> str | None:
   """How shards cut the groups of a leaf's moments; None if they don't.
 
   Args:
     shape: Shape of the leaf.
+    scale_shape: Shape of its scales, gaps included.
     shard_shape: Shape of its shards.
     group_size: Elements of a group.
   """
@@ -46,9 +50,9 @@ def cut_groups(
     return (
       f"{length} of {whole} elements of axis {axis}, not a multiple of {group_size}"
     )
-  slots = scale_gaps.stored_shape(shape, group_size)[axis]
-  if length != whole and slots % (whole // length):
-    return f"{slots} scales for {whole // length} shards of axis {axis}"
+  slots, shards = scale_shape[axis], whole // length
+  if slots % shards:
+    return f"{slots} scales for {shards} shards of axis {axis}"
   if codec.group_axis(shard_shape, group_size) != axis:
     return f"groups of shape {shape} lie along another axis than those of {shard_shape}"
   return None
@@ -60,10 +64,17 @@ def is_explicit(sharding: NamedSharding) -> bool:
 
 
 def uncut(
-  sharding: NamedSharding, shape: tuple[int, ...], group_size: int
+  sharding: NamedSharding,
+  shape: tuple[int, ...],
+  scale_shape: tuple[int, ...],
+  group_size: int,
 ) -> NamedSharding:
-  """The sharding, with the axis of the groups whole if it cuts them."""
-  if cut_groups(shape, sharding.shard_shape(shape), group_size) is None:
+  """The sharding, with the axis of the groups whole if it cuts them.
+
+  See :func:`cut_groups`.
+  """
+  shard_shape = sharding.shard_shape(shape)
+  if cut_groups(shape, scale_shape, shard_shape, group_size) is None:
     return sharding
   axis = codec.group_axis(shape, group_size)
   entries = [None if i == axis else entry for i, entry in enumerate(sharding.spec)]

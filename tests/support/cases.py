@@ -16,7 +16,7 @@ import pytest
 import flashoptim_jax as fo
 from flashoptim_jax.kernels import dispatch
 from flashoptim_jax.kernels.by_platform import Place
-from flashoptim_jax.storage import codec
+from flashoptim_jax.storage import codec, scale_gaps
 from flashoptim_jax.storage.state import by_path, flash_states, map_flash_states
 from tests.support.tiers import slow_but
 
@@ -208,6 +208,12 @@ def random_state(tx, params, seed: int = 2, count: int = 3):
   def positive(leaf):
     return jnp.asarray(rng.lognormal(size=leaf.shape), leaf.dtype)
 
+  def scale(zeros, of):
+    if of.dtype == jnp.float32:
+      return zeros
+    exact = jax.ShapeDtypeStruct(codec.scale_shape(of.shape, 32), zeros.dtype)
+    return scale_gaps.insert(positive(exact), of.shape, zeros.shape, 32)
+
   def moment(leaf):
     return (codes if jnp.issubdtype(leaf.dtype, jnp.integer) else positive)(leaf)
 
@@ -221,11 +227,8 @@ def random_state(tx, params, seed: int = 2, count: int = 3):
     for name in ("mu", "nu"):
       values, scales = getattr(state, name), getattr(state, f"{name}_scale")
       fields[name] = jax.tree.map(moment, values)
-      # Small leaves have zeros for scales.
       fields[f"{name}_scale"] = jax.tree.map(
-        lambda scale, of: positive(scale) if of.dtype != jnp.float32 else scale,
-        scales,
-        values if jax.tree.leaves(scales) else scales,
+        scale, scales, values if jax.tree.leaves(scales) else scales
       )
     return state._replace(count=jnp.int32(count), **fields)
 
