@@ -222,11 +222,14 @@ def map_scales(f: Callable[[Any, Any], Any], state: Any) -> Any:
   """A flash state with ``f(codes, scale)`` instead of the scales of each leaf."""
   if not state.format.storage.quantizes_moments:
     return state
-  names = [name for name, _ in state.format.moments]
-  mapped = {
-    scale_name(name): jax.tree.map(f, moment.values, moment.scales)
-    for name, moment in zip(names, stored_moments(state), strict=True)
-  }
+  mapped = {}
+  for (name, _), moment in zip(
+    state.format.moments, stored_moments(state), strict=True
+  ):
+    # Leaf by leaf: the metadata of Flax's boxes may differ.
+    scales, treedef = jax.tree.flatten(moment.scales)
+    pairs = map(f, jax.tree.leaves(moment.values), scales)
+    mapped[scale_name(name)] = jax.tree.unflatten(treedef, pairs)
   if isinstance(state, CompressedState):
     return state._replace(scales=mapped)
   return state._replace(**mapped)

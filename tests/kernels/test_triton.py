@@ -33,6 +33,7 @@ CONSTANTS = {
   "EPS_ROOT": False,
   "ROOT": True,
   "NEW_PARAMS": True,
+  "GAPS": False,
   "BLOCK_GROUPS": 64,
 }
 MOMENTS = {"adam": ("mu", "nu"), "lion": ("mu",), "momentum": ("mu",), "sgd": ()}
@@ -40,6 +41,7 @@ VARIANTS = {
   "adam": {},
   "adam, 17 leaves": {"COUNT": 17},
   "adam, ragged rows": {"ALIGNMENT": 2},
+  "adam, gaps": {"GAPS": True},
   "adam, update": {"NEW_PARAMS": False},
   "nadam, paper": {"NESTEROV": True, "ROOT": False, "EPS_ROOT": True},
   "adam, 32/32": {"MASTER_BITS": 32, "COMPRESSED": False},
