@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
@@ -341,16 +342,20 @@ class Leafwise:
     Returns:
       The new parameters and the new arrays of the state, as given.
     """
-    env = dict(shared)
-    for leaf, grad, param, arrays in zip(leaves, grads, params, state, strict=True):
-      env[self._grads[leaf]], env[self._params[leaf]] = grad, param
-      names = (self._state[i] for i in self.owned[leaf])
-      env.update(zip(names, arrays, strict=True))
     bits = {1 << leaf for leaf in leaves}
     equations = sorted(
       (each for each in self._equations if each.leaves in bits),
       key=operator.attrgetter("updates"),
     )
+    if any(each.eqn.primitive is primitive.call_p for each in equations):
+      # Several calls read a slice of a stack. All have to before something is written
+      # there, lest XLA copy the stack for those that come later.
+      params, state = lax.optimization_barrier((list(params), list(state)))
+    env = dict(shared)
+    for leaf, grad, param, arrays in zip(leaves, grads, params, state, strict=True):
+      env[self._grads[leaf]], env[self._params[leaf]] = grad, param
+      names = (self._state[i] for i in self.owned[leaf])
+      env.update(zip(names, arrays, strict=True))
 
     def rule(eqn, values):
       return _carry_out(eqn, self._broadcast(eqn.invars, values, axes))

@@ -326,9 +326,14 @@ def test_sharded(kind, tx):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("tx", "layers"),
-  # What compress needs for one layer weighs less beside more of them.
-  [(fo.sgd(1e-3, 0.9), 24), (fo.compress(optax.adamw(1e-3)), 96)],
-  ids=["flash", "compress"],
+  [
+    (fo.sgd(1e-3, 0.9), 24),
+    # What compress needs for one layer weighs less beside more of them.
+    (fo.compress(optax.adamw(1e-3)), 96),
+    (fo.compress(optax.sgd(1e-3)), 24),
+    (fo.compress(optax.sgd(1e-3, 0.9)), 96),
+  ],
+  ids=["flash", "compress(adamw)", "compress(sgd)", "compress(momentum)"],
 )
 def test_memory_of_many_layers(tx, layers):
   """Temporaries shrink by the gradients; everything is updated in place."""
