@@ -133,7 +133,7 @@ def compress(
     call = primitive.call if extra_args.get(DEFERRED, False) else call_now
 
     def update(grads, state, params):
-      rounding = codec.rounding_of(state.count)
+      rounding = codec.rounding_of(state.count, storage.master_bits)
       corrections = _corrections(state, treedef)
       masters = [
         call(codec.merge, *each) for each in zip(params, corrections, strict=True)
@@ -147,7 +147,13 @@ def compress(
       )
       masters = [
         # Rounded to the master weight's dtype, as by optax.apply_updates.
-        call(codec.advance, *each, change.astype(master.dtype), rounding.master)
+        call(
+          functools.partial(_advance, storage.master_bits),
+          *each,
+          change.astype(master.dtype),
+          rounding.master,
+          takes_origin=codec.dithers(each[0].dtype, storage.master_bits),
+        )
         for *each, change, master in zip(
           params, corrections, treedef.flatten_up_to(changes), masters, strict=True
         )
@@ -167,7 +173,7 @@ def compress(
         for master, param, dtype in zip(masters, params, dtypes, strict=True)
       ]
       correction: Any = optax.MaskedNode()
-      if storage.master_bits is not None:
+      if storage.has_corrections:
         correction = treedef.unflatten(
           [
             optax.MaskedNode() if correction is None else correction
@@ -206,6 +212,12 @@ def compress(
     return treedef.unflatten(results), new_state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _advance(master_bits, param, correction, step, rounding, origin=None):
+  """New master weights of a leaf, or of a slice that begins at a given place."""
+  threshold = codec.master_threshold(rounding, param, master_bits, origin)
+  return codec.advance(param, correction, step, threshold)
 
 
 def _formats(

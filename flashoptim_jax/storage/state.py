@@ -279,7 +279,7 @@ def zero_correction(params: Any, storage: Storage) -> Any:
       return optax.MaskedNode()
     return jnp.zeros_like(param, dtype=dtype)
 
-  if storage.master_bits is None:
+  if not storage.has_corrections:
     return optax.MaskedNode()
   return jax.tree.map(zeros, params)
 
