@@ -94,6 +94,8 @@ def unsupported(leaf: Leaf, spec: UpdateSpec) -> str | None:
   for what, array in (("it", leaf.param), ("its gradient", leaf.grad)):
     if array.dtype.name not in _DTYPES:
       return f"{what} has dtype {array.dtype.name}"
+  if spec.dithers(leaf.param):
+    return "it has no code for Storage(master_bits=16)"
   if not leaf.param.size:
     return "it is empty"
   if leaf.quantized and codec.group_axis(shape, GROUP_SIZE) != len(shape) - 1:
