@@ -23,9 +23,12 @@ import triton.language as tl
 from triton.runtime import interpreter, jit
 
 import flashoptim_jax as fo
+from flashoptim_jax import optimizers, rules
 from flashoptim_jax.kernels import triton as launches
 from flashoptim_jax.kernels import triton_kernel
+from flashoptim_jax.kernels.base import UpdateSpec
 from flashoptim_jax.storage import codec
+from flashoptim_jax.update import transform
 from tests.support import cases
 
 SHAPES = {"rows": (8, 64), "ragged": (3, 50), "stack": (2, 3, 32), "vector": (33,)}
@@ -34,6 +37,7 @@ STEPS = 2
 CASES = [
   *((name, storage, BF16, BF16, fo.step) for name, storage in cases.SOME),
   *(("adamw", "root", *dtypes, fo.step) for dtypes in ((F32, BF16), (F16, F16))),
+  *(("adamw", "16/8", F16, grad, cases.update) for grad in (F32, F16)),
   *(("adamw", "root", BF16, grad, cases.update) for grad in (F32, BF16)),
   ("lion", "root", BF16, F32, cases.update),
   ("adamw", "32/32", BF16, BF16, cases.update),
@@ -198,8 +202,100 @@ def check_residual(master_bits):
   assert np.isnan(merged[nan]).all()
 
 
+@triton.jit
+def store_dithered(
+  x, result, scalars, places, columns, DITHER: tl.constexpr, SIZE: tl.constexpr
+):
+  at = tl.arange(0, SIZE)
+  base = tl.program_id(0) * SIZE
+  row = (base + at) // columns
+  column = (base + at) % columns
+  word = triton_kernel._word(scalars, places, base, at, row, column, False, DITHER)
+  loaded = tl.load(x + base + at)
+  cut = triton_kernel._dithered(loaded, word, result.dtype.element_ty)
+  tl.store(result + base + at, cut.to(result.dtype.element_ty))
+
+
+def check_dither(dtype):
+  """Compares sums that are rounded by their elements' thresholds, bit for bit."""
+  shape, size, columns = (64, 128), 4096, 128
+  rng = np.random.default_rng(1)
+  bits = rng.integers(0, 2**32, shape, np.uint32)
+  bits[0] = np.resize([0, 1 << 31, 0x7F7FFFFF, 0xFF800000, 0x7FFFFFFF], columns)
+  small = rng.normal(size=(32, columns)) * 2.0 ** rng.integers(-28, -8, (32, columns))
+  bits[32:] = small.astype(np.float32).view(np.uint32)
+  bits[1] &= np.uint32(0xFFFF0000)  # What needs no rounding.
+  x = bits.view(np.float32)
+  whole = (96, 256)
+  origin, strides = jnp.uint32(5 * 256 + 128), (256, 1)
+  share = codec.rounding_of(jnp.int32(7), 16).master
+  scalars = np.zeros(len(triton_kernel.SCALARS), np.float32)
+  scalars[triton_kernel.SCALARS.index("master_rounding")] = share
+  rows = codec.dither(jnp.int32(0), shape[:1], origin, strides[:1])
+  step = np.zeros(shape, np.float32)
+  for kind, place, kwargs in (
+    (1, np.zeros(1, np.uint32), {}),
+    (2, rows[:1], {"origin": origin}),
+    (3, rows, {"origin": origin, "strides": strides}),
+  ):
+    result = Buffer(np.zeros(shape, dtype))
+    store_dithered[(x.size // size,)](
+      *(Buffer(x), result, Buffer(scalars), Buffer(np.asarray(place).view(np.int32))),
+      *(columns, kind, size),
+    )
+    words = codec.dither(share, shape, **kwargs)
+    if kind == 3:  # As the part of a whole leaf that it is.
+      of_whole = codec.dither(share, whole)[5:69, 128:]
+      np.testing.assert_array_equal(words, of_whole)
+    moved = codec._dithered(jnp.asarray(x) + step, dtype, words)
+    expected, _ = codec.split(moved, dtype, 16)
+    normal = ~(np.abs(x) < 2.0**-126)  # XLA flushes what is not.
+    found, expected = (np.float32(a)[normal] for a in (result.array, expected))
+    np.testing.assert_array_equal(found, expected)
+
+
+def check_parts(dtype):
+  """A kernel on a part of a leaf does what it does on the whole one, bit for bit."""
+  storages = fo.Storage(16, min_quantized_size=0), fo.Storage(16, 32)
+  params = cases.tree({"w": ((4, 6, 128), dtype)})
+  for storage in storages:
+    tx = fo.adamw(1e-3, storage=storage, implementation="triton")
+    state = tx.init(params)._replace(count=jnp.int32(3))
+    (leaf,) = transform._leaves(cases.grads_like(params), state, params, state.format)
+    spec = UpdateSpec(rules.ADAM, storage, None, new_params=True)
+    scalars = optimizers._adam_scalars(
+      state.count, 0.9, 0.999, 1e-8, 0.0, nesterov=False
+    )
+    scalars |= codec.rounding_scalars(state.count, 16)
+    scalars |= {"learning_rate": 1e-3, "weight_decay": 0.0}
+    (whole,) = launches.update(spec, [leaf], scalars, None)
+    for index, strides in (
+      ((slice(1, 3),), None),
+      ((2,), None),
+      ((slice(0, 4), slice(3, 6)), (768, 128, 1)),
+      ((slice(1, 2), slice(2, 4), slice(64, 128)), (768, 128, 1)),
+    ):
+      first = jnp.arange(leaf.param.size, dtype=jnp.uint32).reshape(leaf.param.shape)
+      origin = first[index].reshape(-1)[0]
+      part = jax.tree.map(lambda x, index=index: _part(x, index), leaf)
+      part = part.replace(origin=origin, strides=strides)
+      (updated,) = launches.update(spec, [part], scalars, None)
+      cases.assert_same(updated.result, whole.result[index])
+
+
+def _part(x, index):
+  """A part of a leaf, or its scales'."""
+  if x.shape[-1] < 128 and len(index) == 3:  # Of groups of 32.
+    groups = slice(index[2].start // 32, index[2].stop // 32)
+    index = (*index[:2], groups)
+  return x[index]
+
+
 if __name__ == "__main__":
   run_in_interpreter()
+  for dtype in (BF16, F16):
+    check_dither(dtype)
+    check_parts(dtype)
   for master_bits in (24, 32):
     check_residual(master_bits)
   check_bound()
