@@ -147,7 +147,7 @@ _SEQUENCES = {
   "second_scale": round((math.sqrt(21) - 3) / 2 * 2**32) | 1,
   # At 16 bits, where the count's is added to that of the place in the leaf. With the
   # count's, 10,000 steps of 0.01 places make 99 to 101, wherever an element starts.
-  "dither": round((math.sqrt(10) - 2) / 2 * 2**32) | 1,
+  "dither": round((math.sqrt(145) - 9) / 8 * 2**32) | 1,
   "place": round((math.sqrt(221) - 9) / 14 * 2**32) | 1,
 }
 PLACE = _SEQUENCES["place"]
