@@ -56,8 +56,6 @@ def unsupported(leaf: Leaf, spec: UpdateSpec) -> str | None:
   for what, array in (("it", leaf.param), ("its gradient", leaf.grad)):
     if array.dtype.name not in _DTYPES:
       return f"{what} has dtype {array.dtype.name}"
-  if spec.dithers(leaf.param):
-    return "it has no code for Storage(master_bits=16)"
   if not leaf.param.size:
     return "it is empty"
   if len(shape) < 2:
@@ -92,7 +90,11 @@ def _update(
   if not spec.new_params:
     written = *written, "update"
   moved = [*arrays.values(), *(arrays[like(name)] for name in written)]
-  param = leaf.param
+  param, strides = leaf.param, None
+  if spec.dithers(param):
+    strides = leaf.strides or codec.row_major(param.shape)
+    scalars = dict(scalars) | _halves_of_word(scalars["master_rounding"], leaf.origin)
+    hyper = tuple(name for name in scalars if name not in zeros)
   element_bytes = sum(a.size * a.dtype.itemsize for a in moved) / param.size
   generation, _ = chip()
   plan = Plan(
@@ -102,12 +104,20 @@ def _update(
     written,
     hyper,
     zeros,
-    cut_into_blocks(param.shape, param.dtype.itemsize, element_bytes, leaf.quantized),
+    cut_into_blocks(
+      param.shape, param.dtype.itemsize, element_bytes, leaf.quantized, strides
+    ),
     generation,
     interpret,
   )
   packed = jnp.stack([jnp.asarray(scalars[n], jnp.float32) for n in hyper])[None]
   return UpdatedLeaf.from_named(spec, _call(plan, packed, arrays))
+
+
+def _halves_of_word(count: jax.Array, origin: jax.Array | None) -> dict[str, jax.Array]:
+  """The first element's threshold, see ``codec.dither``, as numbers of 16 bits."""
+  word = codec.dither(count, (), origin)
+  return {"master_rounding": word >> 16, "master_rounding_low": word & 0xFFFF}
 
 
 def _call(

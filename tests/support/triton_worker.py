@@ -23,13 +23,11 @@ import triton.language as tl
 from triton.runtime import interpreter, jit
 
 import flashoptim_jax as fo
-from flashoptim_jax import optimizers, rules
 from flashoptim_jax.kernels import triton as launches
 from flashoptim_jax.kernels import triton_kernel
-from flashoptim_jax.kernels.base import UpdateSpec
 from flashoptim_jax.storage import codec
-from flashoptim_jax.update import transform
 from tests.support import cases
+from tests.support.leaf_parts import assert_parts_equal_whole
 
 SHAPES = {"rows": (8, 64), "ragged": (3, 50), "stack": (2, 3, 32), "vector": (33,)}
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
@@ -254,48 +252,14 @@ def check_dither(dtype):
     np.testing.assert_array_equal(found, expected)
 
 
-def check_parts(dtype):
-  """A kernel on a part of a leaf does what it does on the whole one, bit for bit."""
-  storages = fo.Storage(16, min_quantized_size=0), fo.Storage(16, 32)
-  params = cases.tree({"w": ((4, 6, 128), dtype)})
-  for storage in storages:
-    tx = fo.adamw(1e-3, storage=storage, implementation="triton")
-    state = tx.init(params)._replace(count=jnp.int32(3))
-    (leaf,) = transform._leaves(cases.grads_like(params), state, params, state.format)
-    spec = UpdateSpec(rules.ADAM, storage, None, new_params=True)
-    scalars = optimizers._adam_scalars(
-      state.count, 0.9, 0.999, 1e-8, 0.0, nesterov=False
-    )
-    scalars |= codec.rounding_scalars(state.count, 16)
-    scalars |= {"learning_rate": 1e-3, "weight_decay": 0.0}
-    (whole,) = launches.update(spec, [leaf], scalars, None)
-    for index, strides in (
-      ((slice(1, 3),), None),
-      ((2,), None),
-      ((slice(0, 4), slice(3, 6)), (768, 128, 1)),
-      ((slice(1, 2), slice(2, 4), slice(64, 128)), (768, 128, 1)),
-    ):
-      first = jnp.arange(leaf.param.size, dtype=jnp.uint32).reshape(leaf.param.shape)
-      origin = first[index].reshape(-1)[0]
-      part = jax.tree.map(lambda x, index=index: _part(x, index), leaf)
-      part = part.replace(origin=origin, strides=strides)
-      (updated,) = launches.update(spec, [part], scalars, None)
-      cases.assert_same(updated.result, whole.result[index])
-
-
-def _part(x, index):
-  """A part of a leaf, or its scales'."""
-  if x.shape[-1] < 128 and len(index) == 3:  # Of groups of 32.
-    groups = slice(index[2].start // 32, index[2].stop // 32)
-    index = (*index[:2], groups)
-  return x[index]
-
-
 if __name__ == "__main__":
   run_in_interpreter()
   for dtype in (BF16, F16):
     check_dither(dtype)
-    check_parts(dtype)
+    for moment_bits in (8, 32):
+      assert_parts_equal_whole(
+        lambda *args: launches.update(*args, place=None), dtype, moment_bits
+      )
   for master_bits in (24, 32):
     check_residual(master_bits)
   check_bound()
