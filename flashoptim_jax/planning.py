@@ -119,12 +119,13 @@ class Plan:
     count = math.prod(self.mesh.values())
     large = max(row.total for row in self.rows) >= 2**30
     unit, scale = ("GiB", 2**30) if large else ("MiB", 2**20)
+    wide = max(32, *(len(row.name) + 1 for row in self.rows))
     lines = [
       f"{self.model}: {self.num_params:,} parameters on"
       f" {count} {'device' if count == 1 else f'devices ({axes})'}",
       f"{self.device}: {self.device_bytes / 2**30:.2f} GiB each",
       "",
-      f"{f'{unit} per device':32}{'params':>9}{'state':>9}{'gradients':>11}"
+      f"{f'{unit} per device':{wide}}{'params':>9}{'state':>9}{'gradients':>11}"
       f"{'in flight':>11}{'total':>9}{'left':>9}  fits",
     ]
     for row in self.rows:
@@ -132,7 +133,7 @@ class Plan:
       cells = [f"{size / scale:.2f}" for size in (*sizes, self.left(row))]
       widths = (9, 9, 11, 11, 9, 9)
       lines.append(
-        f"{row.name:32}"
+        f"{row.name:{wide}}"
         + "".join(map(str.rjust, cells, widths))
         + f"  {'yes' if self.left(row) > 0 else 'no'}"
       )
