@@ -49,9 +49,10 @@ def test_equals_the_ordinary_step(name):
 
 
 @pytest.mark.slow
-def test_tpu_kernel():
+@pytest.mark.parametrize("storage", ["root", "16/8"])
+def test_tpu_kernel(storage):
   """In interpret mode, on slices of a stack."""
-  tx = make("adamw", implementation="mosaic_tpu")
+  tx = make("adamw", storage, implementation="mosaic_tpu")
   assert_equals_ordinary(unrolled_stack, tx, normal(LAYERS, DIM, DIM))
 
 
