@@ -22,6 +22,7 @@ def _is_portable() -> bool:
 if _is_portable():
   from flashoptim_jax.kernels.triton_portable import (
     divide,
+    high_half,
     merge,
     pin,
     quiet,
@@ -33,6 +34,7 @@ if _is_portable():
 else:
   from flashoptim_jax.kernels.triton_ptx import (
     divide,
+    high_half,
     merge,
     pin,
     quiet,
@@ -329,8 +331,7 @@ def _word(
 def _dithered(x, word, dtype: tl.constexpr):
   """Float32 numbers, cut to the places of ``dtype`` after parts of one were added."""
   if dtype == tl.bfloat16:
-    bits = quiet(_bits(x)) + (word >> 16)
-    cut = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    param = high_half(quiet(_bits(x)) + (word >> 16))
   else:
     tl.static_assert(dtype == tl.float16)
     # Its subnormals have the places of its smallest normal numbers.
@@ -338,7 +339,8 @@ def _dithered(x, word, dtype: tl.constexpr):
     bits = quiet(_bits(tl.abs(x) + offset)) + (word >> 19)
     cut = (bits & 0xFFFFE000).to(tl.float32, bitcast=True) - offset
     cut = (_bits(cut) | (_bits(x) & 0x80000000)).to(tl.float32, bitcast=True)
-  return cut
+    param = cut.to(dtype)
+  return param
 
 
 @triton.jit
@@ -566,23 +568,8 @@ def _update_groups(
     step = rate * direction
   if DECAY:
     step = tl.fma(decay, master, step)
-  if DITHER != 0:
-    rows = 0
-    columns_at = at
-    if DITHER == 3:
-      if COMPRESSED:
-        groups_in_row = (columns + _GROUP - 1) // _GROUP
-        group = tl.minimum(first + local, num_groups - 1)
-        rows = group // groups_in_row
-        columns_at = (group % groups_in_row)[:, None] * _GROUP + lanes
-      else:
-        rows = tl.where(inside, base + at, 0) // columns
-        columns_at = base + at - rows * columns
-    word = _word(scalars, places, base, at, rows, columns_at, COMPRESSED, DITHER)
-    master = _dithered(master + step, word, param.dtype)
-  else:
-    threshold = tl.load(scalars + _MASTER_ROUNDING)
-    master = _advance(param, correction, master, step, threshold, MASTER_BITS)
+  threshold = tl.load(scalars + _MASTER_ROUNDING)
+  master = _advance(param, correction, master, step, threshold, MASTER_BITS)
 
   # Parameters come last: before the moments, `update` takes far more registers.
   if RULE != "sgd":
@@ -600,7 +587,22 @@ def _update_groups(
     else:
       tl.store(nu_ptr + at, nu, mask=inside)
 
-  new_param, rest = _split(master, param.dtype, MASTER_BITS)
+  if DITHER == 0:
+    new_param, rest = _split(master, param.dtype, MASTER_BITS)
+  else:
+    rows = 0
+    columns_at = at
+    if DITHER == 3:
+      if COMPRESSED:
+        groups_in_row = (columns + _GROUP - 1) // _GROUP
+        group = tl.minimum(first + local, num_groups - 1)
+        rows = group // groups_in_row
+        columns_at = (group % groups_in_row)[:, None] * _GROUP + lanes
+      else:
+        rows = tl.where(inside, base + at, 0) // columns
+        columns_at = base + at - rows * columns
+    word = _word(scalars, places, base, at, rows, columns_at, COMPRESSED, DITHER)
+    new_param = _dithered(master, word, param.dtype)
   if NEW_PARAMS:
     tl.store(param_ptr + at, new_param, mask=inside)
   else:

@@ -210,8 +210,8 @@ def store_dithered(
   column = (base + at) % columns
   word = triton_kernel._word(scalars, places, base, at, row, column, False, DITHER)
   loaded = tl.load(x + base + at)
-  cut = triton_kernel._dithered(loaded, word, result.dtype.element_ty)
-  tl.store(result + base + at, cut.to(result.dtype.element_ty))
+  param = triton_kernel._dithered(loaded, word, result.dtype.element_ty)
+  tl.store(result + base + at, param)
 
 
 def check_dither(dtype):
