@@ -22,7 +22,8 @@ class Storage:
       correction: the 16-bit parameter is all there is). At 16 an update rounds each
       element up or down by a threshold of its own that moves with the count of
       updates, so that steps of a small part of a place add up to what they should;
-      with None it rounds to the nearest, and they are lost. Parameters of 32 and 64
+      with None it rounds to the nearest, and they are lost. The threshold depends on
+      the element's place in the leaf and the count alone. Parameters of 32 and 64
       bits are their own master weights, whatever is chosen here.
     moment_bits: 8 (codes with one scale per group) or 32 (float32).
     group_size: Elements that share a scale, along one axis of a leaf.
