@@ -307,24 +307,21 @@ def _word(
     places: Of a part of a leaf, pointer to what ``update_leaves`` says.
     base: The first element's index in the leaf.
     at: The elements' indices, counted from there.
-    row: Rows of groups, where DITHER is 3 and there are groups.
-    column: Elements' indices in their row, there.
+    row: Where DITHER is 3, rows of groups, or of elements where there are no groups;
+      else 0.
+    column: Where DITHER is 3, elements' indices in their row.
     COMPRESSED: Whether there are groups.
     DITHER: As for ``_update_groups``.
   """
-  count = tl.load(scalars + _MASTER_ROUNDING).to(tl.uint32) << 16
-  if DITHER == 1:
-    word = at.to(tl.uint32) * _PLACE + (base.to(tl.uint32) * _PLACE + count)
-  elif DITHER == 2:
-    count += tl.load(places).to(tl.uint32, bitcast=True)
-    word = at.to(tl.uint32) * _PLACE + (base.to(tl.uint32) * _PLACE + count)
+  first = tl.load(scalars + _MASTER_ROUNDING).to(tl.uint32) << 16
+  if DITHER > 1:  # Of the part, or of each row.
+    first += tl.load(places + row).to(tl.uint32, bitcast=True)
+  if DITHER < 3:
+    first += base.to(tl.uint32) * _PLACE
+    column = at
   elif COMPRESSED:
-    first = tl.load(places + row).to(tl.uint32, bitcast=True)[:, None]
-    word = column.to(tl.uint32) * _PLACE + (first + count)
-  else:
-    first = tl.load(places + row).to(tl.uint32, bitcast=True)
-    word = column.to(tl.uint32) * _PLACE + (first + count)
-  return word
+    first = first[:, None]
+  return column.to(tl.uint32) * _PLACE + first
 
 
 @triton.jit

@@ -206,7 +206,7 @@ def store_dithered(
 ):
   at = tl.arange(0, SIZE)
   base = tl.program_id(0) * SIZE
-  row = (base + at) // columns
+  row = (base + at) // columns if DITHER == 3 else 0
   column = (base + at) % columns
   word = triton_kernel._word(scalars, places, base, at, row, column, False, DITHER)
   loaded = tl.load(x + base + at)
