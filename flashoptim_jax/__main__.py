@@ -19,6 +19,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     models.load(arguments.model),
     planning.parse_mesh(arguments.mesh),
     arguments.device,
+    planning.parse_storage(arguments.storage),
   )
   print(json.dumps(found.to_json(), indent=1) if arguments.json else found)
 
@@ -57,6 +58,12 @@ def main() -> int:
     "--device",
     required=True,
     help="a kind, such as h100 or v5e, or its memory, such as 24GiB",
+  )
+  plan.add_argument(
+    "--storage",
+    default="24,8",
+    help="bits of master weights and of moments: 16, 24, 32 or none, and 8 or 32"
+    " (default: 24,8)",
   )
   plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
   plan.set_defaults(run=_plan)

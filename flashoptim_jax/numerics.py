@@ -1,7 +1,7 @@
 """Diagnostics: values that are not finite, and steps that are too small."""
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +107,7 @@ def check_numerics(
   float32. Where it is less than half the distance between neighbouring float32
   numbers, at the leaf's largest weight, the weight stays where it is, as with Optax on
   float32 weights. What 24-bit master weights cut off below float32 is dithered: it
-  adds up over steps and is not lost. Without master weights
+  adds up over steps and is not lost, nor is what 16-bit ones do. Without master weights
   (``Storage(master_bits=None)``) a step must be half of the parameter's own spacing.
 
   Args:
@@ -127,11 +127,8 @@ def check_numerics(
       learning rate is no number.
   """
   paths.require_arrays(params)
-  bits = {}
   states = state_lib.flash_states(opt_state)
-  for state in states:
-    for path in state_lib.by_path(state.correction):
-      bits[path] = state.format.storage.master_bits
+  bits = _master_bits(params, states)
   rate = _at(learning_rate, max(int(state.count) for state in states))
   masters = precision.to_fp32(params, opt_state)
   originals = state_lib.by_path(params)
@@ -152,6 +149,22 @@ def check_numerics(
       f"\n{report}"
     )
   return report
+
+
+def _master_bits(
+  params: optax.Params, states: Sequence[state_lib.AnyState]
+) -> dict[jax.tree_util.KeyPath, int | None]:
+  """Bits of parameters' master weights, by path, where their state says so."""
+  bits: dict[jax.tree_util.KeyPath, int | None] = {}
+  for state in states:
+    storage, owned = state.format.storage, [state.correction]
+    if storage.master_bits == 16:
+      # Nothing but its moments says what it updates; without any, it may be all.
+      stored = state_lib.stored_moments(state)
+      owned = [moment.values for moment in stored] or [params]
+    for tree in owned:
+      bits |= dict.fromkeys(state_lib.by_path(tree), storage.master_bits)
+  return bits
 
 
 def _at(learning_rate: Any, count: int) -> float:

@@ -15,6 +15,9 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from flashoptim_jax import models, optimizers, paths, sharding
 from flashoptim_jax.storage import host_memory, partition_specs
 from flashoptim_jax.storage import state as state_lib
+from flashoptim_jax.storage.options import Storage
+
+_DEFAULT_STORAGE = Storage()
 
 # GiB that a program can have: of TPUs what XLA's compiler says, of GPUs what the
 # driver does. XLA takes 75 % of a GPU's unless XLA_PYTHON_CLIENT_MEM_FRACTION
@@ -116,12 +119,13 @@ class Plan:
     count = math.prod(self.mesh.values())
     large = max(row.total for row in self.rows) >= 2**30
     unit, scale = ("GiB", 2**30) if large else ("MiB", 2**20)
+    wide = max(32, *(len(row.name) + 1 for row in self.rows))
     lines = [
       f"{self.model}: {self.num_params:,} parameters on"
       f" {count} {'device' if count == 1 else f'devices ({axes})'}",
       f"{self.device}: {self.device_bytes / 2**30:.2f} GiB each",
       "",
-      f"{f'{unit} per device':32}{'params':>9}{'state':>9}{'gradients':>11}"
+      f"{f'{unit} per device':{wide}}{'params':>9}{'state':>9}{'gradients':>11}"
       f"{'in flight':>11}{'total':>9}{'left':>9}  fits",
     ]
     for row in self.rows:
@@ -129,7 +133,7 @@ class Plan:
       cells = [f"{size / scale:.2f}" for size in (*sizes, self.left(row))]
       widths = (9, 9, 11, 11, 9, 9)
       lines.append(
-        f"{row.name:32}"
+        f"{row.name:{wide}}"
         + "".join(map(str.rjust, cells, widths))
         + f"  {'yes' if self.left(row) > 0 else 'no'}"
       )
@@ -138,7 +142,12 @@ class Plan:
     return "\n".join(lines)
 
 
-def plan(model: models.Model, mesh: Mapping[str, int], device: str) -> Plan:
+def plan(
+  model: models.Model,
+  mesh: Mapping[str, int],
+  device: str,
+  storage: Storage = _DEFAULT_STORAGE,
+) -> Plan:
   """Says what a model's parameters, optimizer state and gradients take.
 
   Nothing is allocated: the shapes are the model's, the state is that of the
@@ -152,6 +161,7 @@ def plan(model: models.Model, mesh: Mapping[str, int], device: str) -> Plan:
     mesh: Devices along each axis: ``fsdp``; ``tp``, ``tensor`` or ``model``;
       ``ep`` or ``expert``; ``data``, ``dp`` or ``replica``.
     device: A key of ``DEVICES``, or a size such as ``"24GiB"`` or ``"80GB"``.
+    storage: How ``adamw`` stores its state.
 
   Returns:
     The plan: ``optax.adamw`` on float32 parameters, with float32 gradients, and
@@ -169,7 +179,10 @@ def plan(model: models.Model, mesh: Mapping[str, int], device: str) -> Plan:
   """
   device_bytes = _device_bytes(device)
   _check_mesh(mesh)
-  tx = optimizers.adamw(1e-3)
+  tx = optimizers.adamw(1e-3, storage=storage)
+  name = "fo.adamw"
+  if storage != _DEFAULT_STORAGE:
+    name += f" {storage.master_bits}/{storage.moment_bits}".lower()
 
   def placed(dtype, transformation):
     layers = model.num_layers
@@ -184,16 +197,16 @@ def plan(model: models.Model, mesh: Mapping[str, int], device: str) -> Plan:
     usual.state_bytes,
     usual.params_bytes,
   )
-  flash = Row("fo.adamw", ours.params_bytes, ours.state_bytes, ours.params_bytes)
+  flash = Row(name, ours.params_bytes, ours.state_bytes, ours.params_bytes)
   released = dataclasses.replace(
     flash,
-    name="fo.adamw, gradient release",
+    name=f"{name}, gradient release",
     gradients=ours.released_gradients(model.tied),
   )
   in_flight, host = ours.hosted_bytes()
   offloaded = dataclasses.replace(
     flash,
-    name="fo.adamw, state on the host",
+    name=f"{name}, state on the host",
     state=flash.state - host,
     in_flight=in_flight,
     host=host,
@@ -226,6 +239,24 @@ def parse_mesh(text: str) -> dict[str, int]:
       )
     mesh[name] = int(size)
   return mesh
+
+
+def parse_storage(text: str) -> Storage:
+  """Reads bits of master weights and of moments, such as ``16,8`` or ``none,8``.
+
+  Raises:
+    ValueError: If it is written in another way, or no storage has as many.
+  """
+  found = re.fullmatch(r" *(none|[0-9]{1,3}) *, *([0-9]{1,3}) *", text, re.IGNORECASE)
+  if found is None:
+    raise ValueError(
+      f"Storage {text!r}: expected bits of master weights and of moments, such as"
+      " 24,8 or none,8."
+    )
+  master, moment = found.groups()
+  bits: Any = None if master.lower() == "none" else int(master)
+  moment_bits: Any = int(moment)
+  return Storage(bits, moment_bits)
 
 
 class _Placed:
@@ -305,15 +336,16 @@ class _Placed:
   def hosted_bytes(self) -> tuple[int, int]:
     """With state in host memory: bytes on the device at a time, and on the host."""
     (state,) = state_lib.flash_states(self._state_sizes)
-    moments = [
+    trees = [
       tree
       for moment in state_lib.stored_moments(state)
       for tree in (moment.values, moment.scales)
+      if tree is not None
     ]
+    if state.format.storage.has_corrections:
+      trees.append(state.correction)
     # By parameter, in the order of the updates.
-    parts = jax.tree.map(
-      lambda *sizes: sum(jax.tree.leaves(sizes)), *moments, state.correction
-    )
+    parts = jax.tree.map(lambda *sizes: sum(jax.tree.leaves(sizes)), *trees)
     first, layer, last = (
       jax.tree.leaves(parts[part]) for part in ("embed", "layers", "top")
     )

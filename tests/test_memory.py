@@ -46,9 +46,10 @@ def test_llama_3_8b_takes_5_13_bytes_per_parameter():
     cases.QUANTIZED,
     fo.Storage(master_bits=32, moment_bits=32),
     fo.Storage(master_bits=None, companding="paper", min_quantized_size=0),
+    fo.Storage(master_bits=16, min_quantized_size=0),
     fo.Storage(group_size=8, min_quantized_size=0),
   ],
-  ids=["24-8", "32-32", "none-8", "groups-of-8"],
+  ids=["24-8", "32-32", "none-8", "16-8", "groups-of-8"],
 )
 @every_nesting
 def test_report_is_what_a_real_state_takes(nesting, storage):

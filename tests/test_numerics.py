@@ -60,6 +60,26 @@ def test_finds_the_leaves_that_stay_where_they_are(dtype, bits, sign):
   assert verdicts == {True, False}
 
 
+@pytest.mark.parametrize("name", slow_but(["adamw", "sgd", "compress"]))
+@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16, jnp.float16]))
+def test_what_is_dithered_moves_by_any_step_that_float32_has_room_for(name, dtype):
+  def make(bits):
+    storage = fo.Storage(master_bits=bits)
+    if name == "compress":
+      return fo.compress(optax.adamw(1e-3), storage)
+    return getattr(fo, name)(1e-3, storage=storage)
+
+  masters = {"w": jnp.full((4, 64), 1.5)}
+  for bits, rate, stalls in (
+    (None, 1e-5, True),
+    (16, 1e-5, False),
+    (16, 0.7 * 2.0**-23, False),
+    (16, 0.4 * 2.0**-23, True),
+  ):
+    params, state = fo.from_fp32(make(bits), masters, dtype)
+    assert bool(fo.check_numerics(params, state, rate)) == stalls
+
+
 def test_raises_when_asked():
   masters = {"a": jnp.ones(3), "b": 1e-3 * jnp.ones(3)}
   params, state = fo.from_fp32(fo.lion(1e-8), masters)

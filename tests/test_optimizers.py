@@ -224,7 +224,7 @@ def mixed_parameters(seed, shape=(64, 96)):
   return np.float32(master), grad
 
 
-@pytest.mark.parametrize("bits", slow_but([24, 32]))
+@pytest.mark.parametrize("bits", slow_but([24, 16, 32], 24, 16))
 @pytest.mark.parametrize("seed", slow_but(range(3)))
 def test_one_update_lands_where_step_does_or_within_its_bound(bits, seed):
   """Within a factor of two exactly; elsewhere within the rounding of updates.
@@ -249,6 +249,8 @@ def test_one_update_lands_where_step_does_or_within_its_bound(bits, seed):
   mine = np.asarray(to_fp32(updated, update_state), np.float64)
   of_step = np.asarray(to_fp32(stepped, step_state), np.float64)
   np.testing.assert_array_equal(mine[close], of_step[close])
+  if bits == 16:  # No correction takes up the rest.
+    return
 
   intended = np.float32(start) - np.asarray(grad, np.float32)
   unit = 2.0**-16 if bits == 24 else 0.0

@@ -243,6 +243,30 @@ def test_bad_meshes(mesh, message):
     plan(mesh=planning.parse_mesh(mesh))
 
 
+def test_storages():
+  """As the command takes them; the rows say which."""
+  usual, *ours = plan().rows
+  found = {
+    text: planning.plan(
+      models.from_config(TINY, "tiny"), MESH, "h100", planning.parse_storage(text)
+    ).rows
+    for text in ("24,8", "16, 8", "None,8", "none,32")
+  }
+  assert found["24,8"] == (usual, *ours)
+  assert [row.state for row in found["16, 8"]] == [row.state for row in found["None,8"]]
+  assert [row.name for row in found["16, 8"]][1:] == [
+    row.name.replace("fo.adamw", "fo.adamw 16/8") for row in ours
+  ]
+  _, flash, _, hosted = found["none,32"]
+  assert hosted.state + hosted.host == flash.state
+  assert flash.state > ours[0].state > found["16, 8"][1].state
+  for text in ("", "8", "16,8,8", "16;8", "x,8"):
+    with pytest.raises(ValueError, match="bits of master weights and of moments"):
+      planning.parse_storage(text)
+  with pytest.raises(ValueError, match="master_bits is 17; expected one of 16, 24"):
+    planning.parse_storage("17,8")
+
+
 def test_devices():
   assert plan(device="H100").device_bytes == plan(device="79.2GiB").device_bytes
   assert plan(device="80 GB").device_bytes == 80 * 10**9

@@ -140,7 +140,7 @@ def test_tpu_kernel_takes_any_moments():
     codes, scale = codec.encode(value, moment.kind, storage)
     pairs.append((codes, scale.astype(codec.SCALE_DTYPE)))
   arrays = grad, param, jnp.zeros(param.shape, jnp.int8), tuple(pairs)
-  scalars = SCALARS | codec.rounding_scalars(jnp.int32(0))
+  scalars = SCALARS | codec.rounding_scalars(jnp.int32(0), 24)
 
   def update(implementation):
     def updated(*arrays):

@@ -42,14 +42,14 @@ def storage(companding="root", **kwargs):
   return fo.Storage(companding=companding, min_quantized_size=0, **kwargs)
 
 
-def make(name, companding, compressed=False, rate=LR, **kwargs):
+def make(name, companding, compressed=False, rate=LR, bits=24, **kwargs):
   """A transformation with 8-bit moments, and Optax's own."""
   ours, plain, arguments = TRANSFORMATIONS[name]
   arguments = {**arguments, **kwargs}
   if compressed:
-    tx = fo.compress(plain(rate, **arguments), storage(companding))
+    tx = fo.compress(plain(rate, **arguments), storage(companding, master_bits=bits))
   else:
-    tx = ours(rate, storage=storage(companding), **arguments)
+    tx = ours(rate, storage=storage(companding, master_bits=bits), **arguments)
   return tx, plain(rate, **arguments)
 
 
@@ -323,10 +323,11 @@ def test_second_moments_follow_shrinking_gradients(compressed, b2):
 )
 @pytest.mark.parametrize("dtype", slow_but(["bfloat16", "float16"]))
 @pytest.mark.parametrize("name", slow_but(["adam", "lion"]))
-def test_small_steps_add_up(name, dtype, function):
+@pytest.mark.parametrize("bits", slow_but([24, 16], 24, 16))
+def test_small_steps_add_up(bits, name, dtype, function):
   """A learning rate of a tenth, 1, 2 and 3 half spacings of the master weights."""
   start, steps, shape = 1.5, 1000, (4, 64)
-  spacing = cases.spacing(1.0, np.dtype(dtype), 24)
+  spacing = cases.spacing(1.0, np.dtype(dtype), bits)
 
   @jax.jit
   def train(rate, grads):
@@ -336,7 +337,7 @@ def test_small_steps_add_up(name, dtype, function):
 
       return jax.lax.scan(step, (params, state), grads)[0]
 
-    ours, plain = make(name, "root", rate=rate)
+    ours, plain = make(name, "root", rate=rate, bits=bits)
     begin = fo.from_fp32(ours, jnp.full(shape, start), dtype)
     ended = fo.to_fp32(*scan(ours, function, grads, *begin))
     # Without weight decay all is as it is far from zero, where steps are exact.
@@ -436,8 +437,9 @@ def test_float32_weights_with_float16_gradients(name, rate):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_strict_dtype_promotion(name, dtype):
-  ours, _ = make(name, "root")
+@pytest.mark.parametrize("bits", [24, 16])
+def test_strict_dtype_promotion(bits, name, dtype):
+  ours, _ = make(name, "root", bits=bits)
   masters = {"w": jnp.full((3, 40), 0.5)}
   with jax.numpy_dtype_promotion("strict"):
     params, state = fo.from_fp32(ours, masters, dtype)

@@ -47,7 +47,7 @@ CASES = [
   *((name, "root", BF16, BF16, "update") for name in OPTIMIZERS),
   *(
     ("adamw", storage, param, grad, via)
-    for storage in ("root", "32/32", "none/8")
+    for storage in ("root", "32/32", "none/8", "16/8")
     for param, grad in ((F16, F32), (F32, BF16), (BF16, F32), (F16, F16))
     for via in ("step", "update")
   ),
@@ -223,7 +223,7 @@ def test_vmap():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("storage", ["root", "paper", "none/8"])
+@pytest.mark.parametrize("storage", ["root", "paper", "none/8", "16/8"])
 def test_bad_gradients_as_in_xla(bad, storage):
   params = {"w": jnp.ones((4, 96))}
   grads = {"w": jnp.ones((4, 96), BF16).at[1, 40].set(bad)}

@@ -721,7 +721,7 @@ def storage_bytes():
       fo.memory_report(make(1e-3, storage=fo.Storage(*bits)), params)
       for make in optimizers.values()
     ]
-    for bits in ((24, 8), (32, 8), (None, 8), (24, 32), (32, 32))
+    for bits in ((24, 8), (16, 8), (32, 8), (None, 8), (24, 32), (32, 32))
   }
   usual = reports[24, 8]
 

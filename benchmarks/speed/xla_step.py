@@ -157,7 +157,7 @@ def main():
   hyperparameters = optimizers._adam_scalars(
     jnp.int32(1), 0.9, 0.999, 1e-8, 0.0, nesterov=False
   )
-  hyperparameters |= codec.rounding_scalars(jnp.int32(1))
+  hyperparameters |= codec.rounding_scalars(jnp.int32(1), fo.Storage().master_bits)
   hyperparameters |= {"learning_rate": 1e-3, "weight_decay": 1e-4}
   result["profile_of_wide_seconds"] = profile(
     rules.ADAM, fo.Storage(), leaf, hyperparameters

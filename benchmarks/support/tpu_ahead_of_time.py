@@ -35,6 +35,7 @@ OPTIMIZERS = {
 STORAGES = {
   "24/8": fo.Storage(),
   "24/8 paper": fo.Storage(companding="paper"),
+  "16/8": fo.Storage(master_bits=16),
   "32/8": fo.Storage(master_bits=32),
   "none/8": fo.Storage(master_bits=None),
   "24/32": fo.Storage(moment_bits=32),

@@ -133,7 +133,7 @@ def compress(
     call = primitive.call if extra_args.get(DEFERRED, False) else call_now
 
     def update(grads, state, params):
-      rounding = codec.rounding_of(state.count)
+      rounding = codec.rounding_of(state.count, storage.master_bits)
       corrections = _corrections(state, treedef.unflatten(params))
       masters = [
         call(codec.merge, *each) for each in zip(params, corrections, strict=True)
@@ -147,7 +147,13 @@ def compress(
       )
       masters = [
         # Rounded to the master weight's dtype, as by optax.apply_updates.
-        call(codec.advance, *each, change.astype(master.dtype), rounding.master)
+        call(
+          functools.partial(_advance, storage.master_bits),
+          *each,
+          change.astype(master.dtype),
+          rounding.master,
+          takes_origin=codec.dithers(each[0].dtype, storage.master_bits),
+        )
         for *each, change, master in zip(
           params, corrections, treedef.flatten_up_to(changes), masters, strict=True
         )
@@ -215,6 +221,12 @@ def _handed_over(
   chosen = map(operator.getitem, zip(new, old, strict=True), kept)
   correction = state_lib.correction_tree(params, chosen, state.format.storage)
   return updates, new_state._replace(correction=correction)
+
+
+def _advance(master_bits, param, correction, step, rounding, origin=None):
+  """New master weights of a leaf, or of a slice that begins at a given place."""
+  threshold = codec.master_threshold(rounding, param, master_bits, origin)
+  return codec.advance(param, correction, step, threshold)
 
 
 def _formats(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.rules import Rule, Scalars
+from flashoptim_jax.storage import codec
 from flashoptim_jax.storage.options import Storage
 
 GROUP_SIZE = 32  # of all kernels
@@ -45,6 +46,10 @@ class UpdateSpec(NamedTuple):
     kept = {"grad"} if self.new_params else {"grad", "param"}
     return tuple(name for name in names if name not in kept)
 
+  def dithers(self, param: Any) -> bool:
+    """Whether a parameter's elements are rounded by thresholds of their own."""
+    return codec.dithers(param.dtype, self.storage.master_bits)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,12 @@ class Leaf:
     moments: Its moments.
     path: Static. The parameter's name, for error messages.
     decay: Static. Whether weight decay applies.
+    origin: Of a part of a leaf whose elements have thresholds of their own
+      (:func:`flashoptim_jax.storage.codec.dither`): the place of its first element in
+      the whole leaf, uint32 of shape (). None for whole leaves.
+    strides: Static. Beside an origin, how far apart elements are in the whole leaf, by
+      axis; None for parts in which they are as in a leaf of their own.
+    joined: Static. The sizes of the leaves of which this is made, one after another.
   """
 
   grad: Any
@@ -68,6 +79,11 @@ class Leaf:
   moments: Moments
   path: str = dataclasses.field(metadata={"static": True})
   decay: bool = dataclasses.field(metadata={"static": True})
+  origin: Any = None
+  strides: tuple[int, ...] | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
+  joined: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
   @property
   def quantized(self) -> bool:
@@ -98,6 +114,7 @@ class Leaf:
   def map_arrays(self, own: Any, scale: Any) -> "Leaf":
     """One thing for each array of the leaf's shape, another for each scale."""
     return self.replace(
+      origin=None,
       grad=own,
       param=own,
       correction=None if self.correction is None else own,

@@ -190,7 +190,7 @@ def _update_at(
       [leaves[i] for i in indices],
       scalars,
       shardings,
-      group_size,
+      spec.storage,
       place.devices,
     )
     updated.update(zip(indices, results, strict=True))

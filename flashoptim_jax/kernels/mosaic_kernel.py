@@ -34,6 +34,7 @@ from jax.experimental import pallas as pl
 
 from flashoptim_jax.kernels.base import GROUP_SIZE
 from flashoptim_jax.kernels.mosaic_block import Block
+from flashoptim_jax.kernels.mosaic_dither import Words
 from flashoptim_jax.kernels.mosaic_layout import GROUPS, LANES
 from flashoptim_jax.kernels.mosaic_math import (
   Known,
@@ -170,6 +171,8 @@ class _Elements:
     self.first_row = (
       pl.program_id(len(self.plan.blocks.leading)) * self.plan.blocks.block_rows
     )
+    if self.plan.dithers:
+      self.word = Words(self.plan, self.h, self.scratch["dither"], self.first_row)
 
   def update(self, step, unit, group) -> None:
     """Updates everything but the codes of 32 rows of a unit."""
@@ -200,7 +203,8 @@ class _Elements:
           largest[key] = jnp.maximum(largest[key], part) if key in largest else part
         self._keep_for_codes(moment, k, row, code_root, new[-1])
       master = self._master(k, rows, grad, old, new, roots)
-      for name, bits in self._split(k, rows, master).items():
+      word = self.word(step, unit, k, rows) if plan.dithers else None
+      for name, bits in self._split(k, rows, master, word).items():
         written[name].append(bits)
     for name, numbers in written.items():
       self._put(name, rows, numbers)
@@ -347,10 +351,10 @@ class _Elements:
     is_wide = "correction" in self.fields and self.plan.spec.storage.master_bits == 32
     return self.fields["param"].itemsize == 2 and not is_wide
 
-  def _split(self, k, rows, master) -> dict[str, jax.Array]:
+  def _split(self, k, rows, master, word) -> dict[str, jax.Array]:
     """What is written for a row; ``_put`` knows in which of the bits it lies."""
     bits = quiet(master)
-    rounded = self._rounded(bits)
+    rounded = self._rounded(bits, word)
     corrected = "correction" in self.fields
     if self.plan.spec.new_params:
       written = {"param": rounded}
@@ -371,10 +375,12 @@ class _Elements:
       written["correction"] = self._residual(bits, produced)
     return written
 
-  def _rounded(self, bits) -> jax.Array:
+  def _rounded(self, bits, word) -> jax.Array:
     """Bits of the new parameter; the high half of them if it has 16."""
     if self.fields["param"].itemsize == 4:
       return bits
+    if word is not None:
+      return bits + logical_shift(word, 16)
     if "correction" not in self.fields:
       return round_bfloat16(bits)
     return bits + 0x8000

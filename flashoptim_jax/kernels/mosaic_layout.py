@@ -72,6 +72,8 @@ class Blocks(NamedTuple):
     block_rows: Rows of a block, a multiple of 32.
     block_columns: Columns of a block, a multiple of 128.
     along_rows: Whether groups lie along the rows, not the columns.
+    strides: How far apart elements are in the whole leaf, along the leading axes, the
+      rows and the columns; None if it doesn't matter.
   """
 
   order: tuple[int, ...]
@@ -81,10 +83,15 @@ class Blocks(NamedTuple):
   block_rows: int
   block_columns: int
   along_rows: bool
+  strides: tuple[int, ...] | None = None
 
 
 def cut_into_blocks(
-  shape: tuple[int, ...], itemsize: int, element_bytes: float, grouped: bool
+  shape: tuple[int, ...],
+  itemsize: int,
+  element_bytes: float,
+  grouped: bool,
+  strides: tuple[int, ...] | None = None,
 ) -> Blocks:
   """Cuts a leaf into blocks.
 
@@ -93,6 +100,7 @@ def cut_into_blocks(
     itemsize: Bytes of one of its numbers.
     element_bytes: Bytes of all arrays, in and out, that an element takes.
     grouped: Whether it has groups.
+    strides: How far apart elements are in the whole leaf, by axis, if it matters.
   """
   order, last = axis_order(shape, itemsize), len(shape) - 1
   if grouped and last not in order[-2:]:
@@ -100,12 +108,17 @@ def cut_into_blocks(
   along_rows = grouped and order[-1] != last
   # Tiles have up to 32 rows, and those of scales up to 8.
   filling = _LEAST_ROWS if along_rows else 32
-  *leading, rows, columns = _view(tuple(shape[axis] for axis in order), filling)
+  if strides is not None:
+    strides = tuple(strides[axis] for axis in order)
+  shape, strides = _view(tuple(shape[axis] for axis in order), filling, strides)
+  *leading, rows, columns = shape
   block = _block(rows, columns, element_bytes, along_rows)
-  return Blocks(order, tuple(leading), rows, columns, *block, along_rows)
+  return Blocks(order, tuple(leading), rows, columns, *block, along_rows, strides)
 
 
-def _view(shape: tuple[int, ...], filling: int) -> tuple[int, ...]:
+def _view(
+  shape: tuple[int, ...], filling: int, strides: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
   """The shape in which a leaf is passed: as few leading axes as cost nothing.
 
   In memory the last two axes are cut into tiles. Where the rows fill them,
@@ -114,10 +127,16 @@ def _view(shape: tuple[int, ...], filling: int) -> tuple[int, ...]:
   Args:
     shape: The leaf's shape, its axes in order.
     filling: Rows that fill the tiles of all arrays.
+    strides: How far apart elements are in the whole leaf, by axis, if it matters. Rows
+      are as far from each other as from those that continue them.
   """
   while len(shape) > 2 and shape[-2] % filling == 0:
+    if strides is not None:
+      if strides[-3] != shape[-2] * strides[-2]:
+        break
+      strides = (*strides[:-3], *strides[-2:])
     shape = (*shape[:-3], shape[-3] * shape[-2], shape[-1])
-  return shape
+  return shape, strides
 
 
 def _block(

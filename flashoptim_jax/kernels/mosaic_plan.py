@@ -114,6 +114,11 @@ class Plan(NamedTuple):
     return self.turned and waits and len(self.spec.rule.moments) == 1
 
   @property
+  def dithers(self) -> bool:
+    """Whether parameters are rounded by thresholds of their elements."""
+    return self.blocks.strides is not None
+
+  @property
   def turned(self) -> bool:
     """Whether units are transposed."""
     return self.compressed and not self.blocks.along_rows
@@ -149,6 +154,8 @@ def scratch_shapes(plan: Plan) -> dict[str, Any]:
     for name in plan.written:
       if not is_scale(name):
         shapes[f"{name}_new"] = shapes[name]
+  if plan.dithers:
+    shapes["dither"] = ((LANES, LANES), jnp.int32)
   shapes["stage"] = ((4 * LANES, LANES), jnp.int32)
   if plan.compressed:
     for moment in plan.spec.rule.moments:

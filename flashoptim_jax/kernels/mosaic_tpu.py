@@ -96,7 +96,11 @@ def _update(
   if not spec.new_params:
     written = *written, "update"
   moved = [*arrays.values(), *(arrays[like(name)] for name in written)]
-  param = leaf.param
+  param, strides = leaf.param, None
+  if spec.dithers(param):
+    strides = leaf.strides or codec.row_major(param.shape)
+    scalars = dict(scalars) | _halves_of_word(scalars["master_rounding"], leaf.origin)
+    hyper = tuple(name for name in scalars if name not in zeros)
   element_bytes = sum(a.size * a.dtype.itemsize for a in moved) / param.size
   generation, _ = chip()
   plan = Plan(
@@ -106,12 +110,20 @@ def _update(
     written,
     hyper,
     zeros,
-    cut_into_blocks(param.shape, param.dtype.itemsize, element_bytes, leaf.quantized),
+    cut_into_blocks(
+      param.shape, param.dtype.itemsize, element_bytes, leaf.quantized, strides
+    ),
     generation,
     interpret,
   )
   packed = jnp.stack([jnp.asarray(scalars[n], jnp.float32) for n in hyper])[None]
   return UpdatedLeaf.from_named(spec, _call(plan, packed, arrays))
+
+
+def _halves_of_word(count: jax.Array, origin: jax.Array | None) -> dict[str, jax.Array]:
+  """The first element's threshold, see ``codec.dither``, as numbers of 16 bits."""
+  word = codec.dither(count, (), origin)
+  return {"master_rounding": word >> 16, "master_rounding_low": word & 0xFFFF}
 
 
 def _call(

@@ -11,6 +11,10 @@ called
   leaf is sharded once it knows.
 
 A leaf whose shards cut groups is gathered along the axis of its groups first.
+
+A shard whose elements are rounded by thresholds of their own is told where in the
+whole leaf it lies, so that they have the same ones there. In a ``shard_map`` of the
+caller's, where arrays are shards, there is no telling: each is a leaf of its own.
 """
 
 import functools
@@ -18,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import (
   ArrayMapping,
@@ -30,6 +35,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf
 from flashoptim_jax.rules import Scalars
 from flashoptim_jax.storage import codec, partition_specs, scale_gaps
+from flashoptim_jax.storage.options import Storage
 
 # Updates leaves that lie whole on one device.
 Update = Callable[[Sequence[Leaf], Scalars], list[UpdatedLeaf]]
@@ -40,7 +46,7 @@ def update(
   leaves: Sequence[Leaf],
   scalars: Scalars,
   shardings: Mapping[str, NamedSharding],
-  group_size: int,
+  storage: Storage,
   devices: int,
 ) -> list[UpdatedLeaf]:
   """Updates leaves, sharded in any way, with a function for whole ones.
@@ -50,7 +56,7 @@ def update(
     leaves: The leaves.
     scalars: Numbers and arrays of shape ().
     shardings: Shardings of parameters by path, as far as they are known.
-    group_size: Elements of a group of the moments.
+    storage: How leaves are stored.
     devices: How many devices leaves may be sharded over.
   """
   unknown: list[int] = []
@@ -63,7 +69,7 @@ def update(
     else:
       by_mesh.setdefault(sharding.mesh, {})[i] = sharding
   updated: dict[int, UpdatedLeaf] = {}
-  arguments = scalars, group_size
+  arguments = scalars, storage
   if unknown:
     chosen = [leaves[i] for i in unknown]
     results = (
@@ -137,10 +143,11 @@ def _update_known(
   update_whole: Update,
   leaves: Sequence[Leaf],
   scalars: Scalars,
-  group_size: int,
+  storage: Storage,
   shardings: Sequence[NamedSharding],
 ) -> list[UpdatedLeaf]:
-  mesh = shardings[0].mesh
+  mesh, group_size = shardings[0].mesh, storage.group_size
+  origins, leaves = _without_origins(leaves)
   explicit = partition_specs.is_explicit(shardings[0])
   move = jax.sharding.reshard if explicit else lax.with_sharding_constraint
   original = [
@@ -155,10 +162,21 @@ def _update_known(
     for leaf, here, there in zip(leaves, original, uncut, strict=True)
   ]
   in_specs = jax.tree.map(lambda sharding: sharding.spec, uncut)
+
+  def update_shards(shards, origins, scalars):
+    placed = []
+    for shard, leaf, origin, own in zip(shards, leaves, origins, in_specs, strict=True):
+      starts = [
+        0 if name is None else lax.axis_index(name) * size
+        for name, size in zip(own.param, shard.param.shape, strict=False)
+      ]
+      placed.append(_placed(shard, leaf, origin, starts, storage))
+    return update_whole(placed, scalars)
+
   updated = jax.shard_map(
-    update_whole,
+    update_shards,
     mesh=mesh,
-    in_specs=(in_specs, PartitionSpec()),
+    in_specs=(in_specs, PartitionSpec(), PartitionSpec()),
     out_specs=[_outputs(each) for each in in_specs],
     axis_names={
       name
@@ -166,7 +184,7 @@ def _update_known(
       if kind != AxisType.Manual
     },
     check_vma=False,
-  )(moved, dict(scalars))
+  )(moved, origins, dict(scalars))
   return [
     jax.tree.map(move, leaf, _outputs(here)) if there != here else leaf
     for leaf, here, there in zip(updated, original, uncut, strict=True)
@@ -177,37 +195,89 @@ def _update_auto(
   update_whole: Update,
   leaves: Sequence[Leaf],
   scalars: Scalars,
-  group_size: int,
+  storage: Storage,
 ) -> list[UpdatedLeaf]:
+  group_size = storage.group_size
+  origins, leaves = _without_origins(leaves)
+  # Indices along the axes of leaves, sharded as these are, tell a shard its place.
+  indices = [
+    [lax.iota(jnp.uint32, size) for size in leaf.param.shape]
+    if codec.dithers(leaf.param.dtype, storage.master_bits)
+    else []
+    for leaf in leaves
+  ]
+
   # A jitted function keeps its constants, such as a kernel's tables, to itself;
   # custom_partitioning refuses them.
   @custom_partitioning
   @jax.jit
-  def call(leaves, scalars):
-    return update_whole(leaves, scalars)
+  def call(shards, indices, origins, scalars):
+    placed = [
+      _placed(shard, leaf, origin, [index[0] for index in along], storage)
+      for shard, leaf, origin, along in zip(
+        shards, leaves, origins, indices, strict=True
+      )
+    ]
+    return update_whole(placed, scalars)
 
   def partition(mesh, arguments, results):
     del results
-    placements, scalars = arguments
+    placements, along, origins, scalars = arguments
     placed = [
       _of_arrays(leaf, _uncut(leaf, own.param.sharding, group_size))
       for leaf, own in zip(leaves, placements, strict=True)
     ]
     outputs = [_outputs(each) for each in placed]
-    replicated = jax.tree.map(lambda scalar: scalar.sharding, scalars)
-    return mesh, call.fun, outputs, (placed, replicated)
+    along = [
+      [leaf.param.update(spec=PartitionSpec(*leaf.param.spec[i : i + 1])) for i in axes]
+      for leaf, axes in zip(placed, map(range, map(len, along)), strict=True)
+    ]
+    origins, scalars = jax.tree.map(lambda each: each.sharding, (origins, scalars))
+    return mesh, call.fun, outputs, (placed, along, origins, scalars)
 
-  rule = _sharding_rule(leaves, len(scalars), group_size)
+  others = len(jax.tree.leaves(origins)) + len(scalars)
+  rule = _sharding_rule(leaves, [bool(along) for along in indices], others, group_size)
   call.def_partition(partition, sharding_rule=rule)
   # It has no batching rule of its own.
-  return jax.custom_batching.sequential_vmap(call)(leaves, dict(scalars))
+  mapped = jax.custom_batching.sequential_vmap(call)
+  return mapped(leaves, indices, origins, dict(scalars))
+
+
+def _without_origins(leaves: Sequence[Leaf]) -> tuple[list[Any], list[Leaf]]:
+  """Origins, or None, and leaves of nothing but arrays that are sharded alike."""
+  origins = [leaf.origin for leaf in leaves]
+  return origins, [leaf.replace(origin=None) for leaf in leaves]
+
+
+def _placed(
+  shard: Leaf, leaf: Leaf, origin: Any, starts: Sequence[Any], storage: Storage
+) -> Leaf:
+  """A shard that knows its place, if it has to.
+
+  Args:
+    shard: The shard.
+    leaf: What it is a shard of.
+    origin: That leaf's own origin, or None.
+    starts: The index of its first element, along the axes that may be sharded.
+    storage: How it is stored.
+  """
+  whole = leaf.param.shape
+  dithers = codec.dithers(leaf.param.dtype, storage.master_bits)
+  if not dithers or shard.param.shape == whole:
+    return shard.replace(origin=origin)
+  strides = codec.row_major(whole)
+  origin = codec.place_of(starts, strides[: len(starts)], origin)
+  # What is sharded along its first axis alone is a part of the whole in one piece.
+  in_one_piece = codec.row_major(shard.param.shape) == strides
+  return shard.replace(origin=origin, strides=None if in_one_piece else strides)
 
 
 def _sharding_rule(
-  leaves: Sequence[Leaf], scalars: int, group_size: int
+  leaves: Sequence[Leaf], indexed: Sequence[bool], scalars: int, group_size: int
 ) -> SdyShardingRule:
   """Says that a leaf's arrays are sharded alike, and groups stay whole."""
   mappings: list[Leaf] = []
+  indices: list[ArrayMapping] = []
   sizes: dict[str, Any] = {}
   whole: list[str] = []
   for i, leaf in enumerate(leaves):
@@ -229,11 +299,13 @@ def _sharding_rule(
         scale[axis] = f"l{i}s"
         whole += [factors[axis], scale[axis]]
     mappings.append(leaf.map_arrays(ArrayMapping(*factors), ArrayMapping(*scale)))
+    if indexed[i]:
+      indices += map(ArrayMapping, factors)
   flatten = functools.partial(
     jax.tree.leaves, is_leaf=lambda node: isinstance(node, ArrayMapping)
   )
   return SdyShardingRule(
-    (*flatten(mappings), *[ArrayMapping()] * scalars),
+    (*flatten(mappings), *indices, *[ArrayMapping()] * scalars),
     tuple(flatten([_outputs(each) for each in mappings])),
     need_replication_factors=tuple(whole),
     **sizes,

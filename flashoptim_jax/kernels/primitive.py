@@ -32,12 +32,22 @@ call_p.multiple_results = True
 
 
 @call_p.def_abstract_eval
-def _result_types(*avals, function: Callable[..., list[Any]], group_size: int | None):
-  del group_size
+def _result_types(
+  *avals,
+  function: Callable[..., list[Any]],
+  group_size: int | None,
+  takes_origin: bool,
+):
+  del group_size, takes_origin
   return jax.make_jaxpr(function)(*avals).out_avals
 
 
-def call(function: Callable[..., Any], *args: Any, group_size: int | None = None):
+def call(
+  function: Callable[..., Any],
+  *args: Any,
+  group_size: int | None = None,
+  takes_origin: bool = False,
+):
   """``function(*args)``, to be carried out later.
 
   Args:
@@ -45,8 +55,12 @@ def call(function: Callable[..., Any], *args: Any, group_size: int | None = None
       computes slices along a first axis from such slices.
     *args: Its arguments.
     group_size: Elements of the groups that it works on, if it does.
+    takes_origin: Whether it takes, last of all, the place of the first element of a
+      slice in the whole leaf, uint32 of shape ().
   """
   treedef: Any
+  if takes_origin:
+    args = (*args, jnp.uint32(0))
   flat, treedef = jax.tree.flatten(args)
   results: Any = jax.tree.structure(jax.eval_shape(function, *args))
 
@@ -54,7 +68,10 @@ def call(function: Callable[..., Any], *args: Any, group_size: int | None = None
     return jax.tree.leaves(function(*treedef.unflatten(flat)))
 
   found = call_p.bind(
-    *map(jnp.asarray, flat), function=function_of_arrays, group_size=group_size
+    *map(jnp.asarray, flat),
+    function=function_of_arrays,
+    group_size=group_size,
+    takes_origin=takes_origin,
   )
   return results.unflatten(found)
 
@@ -123,6 +140,27 @@ def sliceable(eqn: core.JaxprEqn, axes: int) -> bool:
   return slices is not None and whole == slices + axes
 
 
+def run_call(
+  eqn: core.JaxprEqn, values: Sequence[Any], index: Sequence[Any]
+) -> list[Any]:
+  """Carries out a bound call.
+
+  Args:
+    eqn: The call.
+    values: Its operands' values: of a whole leaf, or a slice of it.
+    index: The slice's, along the leading axes that it lacks.
+  """
+  if index and eqn.params["takes_origin"]:
+    values = [*values[:-1], _origin(eqn, index)]
+  return eqn.params["function"](*values)
+
+
+def _origin(eqn: core.JaxprEqn, index: Sequence[Any]) -> jax.Array:
+  """The place of a slice's first element in the whole leaf."""
+  strides = codec.row_major(_shape(eqn))
+  return codec.place_of(index, strides[: len(index)])
+
+
 def _shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
   """Of the whole leaf."""
   return getattr(eqn.invars[0].aval, "shape", ())
@@ -132,6 +170,7 @@ def run(
   update: Callable[..., list[UpdatedLeaf]],
   eqns: Sequence[core.JaxprEqn],
   values: Sequence[Sequence[Any]],
+  index: Sequence[Any] = (),
 ) -> list[list[Any]]:
   """Carries out bound updates, as many together as can be.
 
@@ -139,6 +178,7 @@ def run(
     update: :func:`flashoptim_jax.kernels.dispatch.update_leaves`.
     eqns: The updates.
     values: Their operands' values: whole leaves, or slices of them.
+    index: The slices', along the leading axes that they lack.
 
   Returns:
     Their results' values.
@@ -155,6 +195,8 @@ def run(
     for i in members:
       treedef, sharding = eqns[i].params["treedef"], eqns[i].params["sharding"]
       leaf: Leaf = treedef.unflatten(values[i][: treedef.num_leaves])
+      if index and launch.spec.dithers(leaf.param):
+        leaf = leaf.replace(origin=_origin(eqns[i], index))
       leaves.append(leaf)
       if sharding is not None:  # Slices lack the stack's axes.
         spec = sharding.spec[len(_shape(eqns[i])) - leaf.param.ndim :]

@@ -197,8 +197,18 @@ def _launch_of(spec: UpdateSpec, leaf: Leaf, scalars: Scalars) -> "_Launch":
     not _is_zero(scalars.get("eps_root", 0.0)),
     small,
     alignment,
+    _dithers(spec, leaf),
     tuple((name, array.dtype.name) for name, array in arrays.items()),
   )
+
+
+def _dithers(spec: UpdateSpec, leaf: Leaf) -> int:
+  """As the kernel's DITHER."""
+  if not spec.dithers(leaf.param):
+    return 0
+  if leaf.origin is None:
+    return 1
+  return 2 if leaf.strides is None else 3
 
 
 def _is_zero(number: Any) -> bool:
@@ -215,6 +225,7 @@ class _Launch(NamedTuple):
   """What leaves that share a launch have in common.
 
   ``small``: Whether they have float32 moments and few parameters.
+  ``dithers``: As the kernel's DITHER.
   """
 
   spec: UpdateSpec
@@ -222,6 +233,7 @@ class _Launch(NamedTuple):
   has_eps_root: bool
   small: bool
   alignment: int
+  dithers: int
   dtypes: tuple[tuple[str, str], ...]
 
   def __call__(self, leaves: list[Leaf], scalars: jax.Array) -> list[UpdatedLeaf]:
@@ -241,7 +253,8 @@ class _Launch(NamedTuple):
         operands.append(arrays[name])
     if not new_params:
       outputs += [_struct(leaf.grad) for leaf in leaves]
-    blocks, operands[1] = _layout(leaves, self.alignment, tuned["block_groups"])
+    blocks, layout = _layout(leaves, self.alignment, tuned["block_groups"])
+    operands[1] = _with_places(layout, leaves) if self.dithers > 1 else layout
     results = iter(
       _triton_call(
         launcher(len(leaves), tuple(names), written, new_params),
@@ -251,7 +264,7 @@ class _Launch(NamedTuple):
         grid=(blocks,),
         num_warps=tuned["num_warps"],
         COUNT=len(leaves),
-        WIDTH=operands[1].shape[1],
+        WIDTH=layout.shape[1],
         ALIGNMENT=self.alignment,
         RULE=rule.name,
         NESTEROV=rule.nesterov,
@@ -262,6 +275,7 @@ class _Launch(NamedTuple):
         ROOT=storage.companding == "root",
         NEW_PARAMS=new_params,
         GAPS=any(map(_has_gaps, leaves)),
+        DITHER=self.dithers,
         BLOCK_GROUPS=tuned["block_groups"],
       )
     )
@@ -302,6 +316,24 @@ def _layout(
   width = 1 << (len(rows) - 1).bit_length()
   rows += [(np.iinfo(np.int32).max, 0, 0, 1, 0)] * (width - len(rows))
   return first, np.array(rows, np.int32).T.copy()
+
+
+def _with_places(layout: np.ndarray, leaves: Sequence[Leaf]) -> jax.Array:
+  """The kernel's ``layout`` for parts of leaves."""
+  position, rows, words = 7 * layout.shape[1], [], []
+  for leaf in leaves:
+    shape, strides = leaf.param.shape, leaf.strides
+    if strides is None:
+      shape, strides = (1,), (1,)
+    count = jnp.int32(0)
+    word = codec.dither(count, shape[:-1], leaf.origin, strides[:-1])
+    words.append(word.reshape(-1))
+    rows.append((position, leaf.param.shape[-1] if leaf.param.ndim else 1))
+    position += words[-1].size
+  rows += [(0, 0)] * (layout.shape[1] - len(rows))
+  fixed = np.concatenate([layout, np.array(rows, np.int32).T])
+  bits = jax.lax.bitcast_convert_type(jnp.concatenate(words), jnp.int32)
+  return jnp.concatenate([fixed.reshape(-1), bits])
 
 
 @functools.cache

@@ -22,6 +22,7 @@ def _is_portable() -> bool:
 if _is_portable():
   from flashoptim_jax.kernels.triton_portable import (
     divide,
+    high_half,
     merge,
     pin,
     quiet,
@@ -33,6 +34,7 @@ if _is_portable():
 else:
   from flashoptim_jax.kernels.triton_ptx import (
     divide,
+    high_half,
     merge,
     pin,
     quiet,
@@ -121,6 +123,7 @@ _LARGEST_SECOND = tl.constexpr((255 / 128 * 2.0**63) ** 2)
 _HALF_RUN = tl.constexpr(4)
 _LARGEST_RATIO = tl.constexpr(2.0**12)
 _HALF_OF_FLOAT32 = tl.constexpr(2.0**-9)
+_PLACE = tl.constexpr(1799612389)
 _GROUP = tl.constexpr(32)
 
 
@@ -294,6 +297,50 @@ def _advance(param, correction, master, step, threshold, MASTER_BITS: tl.constex
 
 
 @triton.jit
+def _word(
+  scalars, places, base, at, row, column, COMPRESSED: tl.constexpr, DITHER: tl.constexpr
+):
+  """Thresholds of elements, in units of 2^-32 places, see ``codec.dither``.
+
+  Args:
+    scalars: The hyperparameters.
+    places: Of a part of a leaf, pointer to what ``update_leaves`` says.
+    base: The first element's index in the leaf.
+    at: The elements' indices, counted from there.
+    row: Where DITHER is 3, rows of groups, or of elements where there are no groups;
+      else 0.
+    column: Where DITHER is 3, elements' indices in their row.
+    COMPRESSED: Whether there are groups.
+    DITHER: As for ``_update_groups``.
+  """
+  first = tl.load(scalars + _MASTER_ROUNDING).to(tl.uint32) << 16
+  if DITHER > 1:  # Of the part, or of each row.
+    first += tl.load(places + row).to(tl.uint32, bitcast=True)
+  if DITHER < 3:
+    first += base.to(tl.uint32) * _PLACE
+    column = at
+  elif COMPRESSED:
+    first = first[:, None]
+  return column.to(tl.uint32) * _PLACE + first
+
+
+@triton.jit
+def _dithered(x, word, dtype: tl.constexpr):
+  """Float32 numbers, cut to the places of ``dtype`` after parts of one were added."""
+  if dtype == tl.bfloat16:
+    param = high_half(quiet(_bits(x)) + (word >> 16))
+  else:
+    tl.static_assert(dtype == tl.float16)
+    # Its subnormals have the places of its smallest normal numbers.
+    offset = tl.where(tl.abs(x) < 2.0**-14, 2.0**-14, 0.0)
+    bits = quiet(_bits(tl.abs(x) + offset)) + (word >> 19)
+    cut = (bits & 0xFFFFE000).to(tl.float32, bitcast=True) - offset
+    cut = (_bits(cut) | (_bits(x) & 0x80000000)).to(tl.float32, bitcast=True)
+    param = cut.to(dtype)
+  return param
+
+
+@triton.jit
 def _merge(param, correction, MASTER_BITS: tl.constexpr):
   if MASTER_BITS == 0:
     master = param.to(tl.float32)
@@ -361,6 +408,8 @@ def _residual(master, param, MASTER_BITS: tl.constexpr):
 def _update_groups(
   scalars,
   arrays,
+  places,
+  columns,
   block,
   num_groups,
   row_length,
@@ -376,6 +425,7 @@ def _update_groups(
   ROOT: tl.constexpr,
   NEW_PARAMS: tl.constexpr,
   GAPS: tl.constexpr,
+  DITHER: tl.constexpr,
   BLOCK_GROUPS: tl.constexpr,
 ):
   """Updates ``BLOCK_GROUPS`` groups of a leaf, in place.
@@ -383,6 +433,9 @@ def _update_groups(
   Args:
     scalars: Pointer to the hyperparameters, float32.
     arrays: Pointers to the leaf's arrays, in the order of ``ARRAYS``.
+    places: Where DITHER is 2 or 3, pointer to the leaf's shares of thresholds, see
+      :func:`update_leaves`.
+    columns: Where DITHER is 3, the length of the leaf's last axis.
     block: Index of the block of groups.
     num_groups: Groups of the leaf.
     row_length: Length of the group axis, in units of ALIGNMENT; that of the whole
@@ -400,6 +453,8 @@ def _update_groups(
     ROOT: Companding, "root" or "paper".
     NEW_PARAMS: Whether to write the parameter, or the update.
     GAPS: Whether there are gaps between scales.
+    DITHER: Whether elements are rounded by thresholds of their own: 1 in whole leaves,
+      2 in parts of leaves that are in one piece there, 3 in other parts; 0 for not.
     BLOCK_GROUPS: Groups per program.
   """
   IN_UNITS: tl.constexpr = RULE == "adam" and COMPRESSED
@@ -541,7 +596,22 @@ def _update_groups(
     else:
       tl.store(nu_ptr + at, nu, mask=inside)
 
-  new_param, rest = _split(master, param.dtype, MASTER_BITS)
+  if DITHER == 0:
+    new_param, rest = _split(master, param.dtype, MASTER_BITS)
+  else:
+    rows = 0
+    columns_at = at
+    if DITHER == 3:
+      if COMPRESSED:
+        groups_in_row = (columns + _GROUP - 1) // _GROUP
+        group = tl.minimum(first + local, num_groups - 1)
+        rows = group // groups_in_row
+        columns_at = (group % groups_in_row)[:, None] * _GROUP + lanes
+      else:
+        rows = tl.where(inside, base + at, 0) // columns
+        columns_at = base + at - rows * columns
+    word = _word(scalars, places, base, at, rows, columns_at, COMPRESSED, DITHER)
+    new_param = _dithered(master, word, param.dtype)
   if NEW_PARAMS:
     tl.store(param_ptr + at, new_param, mask=inside)
   else:
@@ -600,15 +670,19 @@ def update_leaves(
   ROOT: tl.constexpr,
   NEW_PARAMS: tl.constexpr,
   GAPS: tl.constexpr,
+  DITHER: tl.constexpr,
   BLOCK_GROUPS: tl.constexpr,
 ):
   """Updates one block of one of COUNT leaves, all of the same dtypes.
 
   Args:
     scalars: As for :func:`_update_groups`.
-    layout: Pointer to five int32 numbers for each leaf: the index of its first
-      block, its number of groups, its row length, and the scales and the gaps of its
-      runs, as (5, WIDTH).
+    layout: Pointer to five int32 numbers for each leaf: the index of its first block,
+      its number of groups, its row length, and the scales and the gaps of its runs, as
+      (5, WIDTH). Where leaves are parts of leaves, two more follow: a position in this
+      array, and the length of the leaf's last axis. There is its first element's share
+      of the threshold, bits of a uint32, or where it isn't in one piece, that of the
+      first of each row.
     leaves: A tuple of COUNT tuples of pointers, in the order of ``ARRAYS``.
     COUNT: The number of leaves.
     WIDTH: COUNT, rounded up to a power of two.
@@ -617,9 +691,16 @@ def update_leaves(
   block = tl.program_id(0)
   first_blocks = tl.load(layout + tl.arange(0, WIDTH))
   index = tl.sum((first_blocks <= block).to(tl.int32), axis=0) - 1
+  places = layout
+  columns = 0
+  if DITHER > 1:
+    places += tl.load(layout + 5 * WIDTH + index)
+    columns = tl.load(layout + 6 * WIDTH + index)
   _update_groups(
     scalars,
     _pick(leaves, index, 0, COUNT),
+    places,
+    columns,
     block - tl.load(layout + index),
     tl.load(layout + WIDTH + index),
     tl.load(layout + 2 * WIDTH + index),
@@ -635,5 +716,6 @@ def update_leaves(
     ROOT,
     NEW_PARAMS,
     GAPS,
+    DITHER,
     BLOCK_GROUPS,
   )

@@ -53,6 +53,12 @@ def round_half_up(x):
 
 
 @triton.jit
+def high_half(bits):
+  """The bfloat16 that the high half of each uint32 is."""
+  return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def second_byte(x):
   """Of float32 numbers, the second-lowest byte, as int8."""
   return (x.to(tl.uint32, bitcast=True) >> 8).to(tl.int8)

@@ -126,6 +126,19 @@ def round_half_up(x):
 
 
 @triton.jit
+def high_half(bits):
+  """The bfloat16 that the high half of each uint32 is."""
+  return tl.inline_asm_elementwise(
+    "prmt.b32 $0, $1, $2, 0x7632;",
+    "=r,r,r",
+    [bits],
+    dtype=tl.bfloat16,
+    is_pure=True,
+    pack=2,
+  )
+
+
+@triton.jit
 def second_byte(x):
   """Of float32 numbers, the second-lowest byte, as int8."""
   return tl.inline_asm_elementwise(

@@ -124,7 +124,7 @@ def _can_join(spec: UpdateSpec, leaf: Leaf) -> bool:
   if not 0 < param.size < _JOINED_BELOW:
     return False
   whole = bool(param.ndim) and param.shape[-1] % spec.storage.group_size == 0
-  return whole or not leaf.quantized
+  return leaf.origin is None and (whole or not leaf.quantized)
 
 
 def _update_batch(
@@ -179,10 +179,11 @@ def _sharing_kernels(leaves: Sequence[Leaf]) -> Sequence[Leaf]:
 
 def _join(leaves: Sequence[Leaf]) -> Leaf:
   """Leaves as one, of flat arrays."""
-  return jax.tree.map(
+  joined = jax.tree.map(
     lambda *arrays: lax.concatenate([array.reshape(-1) for array in arrays], 0),
     *leaves,
   )
+  return joined.replace(joined=tuple(leaf.param.size for leaf in leaves))
 
 
 def _part(joined: UpdatedLeaf, leaves: Sequence[Leaf]) -> list[UpdatedLeaf]:
@@ -415,8 +416,18 @@ def _master(spec: UpdateSpec, leaf: Leaf, scalars: Scalars) -> jax.Array:
   if leaf.decay:
     direction = direction + _like(scalars["weight_decay"], master) * master
   step = -_like(scalars["learning_rate"], master) * direction
-  threshold = scalars["master_rounding"]
+  threshold = _threshold(spec, leaf, scalars["master_rounding"])
   return codec.advance(leaf.param, leaf.correction, step, threshold)
+
+
+def _threshold(spec: UpdateSpec, leaf: Leaf, rounding) -> jax.Array:
+  """By which master weights are rounded."""
+  if leaf.joined and spec.dithers(leaf.param):
+    parts = [codec.dither(rounding, (size,)) for size in leaf.joined]
+    return lax.concatenate(parts, 0)
+  return codec.master_threshold(
+    rounding, leaf.param, spec.storage.master_bits, leaf.origin, leaf.strides
+  )
 
 
 def _as_float32(scalars: Scalars) -> Scalars:

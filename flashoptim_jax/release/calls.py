@@ -423,7 +423,7 @@ class _Release(_Run):
       [params[i] for i in now],
       [[_slice(ref[...], index) for ref in refs.state[i]] for i in now],
       shared,
-      axes=len(index),
+      index,
     )
     for i, param, arrays in zip(now, new_params, new_state, strict=True):
       _write(refs.params[i], param, index)

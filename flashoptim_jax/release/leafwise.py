@@ -52,10 +52,12 @@ _REFUSED = {
 }
 
 
-def _carry_out(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+def _carry_out(
+  eqn: core.JaxprEqn, values: Sequence[Any], index: Sequence[Any] = ()
+) -> Sequence[Any]:
   """Carries out an equation, which may be a deferred call."""
   if eqn.primitive is primitive.call_p:
-    return eqn.params["function"](*values)
+    return primitive.run_call(eqn, values, index)
   return interpret.bind(eqn, values)
 
 
@@ -326,7 +328,7 @@ class Leafwise:
     params: Sequence[Any],
     state: Sequence[Sequence[Any]],
     shared: dict[Any, Any],
-    axes: int = 0,
+    index: Sequence[Any] = (),
   ) -> tuple[list[Any], list[list[Any]]]:
     """Updates some leaves.
 
@@ -336,7 +338,7 @@ class Leafwise:
       params: Their parameters.
       state: For each, the arrays of the state that it owns.
       shared: Values of :meth:`shared`; :meth:`needed` ones are enough.
-      axes: How many leading axes the arrays given lack, being slices of leaves
+      index: Along the leading axes that the arrays given lack, being slices of leaves
         that nothing takes as a whole.
 
     Returns:
@@ -351,14 +353,14 @@ class Leafwise:
       # Several calls read a slice of a stack. All have to before something is written
       # there, lest XLA copy the stack for those that come later.
       params, state = lax.optimization_barrier((list(params), list(state)))
-    env = dict(shared)
+    env, axes = dict(shared), len(index)
     for leaf, grad, param, arrays in zip(leaves, grads, params, state, strict=True):
       env[self._grads[leaf]], env[self._params[leaf]] = grad, param
       names = (self._state[i] for i in self.owned[leaf])
       env.update(zip(names, arrays, strict=True))
 
     def rule(eqn, values):
-      return _carry_out(eqn, self._broadcast(eqn.invars, values, axes))
+      return _carry_out(eqn, self._broadcast(eqn.invars, values, axes), index)
 
     # Updates that don't depend on each other are carried out together.
     for _, turn in itertools.groupby(equations, operator.attrgetter("updates")):
@@ -367,7 +369,7 @@ class Leafwise:
       others = (eqn for eqn in eqns if eqn.primitive is not primitive.update_p)
       interpret.walk(others, env, rule)
       values = [self._read(env, eqn.invars, axes) for eqn in updates]
-      results = iter(primitive.run(dispatch.update_leaves, updates, values))
+      results = iter(primitive.run(dispatch.update_leaves, updates, values, index))
       interpret.walk(updates, env, lambda *_, results=results: next(results))
     return (
       self._read(env, (self._new_params[leaf] for leaf in leaves), axes),

@@ -54,6 +54,14 @@ largest finite number of its format becomes infinite, as in any float
 conversion, and a NaN stays a NaN. An update rounds the sum of a master weight and a
 step to 24 bits by a threshold (:func:`advance`).
 
+At 16 bits there is no correction: the parameter is its own master weight. An update
+takes the sum with its step in float32, as Optax does, and cuts it to the parameter's
+own places, float16's too, after a threshold was added to the magnitude. Every element
+has a threshold of its own (:func:`dither`): with ``i`` its row-major index in the whole
+leaf, ``i·k₁ + count·k₂`` in uint32 arithmetic, whose top bits are the part of a place.
+A sum that needs no rounding stays as it is. Whether a leaf is whole, sharded, a slice
+of a stack or joined with others, its elements have the same thresholds.
+
 Master weights of float16 parameters, whose bits don't line up with float32's:
 the correction is the rounding error in units of half the parameter's last
 place, times 127 (int8) or 32767 (int16), as in the paper.
@@ -119,7 +127,8 @@ class Rounding(NamedTuple):
     first: First moments.
     second: Second moments.
     master: float32 of shape (), the part of a place that is added to the magnitude of
-      a 24-bit master weight before it is cut off.
+      a 24-bit master weight before it is cut off. At 16 bits, int32: the count's share
+      of it, from which :func:`master_threshold` makes those of elements.
   """
 
   first: MomentRounding
@@ -136,11 +145,17 @@ _SEQUENCES = {
   "second_code": round((math.sqrt(3) - 1) * 2**32) | 1,
   "first_scale": round((math.sqrt(13) - 3) / 2 * 2**32) | 1,
   "second_scale": round((math.sqrt(21) - 3) / 2 * 2**32) | 1,
+  # At 16 bits, where the count's is added to that of the place in the leaf. With the
+  # count's, 10,000 steps of 0.01 places make 99 to 101, wherever an element starts.
+  "dither": round((math.sqrt(145) - 9) / 8 * 2**32) | 1,
+  "place": round((math.sqrt(221) - 9) / 14 * 2**32) | 1,
 }
+PLACE = _SEQUENCES["place"]
 
 
-@functools.partial(jax.jit, inline=True)  # One call, where a step is not jitted.
-def rounding_of(count: jax.Array) -> Rounding:
+# One call, where a step is not jitted.
+@functools.partial(jax.jit, static_argnames="master_bits", inline=True)
+def rounding_of(count: jax.Array, master_bits: int | None = 24) -> Rounding:
   """How an update rounds, such that over updates errors add up to nothing.
 
   Thresholds run through low-discrepancy sequences (Weyl's: multiples of an irrational
@@ -150,6 +165,7 @@ def rounding_of(count: jax.Array) -> Rounding:
 
   Args:
     count: Updates done so far, int32 of shape ().
+    master_bits: As in :class:`flashoptim_jax.Storage`.
   """
   count = jnp.asarray(count, jnp.int32).astype(jnp.uint32)
 
@@ -179,15 +195,17 @@ def rounding_of(count: jax.Array) -> Rounding:
   slack = jnp.where(code < margin, 1 + _CODE_ERROR, jnp.float32(1))
   slack = jnp.where(code >= 2**16 - margin, 1 - _CODE_ERROR, slack)
   second = MomentRounding(scale("second"), between_0_and_1(code), slack)
+  if master_bits == 16:
+    return Rounding(first, second, sequence("dither"))
   master = between_0_and_1(sequence("master"))
   # Above the lower end: infinite weights times zero would be NaN.
   master = jnp.clip(master, HALF_OF_FLOAT32 + 2.0**-16, 1 - HALF_OF_FLOAT32)
   return Rounding(first, second, master)
 
 
-def rounding_scalars(count: jax.Array) -> dict[str, Any]:
+def rounding_scalars(count: jax.Array, master_bits: int | None) -> dict[str, Any]:
   """:func:`rounding_of` as scalars by name, for kernels."""
-  rounding = rounding_of(count)
+  rounding = rounding_of(count, master_bits)
   scalars = {"master_rounding": rounding.master}
   for kind in LEVELS:
     of_moment = getattr(rounding, kind)
@@ -510,9 +528,85 @@ def round_to(x: jax.Array, dtype) -> jax.Array:
   return x.astype(dtype)
 
 
+def dithers(dtype, master_bits: int | None) -> bool:
+  """Whether parameters of a dtype are rounded by thresholds of their elements."""
+  return master_bits == 16 and jnp.dtype(dtype).itemsize == 2
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Along each axis, how many places an element is from the next."""
+  return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def place_of(
+  index: Sequence[Any], strides: Sequence[int], origin: jax.Array | None = None
+) -> jax.Array:
+  """The place of an element in a whole leaf, uint32 of shape ().
+
+  Args:
+    index: Its index, along leading axes.
+    strides: How far apart elements are along these.
+    origin: The place from which the index counts, uint32 of shape (); by default 0.
+  """
+  place = jnp.uint32(0) if origin is None else origin
+  for i, stride in zip(index, strides, strict=True):
+    place = place + jnp.asarray(i).astype(jnp.uint32) * jnp.uint32(stride % 2**32)
+  return place
+
+
+def dither(
+  rounding: jax.Array,
+  shape: tuple[int, ...],
+  origin: jax.Array | None = None,
+  strides: tuple[int, ...] | None = None,
+) -> jax.Array:
+  """The parts of a place that are added to elements before they are cut off.
+
+  Args:
+    rounding: The count's share, ``Rounding.master`` at 16 bits.
+    shape: The leaf's shape, or that of a part of a leaf.
+    origin: The part's first element's place in the whole leaf, uint32 of shape ().
+    strides: How far apart elements are in the whole leaf, by axis; by default as in
+      one of this shape.
+
+  Returns:
+    uint32 of that shape, in units of 2⁻³² places.
+  """
+  word = rounding.astype(jnp.uint32) << 16
+  if origin is not None:
+    word = word + origin * jnp.uint32(PLACE)
+  word = jnp.broadcast_to(word, shape)
+  for axis, stride in enumerate(row_major(shape) if strides is None else strides):
+    if shape[axis] > 1:
+      index = lax.broadcasted_iota(jnp.uint32, shape, axis)
+      word = word + index * jnp.uint32(stride * PLACE % 2**32)
+  return word
+
+
+def master_threshold(
+  rounding: jax.Array,
+  param: jax.Array,
+  master_bits: int | None,
+  origin: jax.Array | None = None,
+  strides: tuple[int, ...] | None = None,
+) -> jax.Array:
+  """What :func:`advance` takes to round a parameter's master weights.
+
+  Args:
+    rounding: ``Rounding.master``.
+    param: The parameter.
+    master_bits: As in :class:`flashoptim_jax.Storage`.
+    origin: As for :func:`dither`.
+    strides: As for :func:`dither`.
+  """
+  if not dithers(param.dtype, master_bits):
+    return rounding
+  return dither(rounding, param.shape, origin, strides)
+
+
 def correction_dtype(dtype, master_bits: int | None):
   """The dtype of a leaf's correction, or None where it has none."""
-  if master_bits is None or jnp.dtype(dtype).itemsize != 2:
+  if master_bits not in (24, 32) or jnp.dtype(dtype).itemsize != 2:
     return None
   return jnp.dtype(jnp.int8 if master_bits == 24 else jnp.int16)
 
@@ -525,7 +619,7 @@ def split(
   Args:
     master: float32 (or, for float64 parameters, float64), of any shape.
     dtype: The parameter's dtype.
-    master_bits: 24, 32 or None.
+    master_bits: 16, 24, 32 or None.
 
   Returns:
     The parameter, ``master`` rounded to ``dtype``, and the correction: int8 at
@@ -612,20 +706,24 @@ def advance(
   """Master weights after a step, rounded to what is kept of them.
 
   At 24 bits a magnitude is cut off after ``threshold`` places were added to it: over
-  updates, steps of a small part of a place add up to what they should. Elsewhere the
-  sum is float32's (or float64's), as in Optax.
+  updates, steps of a small part of a place add up to what they should. At 16 bits so is
+  float32's sum, each element by a threshold of its own. Elsewhere the sum is float32's
+  (or float64's), as in Optax.
 
   Args:
     param: The parameter.
     correction: Its correction, or None.
     step: What to add, of the dtype of :func:`merge`'s result and ``param``'s shape.
-    threshold: Between 0 and 1, see :class:`Rounding`.
+    threshold: :func:`master_threshold`: a part of a place, between 0 and 1, for all
+      elements, or :func:`dither`'s, uint32, for each.
 
   Returns:
     The new master weights, which :func:`split` stores without loss where they have
-    24 bits.
+    16 or 24 bits.
   """
   master = merge(param, correction)
+  if isinstance(threshold, jax.Array) and threshold.dtype == jnp.uint32:
+    return _dithered(master + step, param.dtype, threshold)
   if correction is None or correction.dtype != jnp.int8:
     return master + step
   threshold = jnp.asarray(threshold, jnp.float32)
@@ -642,6 +740,24 @@ def advance(
   moved = master + (step + binade * ((threshold - HALF_OF_FLOAT32) * 2.0**-15))
   # Arithmetic makes quiet NaNs, which have a bit that is kept.
   return lax.bitcast_convert_type(_bits(moved) & jnp.uint32(0xFFFFFF00), jnp.float32)
+
+
+def _dithered(x: jax.Array, dtype, dither: jax.Array) -> jax.Array:
+  """Float32 numbers, cut to the places of ``dtype`` after parts of one were added."""
+  bits, offset = _bits(x), None
+  discarded = 23 - jnp.finfo(dtype).nmant
+  if dtype == jnp.float16:
+    # Its subnormals have the places of its smallest normal numbers.
+    smallest = float(jnp.finfo(dtype).tiny)
+    offset = _where(jnp.abs(x) < smallest, lax.full_like(x, smallest), 0.0)
+    bits = _bits(jnp.abs(x) + offset)
+  bits = bits + (dither >> jnp.uint32(32 - discarded))
+  bits = bits & jnp.uint32(2**32 - (1 << discarded))
+  if offset is not None:
+    magnitude = lax.bitcast_convert_type(bits, jnp.float32) - offset
+    bits = _bits(magnitude) | (_bits(x) & jnp.uint32(1 << 31))
+  # What is added must not carry a NaN away.
+  return _where(jnp.isnan(x), x, lax.bitcast_convert_type(bits, jnp.float32))
 
 
 @advance.defjvp
@@ -668,7 +784,7 @@ def residual(
   Args:
     master: float32 master weights.
     param: The parameters, in their own dtype.
-    master_bits: 24, 32 or None.
+    master_bits: 16, 24, 32 or None.
 
   Returns:
     int8, int16 or None, as in :func:`split`.
@@ -700,7 +816,7 @@ def store(
     param: The old parameter.
     update_dtype: The dtype of an update that ``optax.apply_updates`` will add to
       the parameter; None to get the new parameter.
-    master_bits: 24, 32 or None.
+    master_bits: 16, 24, 32 or None.
 
   Returns:
     The new parameter, or the update, and the correction that belongs to it.
@@ -720,7 +836,7 @@ def difference(
     master: The new master weights.
     param: The old parameter.
     dtype: The dtype of the update.
-    master_bits: 24, 32 or None.
+    master_bits: 16, 24, 32 or None.
   """
   new, _ = split(master, param.dtype, master_bits)
   return round_to(new.astype(master.dtype) - param.astype(master.dtype), dtype)
@@ -738,7 +854,7 @@ def residual_of_update(
     master: The new master weights.
     param: The old parameter.
     update: What will be added to it.
-    master_bits: 24, 32 or None.
+    master_bits: 16, 24, 32 or None.
   """
   dtype = promote_types(param.dtype, update.dtype)
   wide = promote_types(dtype, jnp.float32)

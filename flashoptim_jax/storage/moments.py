@@ -156,9 +156,14 @@ def encode_fields(values: dict[str, Any], state_format: Format) -> dict[str, Any
   return fields
 
 
-def call_now(function: Callable[..., Any], *args: Any, group_size: int | None = None):
+def call_now(
+  function: Callable[..., Any],
+  *args: Any,
+  group_size: int | None = None,
+  takes_origin: bool = False,
+):
   """Calls a function of arrays, where another ``call`` might put it off."""
-  del group_size
+  del group_size, takes_origin
   return function(*args)
 
 

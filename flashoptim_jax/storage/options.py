@@ -18,8 +18,12 @@ class Storage:
   Attributes:
     master_bits: Bits of the master weight that a 16-bit parameter and its
       correction make up together: 24 (an int8 correction), 32 (an int16
-      correction; float32, lossless, for bfloat16 parameters), or None (no
-      correction: the 16-bit parameter is all there is). Parameters of 32 and 64
+      correction; float32, lossless, for bfloat16 parameters), 16 or None (no
+      correction: the 16-bit parameter is all there is). At 16 an update rounds each
+      element up or down by a threshold of its own that moves with the count of
+      updates, so that steps of a small part of a place add up to what they should;
+      with None it rounds to the nearest, and they are lost. The threshold depends on
+      the element's place in the leaf and the count alone. Parameters of 32 and 64
       bits are their own master weights, whatever is chosen here.
     moment_bits: 8 (codes with one scale per group) or 32 (float32).
     group_size: Elements that share a scale, along one axis of a leaf.
@@ -32,7 +36,7 @@ class Storage:
     ValueError: If an option is none of the above.
   """
 
-  master_bits: Literal[24, 32] | None = 24
+  master_bits: Literal[16, 24, 32] | None = 24
   moment_bits: Literal[8, 32] = 8
   group_size: int = 32
   companding: Literal["root", "paper"] = "root"
@@ -40,7 +44,7 @@ class Storage:
 
   def __post_init__(self):
     for name, options in (
-      ("master_bits", (24, 32, None)),
+      ("master_bits", (16, 24, 32, None)),
       ("moment_bits", (8, 32)),
       ("companding", ("root", "paper")),
     ):
@@ -56,6 +60,11 @@ class Storage:
         raise ValueError(
           f"Storage.{name} is {size!r}; expected an int of at least {least}."
         )
+
+  @property
+  def has_corrections(self) -> bool:
+    """Whether 16-bit parameters have corrections."""
+    return self.master_bits in (24, 32)
 
   @property
   def quantizes_moments(self) -> bool:

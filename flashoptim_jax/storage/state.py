@@ -318,14 +318,14 @@ def zero_correction(params: Any, storage: Storage) -> Any:
       return optax.MaskedNode()
     return jnp.zeros_like(param, dtype=dtype)
 
-  if storage.master_bits is None:
+  if not storage.has_corrections:
     return optax.MaskedNode()
   return flax_boxes.without_empty(jax.tree.map(zeros, params))
 
 
 def correction_tree(params: Any, corrections: Iterable[Any], storage: Storage) -> Any:
   """The state's correction, given one or None for each leaf of ``params``."""
-  if storage.master_bits is None:
+  if not storage.has_corrections:
     return optax.MaskedNode()
   treedef: Any = jax.tree.structure(params)
   absent = optax.MaskedNode()

@@ -78,10 +78,14 @@ def flash_transformation(
     update = primitive.update_leaves if deferred_update else dispatch.update_leaves
     given = extra_args.get(PARAM_SHARDINGS, {})
     known = [given.get(path) for path, _ in jax.tree.leaves_with_path(params)]
+    storage = state_format.storage
     updated = update(
-      UpdateSpec(rule, state_format.storage, implementation, request is not None),
+      UpdateSpec(rule, storage, implementation, request is not None),
       leaves,
-      {**scalars(state.count), **codec.rounding_scalars(state.count)},
+      {
+        **scalars(state.count),
+        **codec.rounding_scalars(state.count, storage.master_bits),
+      },
       {
         leaf.path: sharding
         for leaf, sharding in zip(leaves, known, strict=True)

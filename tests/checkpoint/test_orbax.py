@@ -35,6 +35,7 @@ from tests.support.tiers import slow_but
       ("adamw_nesterov", "32/32", "bare", (4, 2), ("async",)),
       ("momentum", "none/8", "linen", (1, 1), ("manager",)),
       ("sgd", "root", "nnx", (4, 2), ("manager",)),
+      ("adamw", "16/8", "bare", (4, 2), ("sync",)),
     ],
     ("lion", "root", "linen", (1, 1), ("async",)),
   ),
@@ -49,9 +50,11 @@ def test_a_restored_run_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_across_meshes(tmp_path):
+@pytest.mark.parametrize("storage", ["root", "16/8"])
+def test_across_meshes(storage, tmp_path):
   """4×2 → 8 → 2×4 → 1: the same arrays, and the same updates after them."""
-  tx = optax.chain(optax.clip(1.0), fo.adamw(resume.SCHEDULE, storage=cases.QUANTIZED))
+  storage = cases.STORAGES[storage]
+  tx = optax.chain(optax.clip(1.0), fo.adamw(resume.SCHEDULE, storage=storage))
   meshes = [resume.make_mesh(shape) for shape in ((4, 2), (8, 1), (2, 4), (1, 1))]
   update = jax.jit(functools.partial(fo.step, tx))
 
@@ -76,6 +79,8 @@ def test_across_meshes(tmp_path):
       assert resume.abstract(moved) == target
     moved = step(i, *moved)
   cases.assert_equal(moved, straight, steps=len(meshes))
+  if storage.master_bits == 16:
+    cases.assert_same(moved[0], straight[0])
 
 
 def make_tree(tx, params=None):

@@ -43,6 +43,7 @@ STORAGES = {
   "paper": fo.Storage(companding="paper", min_quantized_size=0),
   "32/32": fo.Storage(master_bits=32, moment_bits=32),
   "none/8": fo.Storage(master_bits=None, min_quantized_size=0),
+  "16/8": fo.Storage(master_bits=16, min_quantized_size=0),
 }
 SHAPES = {"first": (16, 256), "scale": (256,), "second": (256, 8)}
 SPECS = {"first": P("x", "y"), "scale": P("y"), "second": P("y", "x")}

@@ -342,9 +342,13 @@ STORAGES = {
       ("32/32", "root"),
       ("32/8", "paper"),
       ("24/32", "none/8"),
+      ("root", "16/8"),
+      ("16/8", "32/32"),
+      ("16/8", "none/8"),
     ],
     ("root", "paper"),
     ("24/32", "none/8"),
+    ("root", "16/8"),
   ),
 )
 def test_convert(source, target):
@@ -361,7 +365,8 @@ def test_convert(source, target):
   if old == new:
     cases.assert_same(after, before)
   same_bits = new.master_bits == old.master_bits
-  rtol = 0 if same_bits else {24: 2.0**-16, 32: 0, None: 2.0**-8}[new.master_bits]
+  widths = {16: 2.0**-8, 24: 2.0**-16, 32: 0, None: 2.0**-8}
+  rtol = 0 if same_bits else widths[new.master_bits]
   for a, b in zip(
     jax.tree.leaves(fo.to_fp32(*after)),
     jax.tree.leaves(fo.to_fp32(*before)),

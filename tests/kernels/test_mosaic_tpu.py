@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 
 import flashoptim_jax as fo
+from flashoptim_jax.kernels import mosaic_tpu
+from flashoptim_jax.kernels.by_platform import Place
 from flashoptim_jax.storage.state import flash_states
 from tests.support import cases
+from tests.support.leaf_parts import assert_parts_equal_whole
 from tests.support.tiers import require, slow_but
 
 STEPS = 3
@@ -41,6 +44,10 @@ COMBINATIONS = [
   ("adamw", "root", "tall experts", "step", jnp.bfloat16),
   ("lion", "paper", "tall", "update", jnp.float32),
   ("lion", "none/8", "kernel", "update", jnp.bfloat16),
+  ("adamw", "16/8", "experts", "update", jnp.bfloat16),
+  ("lion", "16/8", "ragged", "step", jnp.bfloat16),
+  ("adamw", "16/8", "tall experts", "step", jnp.bfloat16),
+  ("lion", "16/8", "kernel", "update", jnp.bfloat16),
 ]
 
 
@@ -70,6 +77,28 @@ def test_equals_xla(name, storage, leaf, function, dtype):
   # code in 10⁴ in each update.
   close = functools.partial(cases.assert_codes_close, share=2e-4 * STEPS)
   cases.assert_equal(kernel, xla, STEPS, close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leaf", SHAPES)
+def test_elements_have_their_own_thresholds(leaf):
+  """With others, half of the parameters would be one place apart."""
+  storage = fo.Storage(master_bits=16, min_quantized_size=0)
+  params = cases.tree({leaf: (SHAPES[leaf], jnp.bfloat16)})
+  kernel, xla = (
+    trained(fo.sgd(1e-3, storage=storage, implementation=name), params, fo.step)[0]
+    for name in ("mosaic_tpu", "xla")
+  )
+  cases.assert_same(kernel, xla)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment_bits", [8, 32])
+def test_parts_have_the_thresholds_of_the_whole(moment_bits):
+  place = Place("cpu", 1, None)
+  assert_parts_equal_whole(
+    lambda *args: mosaic_tpu.update(*args, place=place), jnp.bfloat16, moment_bits
+  )
 
 
 @pytest.mark.slow

@@ -86,12 +86,18 @@ def test_every_storage(name, storage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("name", "kind"),
-  [("adamw", "auto"), ("lion", "explicit"), ("lion", "given")],
+  ("name", "kind", "storage"),
+  [
+    ("adamw", "auto", "root"),
+    ("lion", "explicit", "root"),
+    ("lion", "given", "root"),
+    ("adamw", "explicit", "16/8"),
+    ("lion", "auto", "16/8"),
+  ],
 )
-def test_shards_that_cut_groups(name, kind):
+def test_shards_that_cut_groups(name, kind, storage):
   mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
-  tx = cases.make(name)
+  tx = cases.make(name, storage)
   shardings = shardings_on(mesh, CUT_SPECS)
   if kind == "given":
     tx = fo.with_shardings(tx, cases.tree(CUT_SHAPES), shardings)
@@ -101,7 +107,10 @@ def test_shards_that_cut_groups(name, kind):
   (warning,) = caught
   for key in CUT_SHAPES:
     assert (repr(key) in str(warning.message)) == (key != "gate")
-  cases.assert_equal(actual, alone(name, shapes="CUT_SHAPES"), STEPS)
+  expected = alone(name, storage, shapes="CUT_SHAPES")
+  cases.assert_equal(actual, expected, STEPS)
+  if storage == "16/8":
+    cases.assert_same(actual[0], expected[0])
 
 
 class Kernel:
@@ -130,13 +139,14 @@ def kernel(monkeypatch):
 
 @pytest.mark.parametrize("shapes", slow_but(["SHAPES", "CUT_SHAPES"], "CUT_SHAPES"))
 @pytest.mark.parametrize("kind", slow_but([*KINDS, "given"]))
-def test_kernels_see_shards(kernel, kind, shapes):
+@pytest.mark.parametrize("storage", slow_but(["root", "16/8"], "root", "16/8"))
+def test_kernels_see_shards(kernel, kind, shapes, storage):
   mesh = make_mesh("4x2", KINDS.get(kind, AxisType.Auto))
   shapes_, specs = {"SHAPES": (SHAPES, SPECS), "CUT_SHAPES": (CUT_SHAPES, CUT_SPECS)}[
     shapes
   ]
   shardings = shardings_on(mesh, specs)
-  tx = cases.make("adamw")
+  tx = cases.make("adamw", storage)
   if kind == "given":
     tx = fo.with_shardings(tx, cases.tree(shapes_), shardings)
   with warnings.catch_warnings():
@@ -166,7 +176,10 @@ def test_kernels_see_shards(kernel, kind, shapes):
     },
   }[shapes]
   assert seen == expected
-  cases.assert_equal(actual, alone("adamw", shapes=shapes, steps=3), 3)
+  expected = alone("adamw", storage, shapes=shapes, steps=3)
+  cases.assert_equal(actual, expected, 3)
+  if storage == "16/8":  # Each element has the threshold of its place in the whole.
+    cases.assert_same(actual[0], expected[0])
 
 
 def test_given_sharding_must_fit(kernel):

@@ -34,6 +34,7 @@ CONSTANTS = {
   "ROOT": True,
   "NEW_PARAMS": True,
   "GAPS": False,
+  "DITHER": 0,
   "BLOCK_GROUPS": 64,
 }
 MOMENTS = {"adam": ("mu", "nu"), "lion": ("mu",), "momentum": ("mu",), "sgd": ()}
@@ -46,7 +47,12 @@ VARIANTS = {
   "nadam, paper": {"NESTEROV": True, "ROOT": False, "EPS_ROOT": True},
   "adam, 32/32": {"MASTER_BITS": 32, "COMPRESSED": False},
   "adam, none/8": {"MASTER_BITS": 0},
+  "adam, 16/8": {"MASTER_BITS": 0, "DITHER": 1},
+  "adam, 16/8, part": {"MASTER_BITS": 0, "DITHER": 2},
+  "adam, 16/8, rows": {"MASTER_BITS": 0, "DITHER": 3, "NEW_PARAMS": False},
+  "adam, 16/32, rows": {"MASTER_BITS": 0, "DITHER": 3, "COMPRESSED": False},
   "adam, float16": {"dtype": "fp16"},
+  "adam, float16, 16/8": {"dtype": "fp16", "MASTER_BITS": 0, "DITHER": 1},
   "adam, float32, update": {"dtype": "fp32", "MASTER_BITS": 0, "NEW_PARAMS": False},
   "lion": {"RULE": "lion"},
   "nesterov": {"RULE": "momentum", "NESTEROV": True, "DECAY": False},
@@ -119,6 +125,7 @@ def test_constants_are_the_codecs():
     "_HALF_RUN": codec.HALF_RUN,
     "_LARGEST_RATIO": codec.LARGEST_RATIO["first"],
     "_HALF_OF_FLOAT32": codec.HALF_OF_FLOAT32,
+    "_PLACE": codec.PLACE,
   }
   found = {name: getattr(triton_kernel, name).value for name in of_kernel}
   assert found == of_kernel

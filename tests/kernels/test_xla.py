@@ -57,6 +57,8 @@ def train(tx, params, via):
     ("adam", "paper", cases.step),
     ("adam_nesterov", "32/32", cases.step),
     ("lion", "none/8", cases.step),
+    ("adamw", "16/8", cases.step),
+    ("lion", "16/8", cases.update),
   ],
 )
 def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
@@ -78,6 +80,8 @@ def test_batches_equal_leaves_alone(name, storage, via, monkeypatch):
   together = train(tx, params, via)
 
   cases.assert_equal(together, alone, 2)
+  if cases.STORAGES[storage].master_bits == 16:
+    cases.assert_same(together[0], alone[0])
   joined, others = dict(WHOLE), PARTIAL | LARGE
   if cases.STORAGES[storage].moment_bits == 32:  # There are no groups.
     joined, others = WHOLE | PARTIAL, LARGE

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
 from tests.support import cases
-from tests.support.cases import make, some_cases
+from tests.support.cases import jitted_step, make, some_cases
 from tests.support.release_models import (
   DIM,
   LAYERS,
@@ -49,9 +49,10 @@ def test_equals_the_ordinary_step(name):
 
 
 @pytest.mark.slow
-def test_tpu_kernel():
+@pytest.mark.parametrize("storage", ["root", "16/8"])
+def test_tpu_kernel(storage):
   """In interpret mode, on slices of a stack."""
-  tx = make("adamw", implementation="mosaic_tpu")
+  tx = make("adamw", storage, implementation="mosaic_tpu")
   assert_equals_ordinary(unrolled_stack, tx, normal(LAYERS, DIM, DIM))
 
 
@@ -59,6 +60,23 @@ def test_tpu_kernel():
 @some_cases
 def test_every_optimizer(name, storage):
   assert_equals_ordinary(tied, make(name, storage), tied_params())
+
+
+@pytest.mark.parametrize("compressed", slow_but([False, True], False, True))
+def test_slices_have_the_thresholds_of_their_stack(compressed):
+  """Bit for bit: with others, half of the parameters would differ."""
+  storage = fo.Storage(master_bits=16)
+  tx = (
+    fo.compress(optax.sgd(0.1), storage) if compressed else fo.sgd(0.1, storage=storage)
+  )
+  params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), small_params())
+  ours = params, tx.init(params)
+  step = jax.jit(released(small, tx))
+  for i in range(2):
+    _, grads = value_and_grad(small)(ours[0], batch(i))
+    ordinary = jitted_step(tx, grads, *reversed(ours))
+    _, *ours = step(*ours, batch(i))
+    cases.assert_same(ours[0], ordinary[0])
 
 
 def used_directly(call, live, tokens):

@@ -28,9 +28,9 @@ def test_small_leaves_are_not_quantized(storage, shape, quantized):
 @pytest.mark.parametrize(
   ("option", "value", "expected"),
   [
-    ("master_bits", 16, "24, 32, None"),
-    ("master_bits", "24", "24, 32, None"),
-    ("master_bits", True, "24, 32, None"),
+    ("master_bits", 8, "16, 24, 32, None"),
+    ("master_bits", "24", "16, 24, 32, None"),
+    ("master_bits", True, "16, 24, 32, None"),
     ("moment_bits", 4, "8, 32"),
     ("moment_bits", None, "8, 32"),
     ("group_size", 0, "int of at least 1"),

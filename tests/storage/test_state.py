@@ -41,7 +41,7 @@ def test_state_mirrors_the_parameters(name, storage):
       assert scale == optax.MaskedNode()
       continue
     assert jax.tree.map(jnp.ndim, scale) == jax.tree.map(jnp.ndim, params)
-  if cases.STORAGES[storage].master_bits is None:
+  if not cases.STORAGES[storage].has_corrections:
     assert state.correction == optax.MaskedNode()
     return
   assert state.correction.keys() == params.keys()

@@ -54,6 +54,7 @@ STORAGES = {
   "paper": fo.Storage(companding="paper", min_quantized_size=0),
   "32/32": fo.Storage(master_bits=32, moment_bits=32),
   "none/8": fo.Storage(master_bits=None, min_quantized_size=0),
+  "16/8": fo.Storage(master_bits=16, min_quantized_size=0),
 }
 QUANTIZED = STORAGES["root"]
 # Codes for some leaves of a state, float32 for others.
@@ -74,6 +75,7 @@ SOME = [
   ("nesterov", "paper"),
   ("lion", "root"),
   ("adamw", "mixed"),
+  ("adamw", "16/8"),
 ]
 
 
@@ -292,7 +294,7 @@ def spacing(magnitude: float, dtype, master_bits: int | None) -> float:
   """Distance of neighbouring master weights at a magnitude."""
   binade = 2.0 ** (math.frexp(magnitude or 1e-30)[1] - 1)
   unit = binade * 2.0 ** -ml_dtypes.finfo(dtype).nmant
-  if np.dtype(dtype).itemsize != 2 or master_bits is None:
+  if np.dtype(dtype).itemsize != 2 or master_bits in (None, 16):
     return unit
   if np.dtype(dtype) == np.float16:
     # A correction is a share of half a unit; their sum is rounded to float32.

@@ -27,6 +27,7 @@ from flashoptim_jax.kernels import triton as launches
 from flashoptim_jax.kernels import triton_kernel
 from flashoptim_jax.storage import codec
 from tests.support import cases
+from tests.support.leaf_parts import assert_parts_equal_whole
 
 SHAPES = {"rows": (8, 64), "ragged": (3, 50), "stack": (2, 3, 32), "vector": (33,)}
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
@@ -34,6 +35,7 @@ STEPS = 2
 CASES = [
   *((name, storage, BF16, BF16, fo.step) for name, storage in cases.SOME),
   *(("adamw", "root", *dtypes, fo.step) for dtypes in ((F32, BF16), (F16, F16))),
+  *(("adamw", "16/8", F16, grad, cases.update) for grad in (F32, F16)),
   *(("adamw", "root", BF16, grad, cases.update) for grad in (F32, BF16)),
   ("lion", "root", BF16, F32, cases.update),
   ("adamw", "32/32", BF16, BF16, cases.update),
@@ -198,8 +200,66 @@ def check_residual(master_bits):
   assert np.isnan(merged[nan]).all()
 
 
+@triton.jit
+def store_dithered(
+  x, result, scalars, places, columns, DITHER: tl.constexpr, SIZE: tl.constexpr
+):
+  at = tl.arange(0, SIZE)
+  base = tl.program_id(0) * SIZE
+  row = (base + at) // columns if DITHER == 3 else 0
+  column = (base + at) % columns
+  word = triton_kernel._word(scalars, places, base, at, row, column, False, DITHER)
+  loaded = tl.load(x + base + at)
+  param = triton_kernel._dithered(loaded, word, result.dtype.element_ty)
+  tl.store(result + base + at, param)
+
+
+def check_dither(dtype):
+  """Compares sums that are rounded by their elements' thresholds, bit for bit."""
+  shape, size, columns = (64, 128), 4096, 128
+  rng = np.random.default_rng(1)
+  bits = rng.integers(0, 2**32, shape, np.uint32)
+  bits[0] = np.resize([0, 1 << 31, 0x7F7FFFFF, 0xFF800000, 0x7FFFFFFF], columns)
+  small = rng.normal(size=(32, columns)) * 2.0 ** rng.integers(-28, -8, (32, columns))
+  bits[32:] = small.astype(np.float32).view(np.uint32)
+  bits[1] &= np.uint32(0xFFFF0000)  # What needs no rounding.
+  x = bits.view(np.float32)
+  whole = (96, 256)
+  origin, strides = jnp.uint32(5 * 256 + 128), (256, 1)
+  share = codec.rounding_of(jnp.int32(7), 16).master
+  scalars = np.zeros(len(triton_kernel.SCALARS), np.float32)
+  scalars[triton_kernel.SCALARS.index("master_rounding")] = share
+  rows = codec.dither(jnp.int32(0), shape[:1], origin, strides[:1])
+  step = np.zeros(shape, np.float32)
+  for kind, place, kwargs in (
+    (1, np.zeros(1, np.uint32), {}),
+    (2, rows[:1], {"origin": origin}),
+    (3, rows, {"origin": origin, "strides": strides}),
+  ):
+    result = Buffer(np.zeros(shape, dtype))
+    store_dithered[(x.size // size,)](
+      *(Buffer(x), result, Buffer(scalars), Buffer(np.asarray(place).view(np.int32))),
+      *(columns, kind, size),
+    )
+    words = codec.dither(share, shape, **kwargs)
+    if kind == 3:  # As the part of a whole leaf that it is.
+      of_whole = codec.dither(share, whole)[5:69, 128:]
+      np.testing.assert_array_equal(words, of_whole)
+    moved = codec._dithered(jnp.asarray(x) + step, dtype, words)
+    expected, _ = codec.split(moved, dtype, 16)
+    normal = ~(np.abs(x) < 2.0**-126)  # XLA flushes what is not.
+    found, expected = (np.float32(a)[normal] for a in (result.array, expected))
+    np.testing.assert_array_equal(found, expected)
+
+
 if __name__ == "__main__":
   run_in_interpreter()
+  for dtype in (BF16, F16):
+    check_dither(dtype)
+    for moment_bits in (8, 32):
+      assert_parts_equal_whole(
+        lambda *args: launches.update(*args, place=None), dtype, moment_bits
+      )
   for master_bits in (24, 32):
     check_residual(master_bits)
   check_bound()
