@@ -34,6 +34,7 @@ from benchmarks.support.leaf_sets import LEAF_SETS
 # are added to.
 BYTES = {
   "adamw": 12.25,
+  "adamw, Storage(16)": 10.25,
   "lion": 10.125,
   "sgd momentum": 10.125,
   "optax.adamw fp32": 30.0,
@@ -269,6 +270,7 @@ def measure(leaf_set, row):
     "adamw": (fo.adamw(1e-3), "step"),
     "adamw, update": (fo.adamw(1e-3), "update"),
     "adamw, XLA": (fo.adamw(1e-3, implementation="xla"), "step"),
+    "adamw, Storage(16)": (fo.adamw(1e-3, storage=fo.Storage(16)), "step"),
     "lion": (fo.lion(1e-3), "step"),
     "sgd momentum": (fo.sgd(1e-3, 0.9), "step"),
   }
@@ -280,6 +282,7 @@ OURS = (
   "adamw",
   "adamw, update",
   "adamw, XLA",
+  "adamw, Storage(16)",
   "lion",
   "sgd momentum",
   "optax.adamw fp32",
