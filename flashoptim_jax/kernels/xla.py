@@ -52,26 +52,23 @@ def update(
 
   Where the update runs decides in which passes, but not what comes of it.
   """
-  size = spec.storage.group_size
   # Leaves that differ in their names alone are treated alike.
-  bare = [gaps.without_gaps(leaf.replace(path=""), size) for leaf in leaves]
+  leaves = [leaf.replace(path="") for leaf in leaves]
   if place.platform == "gpu":
-    updated = _update_in_batches(spec, bare, scalars)
-  else:
-    one_cpu = place.platform == "cpu" and place.devices == 1
-    updated = [_update_alone(spec, leaf, scalars, one_cpu) for leaf in bare]
-  return [
-    gaps.with_gaps(new, leaf, size) for new, leaf in zip(updated, leaves, strict=True)
-  ]
+    return _update_in_batches(spec, leaves, scalars)
+  one_cpu = place.platform == "cpu" and place.devices == 1
+  return [_update_alone(spec, leaf, scalars, one_cpu) for leaf in leaves]
 
 
 def _update_alone(
   spec: UpdateSpec, leaf: Leaf, scalars: Scalars, one_cpu: bool
 ) -> UpdatedLeaf:
+  bare = gaps.without_gaps(leaf, spec.storage.group_size)
   if one_cpu and leaf.quantized and leaf.param.size >= _OUTLINED_FROM:
-    return _update_by_output(spec, leaf, scalars)
-  (updated,) = _update(spec, [leaf], scalars, gpu=False)
-  return updated
+    updated = _update_by_output(spec, bare, scalars)
+  else:
+    (updated,) = _update(spec, [bare], scalars, gpu=False)
+  return gaps.with_gaps(updated, leaf, spec.storage.group_size)
 
 
 def _update_in_batches(
@@ -130,12 +127,20 @@ def _can_join(spec: UpdateSpec, leaf: Leaf) -> bool:
 def _update_batch(
   spec: UpdateSpec, leaves: Sequence[Leaf], scalars: Scalars
 ) -> list[UpdatedLeaf]:
-  if len(leaves) == 1 or not _can_join(spec, leaves[0]):
-    return _update(spec, leaves, scalars, gpu=True)
-  (joined,) = _update(spec, [_join(leaves)], scalars, gpu=True)
-  # Without the barrier, the second pass would be repeated in the kernels that part it.
-  parts = _part(lax.optimization_barrier(joined), leaves)
-  return xla_fusion.mergeable(parts)
+  size = spec.storage.group_size
+  bare = [gaps.without_gaps(leaf, size) for leaf in leaves]
+  join = len(leaves) > 1 and _can_join(spec, leaves[0])
+  if join:
+    (joined,) = _update(spec, [_join(bare)], scalars, gpu=True)
+    # Without the barrier, the second pass would be repeated in the kernels that part
+    # it.
+    updated = _part(lax.optimization_barrier(joined), bare)
+  else:
+    updated = _update(spec, bare, scalars, gpu=True)
+  updated = [
+    gaps.with_gaps(new, leaf, size) for new, leaf in zip(updated, leaves, strict=True)
+  ]
+  return xla_fusion.mergeable(updated) if join else updated
 
 
 def _update(
