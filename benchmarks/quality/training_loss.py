@@ -316,6 +316,7 @@ STORAGES = {
   "24/8 root": fo.Storage(),
   "24/8 paper": fo.Storage(companding="paper"),
   "32/8 root": fo.Storage(master_bits=32),
+  "16/8 root": fo.Storage(master_bits=16),
   "bf16/8 root": fo.Storage(master_bits=None),
 }
 
@@ -328,16 +329,17 @@ def pair(usual, ours, name, wrap=clipped, dtype=jnp.bfloat16, **kwargs):
   }
 
 
-def of_storages(ours, name, **kwargs):
-  """Ours with each storage but the default."""
+def of_storages(ours, name, labels=(*STORAGES,), **kwargs):
+  """Ours with some storages, but for the default."""
   return {
-    f"fo.{name} {label}": Variant(clipped(ours, storage=storage, **kwargs))
-    for label, storage in STORAGES.items()
+    f"fo.{name} {label}": Variant(clipped(ours, storage=STORAGES[label], **kwargs))
+    for label in labels
     if label != "24/8 root"
   }
 
 
 ADAMW = {"b2": 0.95, "weight_decay": 0.1}
+SLOW_ADAMW = ADAMW | {"b2": 0.999}
 LION = {"b1": 0.95, "b2": 0.98, "weight_decay": 1.0}
 NATS = "validation loss, nats per token"
 CHANGE = "change of the validation loss, nats per token"
@@ -378,8 +380,24 @@ EXPERIMENTS = {
     NATS,
     SMALL,
     1e-3,
-    pair(optax.adamw, fo.adamw, "adamw", b2=0.999, weight_decay=0.1),
+    {
+      **pair(optax.adamw, fo.adamw, "adamw", **SLOW_ADAMW),
+      **of_storages(fo.adamw, "adamw", ["16/8 root"], **SLOW_ADAMW),
+    },
     train_lm,
+    seeds=5,
+  ),
+  "lm_small": Experiment(
+    "A language model of 45 M parameters, AdamW with β2 = 0.95",
+    NATS,
+    SMALL,
+    1e-3,
+    {
+      **pair(optax.adamw, fo.adamw, "adamw", **ADAMW),
+      **of_storages(fo.adamw, "adamw", ["16/8 root"], **ADAMW),
+    },
+    train_lm,
+    seeds=5,
   ),
   "lm_float16": Experiment(
     "A language model of 45 M parameters in float16, with loss scaling",
@@ -394,7 +412,7 @@ EXPERIMENTS = {
     NATS,
     SPARSE,
     5e-4,
-    pair(optax.adamw, fo.adamw, "adamw", b2=0.999, weight_decay=0.1),
+    pair(optax.adamw, fo.adamw, "adamw", **SLOW_ADAMW),
     train_lm,
   ),
   "finetune": Experiment(
