@@ -1,5 +1,6 @@
 """Tables of README and the documentation, from the JSON files in results/."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -862,8 +863,8 @@ def quality_table(found):
       (
         name,
         f"{len(finite)} of {len(runs)}",
-        _mean_and_spread(list(finite.values())),
-        _mean_and_spread(differences),
+        _mean(list(finite.values()), statistics.stdev),
+        _mean(differences, _standard_error),
         *(
           _MORE[key][1].format(statistics.mean(run[key] for run in runs.values()))
           for key in more
@@ -874,7 +875,7 @@ def quality_table(found):
     found["metric"],
     "seeds that ended finite",
     "mean ± standard deviation over seeds",
-    f"difference to {found['baseline']}, seed by seed",
+    f"difference to {found['baseline']}, seed by seed ± standard error",
     *(_MORE[key][0] for key in more),
   )
   return markdown(header, rows)
@@ -897,8 +898,12 @@ def moments():
   return f"{markdown(header, rows)}\n\n{_note(found)}"
 
 
-def _mean_and_spread(values):
+def _standard_error(values):
+  return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _mean(values, spread):
   if not values:
     return "–"
-  spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-  return f"{statistics.mean(values):.4f}{spread}"
+  text = f" ± {spread(values):.4f}" if len(values) > 1 else ""
+  return f"{statistics.mean(values):.4f}{text}"
