@@ -14,8 +14,10 @@ HALF = ["weight_dtype=bfloat16", "grad_dtype=bfloat16"]
 RUNS = {
   "float32": [],
   "bf16": HALF,
-  "bf16, ZeRO-1": [
+  "bf16, ZeRO-1, spikes skipped": [
     *HALF,
+    "skip_step_on_spikes=True",
+    "skip_step_interval=4",
     "shard_optimizer_over_data=True",
     "ici_data_parallelism=4",
     "ici_fsdp_parallelism=1",

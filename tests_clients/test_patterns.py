@@ -241,25 +241,49 @@ def test_shardings_from_the_parameters(weights, specs, devices):
   support.assert_alike(ours, theirs, within=0.01)
 
 
-@support.each_precision
-def test_variables_of_an_optimizer(weights):
-  """Trainers that walk nnx variables read each one's dtype, and map its spec."""
+def nnx_optimizer(tx, weights, devices):
+  """Flax's optimizer of a model that says how it is sharded."""
 
   class Model(nnx.Module):
     def __init__(self, rngs):
-      init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("fsdp", None))
+      init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "fsdp"))
       dtype = jnp.bfloat16 if weights == support.MIXED else jnp.float32
       self.norm = nnx.RMSNorm(64, rngs=rngs)
       self.linear = nnx.Linear(64, 64, kernel_init=init, param_dtype=dtype, rngs=rngs)
 
-  with jax.set_mesh(support.mesh((1,), ("fsdp",))):
-    optimizer = nnx.Optimizer(Model(nnx.Rngs(0)), fo.adamw(RATE), wrt=nnx.Param)
+  with jax.set_mesh(support.mesh((devices,), ("fsdp",))):
+    return nnx.Optimizer(Model(nnx.Rngs(0)), tx, wrt=nnx.Param)
+
+
+@support.each_mesh
+@support.each_precision
+def test_variables_of_an_optimizer(weights, devices):
+  """Trainers that walk nnx variables read each one's dtype, and map its spec."""
+  optimizer = nnx_optimizer(fo.adamw(RATE), weights, devices)
   state = nnx.state(optimizer, nnx.optimizer.OptState)
   for variable in jax.tree.leaves(
     state, is_leaf=lambda node: isinstance(node, nnx.Variable)
   ):
     assert jnp.issubdtype(variable.get_value().dtype, jnp.number)
   jax.tree.map(lambda leaf, spec: None, state, nnx.get_partition_spec(state))
+
+
+@support.each_mesh
+@support.each_precision
+def test_frozen_variables(weights, devices):
+  """As MaxText's ``trainable_parameters_mask``, which has no state for the others."""
+
+  def labels(params):
+    return jax.tree.map_with_path(
+      lambda path, _: "frozen" if "norm" in str(path[0]) else "trained", params
+    )
+
+  tx = optax.partition(
+    {"trained": fo.adamw(RATE), "frozen": optax.set_to_zero()}, labels
+  )
+  optimizer = nnx_optimizer(tx, weights, devices)
+  codes = optax.tree.get(nnx.as_pure(optimizer.opt_state), "mu")
+  assert [leaf.size for leaf in jax.tree.leaves(codes)] == [64, 64 * 64]
 
 
 # --- Checkpoints of Flax's serialization

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 
 import flashoptim_jax as fo
 
-SEEDS, UPDATES, ENVIRONMENTS, ROLLOUT, EPOCHS, MINIBATCHES = 16, 24, 16, 16, 2, 2
+SEEDS, UPDATES, ENVIRONMENTS, ROLLOUT, EPOCHS, MINIBATCHES = 8, 24, 16, 16, 2, 2
 LENGTH, DISCOUNT, LAMBDA, CLIP = 16, 0.97, 0.95, 0.2
 
 

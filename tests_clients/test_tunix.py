@@ -101,7 +101,10 @@ def tunix_defaults():
   env_utils.setup_sharding_environment()
 
 
-each_kind = pytest.mark.parametrize("weights", RATES)
+each_case = pytest.mark.parametrize(
+  ("weights", "devices"),
+  [(name, n) for name in RATES for n in (1, 4) if (name, n) != ("accumulation", 1)],
+)
 
 
 @functools.cache
@@ -109,8 +112,7 @@ def whole(optimizer, weights, devices):
   return finetune(optimizer(RATES[weights]), weights, devices)
 
 
-@support.each_mesh
-@each_kind
+@each_case
 def test_losses_beside_optax(weights, devices):
   # Weights in bf16 stand beside float32 ones: their master weights are the same.
   theirs = whole(optax.adamw, weights.replace(support.MIXED, "float32"), devices)
@@ -120,8 +122,7 @@ def test_losses_beside_optax(weights, devices):
   support.assert_alike(ours, theirs, within=0.01, fallen_to=fallen_to)
 
 
-@support.each_mesh
-@each_kind
+@each_case
 def test_resumes(weights, devices, tmp_path):
   tx = fo.adamw(RATES[weights])
   first = finetune(tx, weights, devices, str(tmp_path), STEPS // 2)
