@@ -477,6 +477,7 @@ def _initial_rate(learning_rate: ScalarOrSchedule) -> Any:
 def _refuse_dtype(name: str, value: Any) -> None:
   if value is not None:
     raise ValueError(
-      f"{name} is {value!r}; expected None. Choose the precision of the"
-      " moments with storage=flashoptim_jax.Storage(moment_bits=8 or 32)."
+      f"{name} is {value!r}; expected None: leave it out. Moments are computed in"
+      " float32 and kept in 8 bits; to keep them in float32 give"
+      " storage=flashoptim_jax.Storage(moment_bits=32)."
     )
