@@ -49,13 +49,13 @@ def update(
     update_whole: The function; it is given leaves of the shards' shapes.
     leaves: The leaves.
     scalars: Numbers and arrays of shape ().
-    shardings: Shardings of parameters by path, as far as they are known.
+    shardings: Shardings of leaves by path, as far as they are known.
     group_size: Elements of a group of the moments.
     devices: How many devices leaves may be sharded over.
   """
   unknown: list[int] = []
   by_mesh: dict[Any, dict[int, NamedSharding]] = {}
-  manual = _is_manual()
+  manual = is_manual()
   for i, leaf in enumerate(leaves):
     sharding = None if manual else _known_sharding(leaf, shardings)
     if sharding is None:
@@ -92,7 +92,7 @@ def xla_can_partition(
   guess how their parts lie with explicit axes, and with others returns scales that
   are sharded in another way.
   """
-  if _is_manual():
+  if is_manual():
     return False
   sharding = _known_sharding(leaf, shardings)
   if sharding is None:
@@ -104,10 +104,10 @@ def is_partitioned(
   leaf: Leaf, shardings: Mapping[str, NamedSharding], devices: int
 ) -> bool:
   """Whether only XLA knows how a leaf is sharded."""
-  return devices > 1 and not _is_manual() and _known_sharding(leaf, shardings) is None
+  return devices > 1 and not is_manual() and _known_sharding(leaf, shardings) is None
 
 
-def _is_manual() -> bool:
+def is_manual() -> bool:
   """Whether all mesh axes are manual, so that arrays are shards."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and all(t == AxisType.Manual for t in mesh.axis_types)
@@ -116,21 +116,11 @@ def _is_manual() -> bool:
 def _known_sharding(
   leaf: Leaf, shardings: Mapping[str, NamedSharding]
 ) -> NamedSharding | None:
-  """How a leaf is sharded, if that is known while tracing.
-
-  Raises:
-    ValueError: If the sharding in ``shardings`` does not fit the leaf.
-  """
+  """How a leaf is sharded, if that is known while tracing."""
   sharding = jax.typeof(leaf.param).sharding
   if partition_specs.is_explicit(sharding):
     return sharding
-  sharding = shardings.get(leaf.path)
-  if sharding is not None and len(sharding.spec) > leaf.param.ndim:
-    raise ValueError(
-      f"The sharding of {leaf.path!r} has the spec {sharding.spec}; expected"
-      f" at most {leaf.param.ndim} entries, for shape {leaf.param.shape}."
-    )
-  return sharding
+  return shardings.get(leaf.path)
 
 
 def _update_known(
@@ -190,7 +180,7 @@ def _update_auto(
     del results
     placements, scalars = arguments
     placed = [
-      _of_arrays(leaf, _uncut(leaf, own.param.sharding, group_size))
+      _of_arrays(leaf, _uncut(leaf, own.stored.sharding, group_size))
       for leaf, own in zip(leaves, placements, strict=True)
     ]
     outputs = [_outputs(each) for each in placed]
