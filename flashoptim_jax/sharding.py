@@ -27,12 +27,6 @@ class _Param(NamedTuple):
   shape: tuple[int, ...]
   sharding: Sharding
 
-  def of_state(self, group_size: int, over: Sequence[str]) -> Sharding:
-    """The sharding of what belongs to it, with groups of that size."""
-    if not (over and isinstance(self.sharding, NamedSharding)):
-      return self.sharding
-    return partition_specs.spread(self.sharding, self.shape, group_size, over)
-
 
 def state_shardings(
   tx: optax.GradientTransformation,
@@ -72,7 +66,9 @@ def state_shardings(
       parameter: one where they cut no groups of its moments, preferably another
       than that of the groups, and of those the longest. A parameter that has none,
       as small ones may, has its state sharded as it is itself. With auto mesh axes,
-      tell :func:`with_shardings` too.
+      tell :func:`with_shardings` too. With explicit ones, only the state of flash
+      optimizers is divided: JAX would not let others combine it with gradients that
+      are sharded in another way.
 
   Returns:
     A tree of the state's structure, of shardings.
@@ -101,15 +97,20 @@ def state_shardings(
   replicated = _replicated(shardings)
   cut: dict[jax.tree_util.KeyPath, str] = {}
 
-  def place(path, leaf, group_size=Storage.group_size, cuttable=False):
+  def place(path, leaf, storage=None):
     param_path = paths.param_path(path, known)
     param = known.get(param_path)
     if param is None or len(param.shape) != leaf.ndim:
       return replicated
-    sharding = param.of_state(group_size, over)
-    if cuttable and leaf.dtype in _CODES:
+    sharding, size = param.sharding, (storage or Storage).group_size
+    # Others would combine such arrays with gradients, and JAX does not take both.
+    if isinstance(sharding, NamedSharding) and (
+      storage is not None or not partition_specs.is_explicit(sharding)
+    ):
+      sharding = partition_specs.spread(sharding, param.shape, size, over)
+    if storage is not None and storage.quantizes_moments and leaf.dtype in _CODES:
       local = sharding.shard_shape(param.shape)
-      if why := partition_specs.cut_groups(param.shape, local, group_size):
+      if why := partition_specs.cut_groups(param.shape, local, size):
         cut[param_path] = why
     return _fitted(sharding, leaf.shape)
 
@@ -118,10 +119,7 @@ def state_shardings(
       return place(path, node)
     storage = node.format.storage
     placed = jax.tree.map_with_path(
-      lambda inner, leaf: place(
-        (*path, *inner), leaf, storage.group_size, storage.quantizes_moments
-      ),
-      node,
+      lambda inner, leaf: place((*path, *inner), leaf, storage), node
     )
     if memory_kind is None:
       return placed

@@ -83,9 +83,10 @@ def update_leaves(
   Raises:
     ValueError: If the implementation asked for cannot update a leaf.
   """
-  known: list[resharding.Shardings | None] = [None] * len(leaves)
-  if not partitioning.is_manual():
-    known = [resharding.known(leaf, shardings.get(leaf.path)) for leaf in leaves]
+  known = [
+    resharding.known(leaf.param, leaf.stored, shardings.get(leaf.path))
+    for leaf in leaves
+  ]
   leaves = list(map(resharding.to_state, leaves, known))
   of_state = {name: sharding.state for name, sharding in shardings.items()}
   update = functools.partial(_update_resident, spec, of_state, scalars=scalars)

@@ -55,7 +55,7 @@ def update(
   """
   unknown: list[int] = []
   by_mesh: dict[Any, dict[int, NamedSharding]] = {}
-  manual = is_manual()
+  manual = _is_manual()
   for i, leaf in enumerate(leaves):
     sharding = None if manual else _known_sharding(leaf, shardings)
     if sharding is None:
@@ -92,7 +92,7 @@ def xla_can_partition(
   guess how their parts lie with explicit axes, and with others returns scales that
   are sharded in another way.
   """
-  if is_manual():
+  if _is_manual():
     return False
   sharding = _known_sharding(leaf, shardings)
   if sharding is None:
@@ -104,10 +104,10 @@ def is_partitioned(
   leaf: Leaf, shardings: Mapping[str, NamedSharding], devices: int
 ) -> bool:
   """Whether only XLA knows how a leaf is sharded."""
-  return devices > 1 and not is_manual() and _known_sharding(leaf, shardings) is None
+  return devices > 1 and not _is_manual() and _known_sharding(leaf, shardings) is None
 
 
-def is_manual() -> bool:
+def _is_manual() -> bool:
   """Whether all mesh axes are manual, so that arrays are shards."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and all(t == AxisType.Manual for t in mesh.axis_types)

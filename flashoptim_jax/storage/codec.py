@@ -71,6 +71,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 from flashoptim_jax.storage.options import Kind, Storage
 
@@ -584,14 +585,17 @@ def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
     correction: int8 or int16 of the same shape, or None.
 
   Returns:
-    float32, or float64 for float64 parameters. A zero parameter whose
-    correction points to the other side of zero (it was set to zero from
-    outside, by pruning say) is zero.
+    float32, or float64 for float64 parameters, sharded as the correction. A zero
+    parameter whose correction points to the other side of zero (it was set to zero
+    from outside, by pruning say) is zero.
   """
   if param.dtype.itemsize >= 4:
     return param
   if correction is None:
     return param.astype(jnp.float32)
+  there = jax.typeof(correction).sharding
+  if there != jax.typeof(param).sharding and AxisType.Explicit in there.mesh.axis_types:
+    param = jax.sharding.reshard(param, there)
   if param.dtype == jnp.float16:
     unit = _unit_float16(param, correction.dtype)
     return param.astype(jnp.float32) + correction.astype(jnp.float32) * unit

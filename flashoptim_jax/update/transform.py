@@ -85,7 +85,9 @@ def flash_transformation(
       leaves,
       {**scalars(state.count), **codec.rounding_scalars(state.count)},
       {
-        leaf.path: Shardings.given(leaf, told, state_format.storage.group_size)
+        leaf.path: Shardings.given(
+          leaf.path, leaf.param.shape, told, state_format.storage.group_size
+        )
         for leaf, told in zip(leaves, known, strict=True)
         if told is not None
       },

@@ -1,15 +1,13 @@
 """ZeRO-1: state that is sharded over more mesh axes than the parameters."""
 
 import collections
-import functools
 import math
 import re
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flashoptim_jax as fo
@@ -74,9 +72,7 @@ class Setup:
 
   def compiled(self, step, *args):
     return (
-      jax.jit(
-        step, donate_argnums=(0, 1), out_shardings=(self.shardings, self.placed)
-      )
+      jax.jit(step, donate_argnums=(0, 1), out_shardings=(self.shardings, self.placed))
       .lower(self.params, self.state, *args)
       .compile()
     )
@@ -121,7 +117,5 @@ def test_gathers_16_bits_of_each_parameter(name, mesh, kind):
   params, state = setup.params, setup.state
   for each in grads:
     params, state = compiled(params, state, each)
-  expected = cases.train(
-    setup.tx, cases.tree(SHAPES), STEPS, cases.jitted_step
-  )
+  expected = cases.train(setup.tx, cases.tree(SHAPES), STEPS, cases.jitted_step)
   cases.assert_equal(jax.device_get((params, state)), expected, STEPS)
