@@ -576,6 +576,14 @@ def _split_param_jvp(dtype, primals, tangents):
   return split_param(*primals, dtype), tangents[0].astype(dtype)
 
 
+def _beside(x: jax.Array, other: jax.Array) -> jax.Array:
+  """The array, on explicit mesh axes sharded as the other."""
+  there = jax.typeof(other).sharding
+  if there == jax.typeof(x).sharding or AxisType.Explicit not in there.mesh.axis_types:
+    return x
+  return jax.sharding.reshard(x, there)
+
+
 @jax.custom_jvp
 def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
   """Inverse of :func:`split`: the master weights.
@@ -593,9 +601,7 @@ def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
     return param
   if correction is None:
     return param.astype(jnp.float32)
-  there = jax.typeof(correction).sharding
-  if there != jax.typeof(param).sharding and AxisType.Explicit in there.mesh.axis_types:
-    param = jax.sharding.reshard(param, there)
+  param = _beside(param, correction)
   if param.dtype == jnp.float16:
     unit = _unit_float16(param, correction.dtype)
     return param.astype(jnp.float32) + correction.astype(jnp.float32) * unit
@@ -680,6 +686,7 @@ def residual(
   dtype = correction_dtype(param.dtype, master_bits)
   if master_bits is None or dtype is None:
     return None
+  param = _beside(param, master)
   if param.dtype == jnp.float16:
     return _residual_float16(master, param, master_bits)
   top = _top_bits(master, master_bits)
