@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -217,6 +218,31 @@ def test_precision_in_and_out(kind):
     fo.convert(wide, tx, *fo.convert(tx, wide, *given)),
   ):
     cases.assert_same(*jax.device_get((actual, (params, state))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_of_another_mesh(kind, tmp_path):
+  tx = cases.make("adamw")
+  saved, restored = (Setup(mesh, kind, tx) for mesh in MESHES)
+  arrays = alone("adamw")
+  abstract = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    arrays,
+    (restored.shardings, restored.placed),
+  )
+  with ocp.AsyncCheckpointer(fo.checkpoint.Handler()) as checkpointer:
+    given = jax.device_put(arrays, (saved.shardings, saved.placed))
+    checkpointer.save(tmp_path / "saved", args=fo.checkpoint.Save(given))
+    checkpointer.wait_until_finished()
+    found = checkpointer.restore(
+      tmp_path / "saved", args=fo.checkpoint.Restore(abstract)
+    )
+  cases.assert_same(*jax.device_get((found, arrays)))
+  for leaf, wanted in zip(*map(jax.tree.leaves, (found, abstract)), strict=True):
+    assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
 
 
 @pytest.mark.slow
