@@ -2,6 +2,7 @@
 
 import types
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from flashoptim_jax import paths
 from flashoptim_jax.storage import codec, partition_specs, scale_gaps
 from flashoptim_jax.storage import state as state_lib
+from flashoptim_jax.storage.options import Storage
 from flashoptim_jax.update.transform import PARAM_SHARDINGS
 
 # Arrays whose shards may cut groups.
@@ -31,6 +33,7 @@ def state_shardings(
   params: optax.Params,
   param_shardings: Any,
   memory_kind: str | None = None,
+  over: str | Sequence[str] = (),
 ) -> Any:
   """Shardings for every array of a transformation's state.
 
@@ -42,7 +45,12 @@ def state_shardings(
 
   An array that belongs to a parameter (it lies at the parameter's path, in any
   nesting of transformations, and has its rank) is sharded as the parameter is,
-  less the mesh axes that don't divide it; all others are replicated.
+  less the mesh axes that don't divide it; all others are replicated. With ``over``
+  (ZeRO-1) it is sharded over more mesh axes than the parameter, so that each device
+  keeps a part of the state and updates that part of the parameter::
+
+    shardings = fo.state_shardings(tx, params, param_shardings, over="data")
+    tx = fo.with_shardings(tx, params, param_shardings, over="data")
 
   Args:
     tx: The transformation.
@@ -53,13 +61,22 @@ def state_shardings(
       parameter, such as ``"pinned_host"``; by default with the parameter.
       ``update`` and ``step`` bring a leaf that is kept on the host to the device
       and send it back, a few leaves at a time.
+    over: Mesh axes that divide the state beside those that divide the parameter.
+      All of them divide one dimension, the same of every array that belongs to a
+      parameter: one where they cut no groups of its moments, preferably another
+      than that of the groups, and of those the longest. A parameter that has none,
+      as small ones may, has its state sharded as it is itself. With auto mesh axes,
+      tell :func:`with_shardings` too. With explicit ones, only the state of flash
+      optimizers is divided: JAX would not let others combine it with gradients that
+      are sharded in another way.
 
   Returns:
     A tree of the state's structure, of shardings.
 
   Raises:
     ValueError: If ``param_shardings`` is not a prefix of ``params`` or holds
-      something other than shardings.
+      something other than shardings; with ``over``, something other than a
+      ``jax.sharding.NamedSharding``, or one of a mesh without such an axis.
 
   Warns:
     UserWarning: Once, naming the parameters whose shards cut a group of their
@@ -69,6 +86,7 @@ def state_shardings(
       how their scales are sharded.
   """
   shardings = _broadcast(param_shardings, params)
+  over = _checked_axes(over, params, shardings)
   known = {
     path: _Param(jnp.shape(leaf), _fitted(sharding, jnp.shape(leaf)))
     for (path, leaf), sharding in zip(
@@ -79,25 +97,30 @@ def state_shardings(
   replicated = _replicated(shardings)
   cut: dict[jax.tree_util.KeyPath, str] = {}
 
-  def place(path, leaf, group_size=None):
+  def place(path, leaf, storage=None):
     param_path = paths.param_path(path, known)
     param = known.get(param_path)
     if param is None or len(param.shape) != leaf.ndim:
       return replicated
-    if group_size is not None and leaf.dtype in _CODES:
-      scales = scale_gaps.stored_shape(param.shape, group_size)
-      local = param.sharding.shard_shape(param.shape)
-      if why := partition_specs.cut_groups(param.shape, scales, local, group_size):
+    sharding, size = param.sharding, (storage or Storage).group_size
+    scales = scale_gaps.stored_shape(param.shape, size)
+    # Others would combine such arrays with gradients, and JAX does not take both.
+    if isinstance(sharding, NamedSharding) and (
+      storage is not None or not partition_specs.is_explicit(sharding)
+    ):
+      sharding = partition_specs.spread(sharding, param.shape, scales, size, over)
+    if storage is not None and storage.quantizes_moments and leaf.dtype in _CODES:
+      local = sharding.shard_shape(param.shape)
+      if why := partition_specs.cut_groups(param.shape, scales, local, size):
         cut[param_path] = why
-    return _fitted(param.sharding, leaf.shape)
+    return _fitted(sharding, leaf.shape)
 
   def place_node(path, node):
     if not state_lib.is_flash_state(node):
       return place(path, node)
     storage = node.format.storage
-    size = storage.group_size if storage.quantizes_moments else None
     placed = jax.tree.map_with_path(
-      lambda inner, leaf: place((*path, *inner), leaf, size), node
+      lambda inner, leaf: place((*path, *inner), leaf, storage), node
     )
     if memory_kind is None:
       return placed
@@ -120,19 +143,25 @@ def state_shardings(
 
 
 def with_shardings(
-  tx: optax.GradientTransformation, params: optax.Params, param_shardings: Any
+  tx: optax.GradientTransformation,
+  params: optax.Params,
+  param_shardings: Any,
+  over: str | Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
   """Tells a transformation how its parameters are sharded.
 
   Under ``jax.jit`` with auto axes, shardings are not known while tracing, and
   kernels learn them from XLA later. Compiling ahead of time for TPUs, XLA has no
-  way to say, and a kernel needs this. Explicit and manual axes never do.
+  way to say, and a kernel needs this. With ``over``, so that what is communicated are
+  gradients and 16-bit parameters, once each, the plain update of XLA needs it as well.
+  Explicit and manual axes never do.
 
   Args:
     tx: The transformation.
     params: The parameters: arrays or ``jax.ShapeDtypeStruct``s.
-    param_shardings: Their shardings, as for :func:`state_shardings`; those that
-      are no ``jax.sharding.NamedSharding`` are ignored.
+    param_shardings: Their shardings, as for :func:`state_shardings`; without
+      ``over``, those that are no ``jax.sharding.NamedSharding`` are ignored.
+    over: As given to :func:`state_shardings`.
 
   Returns:
     The transformation, with the same state.
@@ -141,10 +170,11 @@ def with_shardings(
     ValueError: As for :func:`state_shardings`.
   """
   shardings = _broadcast(param_shardings, params)
+  over = _checked_axes(over, params, shardings)
   # Not a tree, which Optax's masks would mask, or fail to: paths have no order.
   by_path = types.MappingProxyType(
     {
-      path: sharding
+      path: (sharding, over)
       for (path, _), sharding in zip(
         jax.tree.leaves_with_path(params), shardings, strict=True
       )
@@ -178,6 +208,31 @@ def _broadcast(param_shardings: Any, params: Any) -> list[Sharding]:
         " jax.sharding.Sharding, such as NamedSharding(mesh, spec)."
       )
   return jax.tree.leaves(tree)
+
+
+def _checked_axes(
+  over: str | Sequence[str], params: Any, shardings: Sequence[Sharding]
+) -> tuple[str, ...]:
+  """The mesh axes to shard the state over; raises a ValueError for unknown ones."""
+  over = (over,) if isinstance(over, str) else tuple(over)
+  if not over:
+    return ()
+  for (path, _), sharding in zip(
+    jax.tree.leaves_with_path(params), shardings, strict=True
+  ):
+    if not isinstance(sharding, NamedSharding):
+      raise ValueError(
+        f"The sharding of {paths.name(path)!r} is {sharding!r}; expected a"
+        " jax.sharding.NamedSharding, whose mesh has the axes that the state is to be"
+        f" sharded over ({', '.join(map(repr, over))})."
+      )
+    axes = sharding.mesh.axis_names
+    if unknown := [name for name in over if name not in axes]:
+      raise ValueError(
+        f"over has {', '.join(map(repr, unknown))}, which the mesh of"
+        f" {paths.name(path)!r} lacks; expected some of {', '.join(map(repr, axes))}."
+      )
+  return over
 
 
 def _fitted(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:

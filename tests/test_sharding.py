@@ -144,6 +144,59 @@ def test_state_shardings_of_unusual_leaves():
   assert few.mu["mu"].spec == P(None)
 
 
+# Shape, the parameter's spec, and the state's over a `data` axis of 4 as well.
+SPREAD = {
+  "not along groups": ((8, 1024), P(), P("data")),
+  "the longest": ((8, 16, 64), P(), P(None, "data")),
+  "the first of equals": ((16, 16, 64), P(), P("data")),
+  "after the parameter's axes": ((16, 256), P("fsdp"), P(("fsdp", "data"))),
+  "beside the parameter's axes": ((64, 256), P(None, "fsdp"), P("data", "fsdp")),
+  "along groups": ((3, 256), P(), P(None, "data")),
+  "along groups, after": ((3, 512), P(None, "fsdp"), P(None, ("fsdp", "data"))),
+  "the rest is too short": ((8, 512), P("fsdp"), P("fsdp", "data")),
+  "a vector": ((4096,), P(), P("data")),
+  "would cut groups": ((3, 64), P(), P()),
+  "too short": ((3,), P(), P()),
+  "a scalar": ((), P(), P()),
+  "empty": ((0, 64), P(), P(None, "data")),
+  "there already": ((16, 256), P("data"), P("data")),
+}
+
+
+@pytest.mark.parametrize("leaf", SPREAD)
+def test_state_over_more_axes(leaf):
+  shape, spec, expected = SPREAD[leaf]
+  mesh = AbstractMesh((4, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+  param = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  tx = optax.chain(optax.trace(0.5), cases.make("adamw"))
+  place = NamedSharding(mesh, spec)
+  placed = fo.state_shardings(tx, param, place, over="data")
+  state = jax.eval_shape(tx.init, param)
+  (flash,), wanted = flash_states(placed), NamedSharding(mesh, expected)
+  for field in ("mu", "nu", "correction"):
+    assert getattr(flash, field).is_equivalent_to(wanted, len(shape))
+  assert flash.nu_scale.is_equivalent_to(wanted, len(shape))
+  assert placed[0].trace.is_equivalent_to(wanted, len(shape))
+  jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), state, placed)
+
+
+def test_bad_axes_are_refused():
+  tx, params = cases.make("adamw"), {"w": jnp.ones((8, 64), jnp.bfloat16)}
+  single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  for sharding, over, match in (
+    (
+      NamedSharding(make_mesh("4x2"), P()),
+      "model",
+      "over has 'model'.*'w' lacks.*fsdp",
+    ),
+    (NamedSharding(make_mesh("4x2"), P()), ("fsdp", "x"), "over has 'x'"),
+    (single, "fsdp", "'w' is SingleDeviceSharding.*expected a jax.sharding.NamedSh"),
+  ):
+    for function in (fo.state_shardings, fo.with_shardings):
+      with pytest.raises(ValueError, match=match):
+        function(tx, params, sharding, over=over)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "kind"), [("adamw", "auto"), ("momentum", "explicit")]

@@ -14,7 +14,7 @@ from optax._src import base
 
 from flashoptim_jax import paths
 from flashoptim_jax.compression import groupwise, moment_table
-from flashoptim_jax.kernels import primitive
+from flashoptim_jax.kernels import primitive, resharding
 from flashoptim_jax.storage import aliasing, codec, flax_boxes, host_memory
 from flashoptim_jax.storage import state as state_lib
 from flashoptim_jax.storage.moments import call_now, decode_inner, encode_inner
@@ -195,8 +195,8 @@ def compress(
     if call is primitive.call:  # The caller takes it apart.
       results, new_state = update(*args)
     else:
-      groups, of_state = _groups(state, params)
-      results, new_state = groupwise.run(update, args, groups, of_state)
+      told = extra_args.get(PARAM_SHARDINGS, {})
+      results, new_state = _run(update, *args, params, told)
     new_state = host_memory.move_like(new_state, state)
     return _handed_over(results, state, new_state, params, request)
 
@@ -276,6 +276,47 @@ def _corrections(state: CompressedState, params: Any) -> list[jax.Array | None]:
   what = "the state's correction"
   found = paths.leaves_like(state.correction, params, what, "the parameters")
   return [None if isinstance(each, optax.MaskedNode) else each for each in found]
+
+
+def _run(
+  update: Callable[..., tuple[list[Any], CompressedState]],
+  grads: list[Any],
+  state: CompressedState,
+  leaves: list[Any],
+  params: Any,
+  told: Mapping[Any, Any],
+) -> tuple[list[Any], CompressedState]:
+  """``update(grads, state, leaves)``, where the state is, one group after another."""
+  shardings = _shardings(state, params, told, state.format.storage.group_size)
+  grads, leaves = (
+    list(map(resharding.scatter, each, shardings)) for each in (grads, leaves)
+  )
+  groups, of_state = _groups(state, params)
+  results, new_state = groupwise.run(update, (grads, state, leaves), groups, of_state)
+  return list(map(resharding.gather, results, shardings)), new_state
+
+
+def _shardings(
+  state: CompressedState, params: Any, told: Mapping[Any, Any], group_size: int
+) -> list[resharding.Shardings | None]:
+  """How parameters and their state are sharded, where that differs."""
+  named = dict(jax.tree.leaves_with_path(params))
+  stored = dict(named)
+  for path, array in jax.tree.leaves_with_path(state):
+    param_path = paths.param_path(path, named)
+    if param_path in named and array.shape == jnp.shape(named[param_path]):
+      stored[param_path] = array
+  given = {
+    path: resharding.Shardings.given(
+      paths.name(path), jnp.shape(named[path]), each, group_size
+    )
+    for path, each in told.items()
+    if path in named
+  }
+  return [
+    resharding.known(param, stored[path], given.get(path))
+    for path, param in named.items()
+  ]
 
 
 def _groups(state: CompressedState, params: Any) -> tuple[list[int | None], list[bool]]:

@@ -91,6 +91,13 @@ class Leaf:
     return any(scale is not None for _, scale in self.moments)
 
   @property
+  def stored(self) -> Any:
+    """What decides where it is updated: the first of its state, else the parameter."""
+    values = [values for values, _ in self.moments]
+    found = (x for x in (self.correction, *values) if x is not None)
+    return next(found, self.param)
+
+  @property
   def scale_shape(self) -> tuple[int, ...]:
     """Shape of its scales, which all moments have in common."""
     _, scale = self.moments[0]

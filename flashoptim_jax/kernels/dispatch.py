@@ -15,7 +15,7 @@ import jax
 import jax.experimental.pallas.tpu
 from jax.sharding import NamedSharding
 
-from flashoptim_jax.kernels import by_platform, offload, partitioning
+from flashoptim_jax.kernels import by_platform, offload, partitioning, resharding
 from flashoptim_jax.kernels.base import (
   Backend,
   Leaf,
@@ -68,9 +68,9 @@ def update_leaves(
   spec: UpdateSpec,
   leaves: Sequence[Leaf],
   scalars: Scalars,
-  shardings: Mapping[str, NamedSharding],
+  shardings: Mapping[str, resharding.Shardings],
 ) -> list[UpdatedLeaf]:
-  """Updates every leaf.
+  """Updates every leaf, where its state is.
 
   Args:
     spec: What the updates have in common.
@@ -78,16 +78,23 @@ def update_leaves(
     scalars: The rule's hyperparameters, with ``learning_rate`` and
       ``weight_decay``, and :func:`flashoptim_jax.storage.codec.rounding_scalars`;
       numbers or arrays of shape ().
-    shardings: Shardings of parameters by path, as far as the user gave them.
+    shardings: Shardings of leaves by path, as far as the user gave them.
 
   Raises:
     ValueError: If the implementation asked for cannot update a leaf.
   """
-  update = functools.partial(_update_resident, spec, shardings, scalars=scalars)
+  known = [
+    resharding.known(leaf.param, leaf.stored, shardings.get(leaf.path))
+    for leaf in leaves
+  ]
+  leaves = list(map(resharding.to_state, leaves, known))
+  of_state = {name: sharding.state for name, sharding in shardings.items()}
+  update = functools.partial(_update_resident, spec, of_state, scalars=scalars)
   on_host = [offload.is_hosted(leaf) for leaf in leaves]
   resident = iter(update(list(itertools.compress(leaves, map(not_, on_host)))))
   streamed = iter(offload.update(update, list(itertools.compress(leaves, on_host))))
-  return [next(streamed if host else resident) for host in on_host]
+  updated = [next(streamed if host else resident) for host in on_host]
+  return list(map(resharding.from_state, updated, known))
 
 
 def _update_resident(

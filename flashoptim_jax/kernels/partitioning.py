@@ -55,7 +55,7 @@ def update(
     update_whole: The function; it is given leaves of the shards' shapes.
     leaves: The leaves.
     scalars: Numbers and arrays of shape ().
-    shardings: Shardings of parameters by path, as far as they are known.
+    shardings: Shardings of leaves by path, as far as they are known.
     storage: How leaves are stored.
     devices: How many devices leaves may be sharded over.
   """
@@ -122,21 +122,11 @@ def _is_manual() -> bool:
 def _known_sharding(
   leaf: Leaf, shardings: Mapping[str, NamedSharding]
 ) -> NamedSharding | None:
-  """How a leaf is sharded, if that is known while tracing.
-
-  Raises:
-    ValueError: If the sharding in ``shardings`` does not fit the leaf.
-  """
+  """How a leaf is sharded, if that is known while tracing."""
   sharding = jax.typeof(leaf.param).sharding
   if partition_specs.is_explicit(sharding):
     return sharding
-  sharding = shardings.get(leaf.path)
-  if sharding is not None and len(sharding.spec) > leaf.param.ndim:
-    raise ValueError(
-      f"The sharding of {leaf.path!r} has the spec {sharding.spec}; expected"
-      f" at most {leaf.param.ndim} entries, for shape {leaf.param.shape}."
-    )
-  return sharding
+  return shardings.get(leaf.path)
 
 
 def _update_known(
@@ -224,7 +214,7 @@ def _update_auto(
     del results
     placements, along, origins, scalars = arguments
     placed = [
-      _of_arrays(leaf, _uncut(leaf, own.param.sharding, group_size))
+      _of_arrays(leaf, _uncut(leaf, own.stored.sharding, group_size))
       for leaf, own in zip(leaves, placements, strict=True)
     ]
     outputs = [_outputs(each) for each in placed]

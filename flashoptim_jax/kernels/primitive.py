@@ -20,6 +20,7 @@ from flashoptim_jax.kernels.base import (
   result_types,
   split_scalars,
 )
+from flashoptim_jax.kernels.resharding import Shardings
 from flashoptim_jax.rules import Scalars
 from flashoptim_jax.storage import codec
 
@@ -85,8 +86,8 @@ class _Launch(NamedTuple):
 
 
 @update_p.def_abstract_eval
-def _types(*avals, launch: _Launch, treedef: Any, sharding: NamedSharding | None):
-  del sharding
+def _types(*avals, launch: _Launch, treedef: Any, shardings: Shardings | None):
+  del shardings
   leaf = treedef.unflatten(avals[: treedef.num_leaves])
   return jax.tree.leaves(result_types(leaf, launch.spec))
 
@@ -95,7 +96,7 @@ def update_leaves(
   spec: UpdateSpec,
   leaves: Sequence[Leaf],
   scalars: Scalars,
-  shardings: Mapping[str, NamedSharding],
+  shardings: Mapping[str, Shardings],
 ) -> list[UpdatedLeaf]:
   """Stands for :func:`flashoptim_jax.kernels.dispatch.update_leaves`."""
   numbers, traced = split_scalars(scalars)
@@ -108,7 +109,7 @@ def update_leaves(
       *traced.values(),
       launch=launch,
       treedef=treedef,
-      sharding=shardings.get(leaf.path),
+      shardings=shardings.get(leaf.path),
     )
     outputs: Any = jax.tree.structure(UpdatedLeaf(0, leaf.correction, leaf.moments))
     updated.append(outputs.unflatten(results))
@@ -166,6 +167,11 @@ def _shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
   return getattr(eqn.invars[0].aval, "shape", ())
 
 
+def _of_slices(sharding: NamedSharding, axes: int) -> NamedSharding:
+  """The sharding of slices, which lack a stack's leading axes."""
+  return sharding.update(spec=PartitionSpec(*sharding.spec[axes:]))
+
+
 def run(
   update: Callable[..., list[UpdatedLeaf]],
   eqns: Sequence[core.JaxprEqn],
@@ -191,16 +197,16 @@ def run(
   results: list[list[Any]] = [[] for _ in eqns]
   for (launch, *_), members in groups.items():
     leaves: list[Leaf] = []
-    shardings: dict[str, NamedSharding] = {}
+    shardings: dict[str, Shardings] = {}
     for i in members:
-      treedef, sharding = eqns[i].params["treedef"], eqns[i].params["sharding"]
+      treedef, given = eqns[i].params["treedef"], eqns[i].params["shardings"]
       leaf: Leaf = treedef.unflatten(values[i][: treedef.num_leaves])
       if index and launch.spec.dithers(leaf.param):
         leaf = leaf.replace(origin=_origin(eqns[i], index))
       leaves.append(leaf)
-      if sharding is not None:  # Slices lack the stack's axes.
-        spec = sharding.spec[len(_shape(eqns[i])) - leaf.param.ndim :]
-        shardings[leaf.path] = sharding.update(spec=PartitionSpec(*spec))
+      if given is not None:
+        axes = len(_shape(eqns[i])) - leaf.param.ndim
+        shardings[leaf.path] = Shardings(*(_of_slices(each, axes) for each in given))
       scalars = values[i][treedef.num_leaves :]
     updated = update(
       launch.spec,

@@ -79,6 +79,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 from flashoptim_jax.storage.options import Kind, Storage
 
@@ -669,6 +670,14 @@ def _split_param_jvp(dtype, primals, tangents):
   return split_param(*primals, dtype), tangents[0].astype(dtype)
 
 
+def _beside(x: jax.Array, other: jax.Array) -> jax.Array:
+  """The array, on explicit mesh axes sharded as the other."""
+  there = jax.typeof(other).sharding
+  if there == jax.typeof(x).sharding or AxisType.Explicit not in there.mesh.axis_types:
+    return x
+  return jax.sharding.reshard(x, there)
+
+
 @jax.custom_jvp
 def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
   """Inverse of :func:`split`: the master weights.
@@ -678,14 +687,15 @@ def merge(param: jax.Array, correction: jax.Array | None) -> jax.Array:
     correction: int8 or int16 of the same shape, or None.
 
   Returns:
-    float32, or float64 for float64 parameters. A zero parameter whose
-    correction points to the other side of zero (it was set to zero from
-    outside, by pruning say) is zero.
+    float32, or float64 for float64 parameters, sharded as the correction. A zero
+    parameter whose correction points to the other side of zero (it was set to zero
+    from outside, by pruning say) is zero.
   """
   if param.dtype.itemsize >= 4:
     return param
   if correction is None:
     return param.astype(jnp.float32)
+  param = _beside(param, correction)
   if param.dtype == jnp.float16:
     unit = _unit_float16(param, correction.dtype)
     return param.astype(jnp.float32) + correction.astype(jnp.float32) * unit
@@ -792,6 +802,7 @@ def residual(
   dtype = correction_dtype(param.dtype, master_bits)
   if master_bits is None or dtype is None:
     return None
+  param = _beside(param, master)
   if param.dtype == jnp.float16:
     return _residual_float16(master, param, master_bits)
   top = _top_bits(master, master_bits)

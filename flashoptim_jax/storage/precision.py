@@ -146,7 +146,8 @@ def to_fp32(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
   Returns:
     ``params`` with 16-bit floating-point leaves in float32; leaves that no flash
     optimizer holds a correction for are cast, other leaves returned as they are. The
-    result shares no array with ``params``.
+    result shares no array with ``params``. On explicit mesh axes, master weights are
+    sharded as the corrections.
 
   Raises:
     ValueError: If there is no flash state, or it does not match ``params``.

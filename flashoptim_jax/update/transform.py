@@ -11,6 +11,7 @@ from optax._src import base
 from flashoptim_jax import paths
 from flashoptim_jax.kernels import dispatch, primitive
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf, UpdateSpec
+from flashoptim_jax.kernels.resharding import Shardings
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.storage import codec, scale_gaps
 from flashoptim_jax.storage import state as state_lib
@@ -23,7 +24,8 @@ from flashoptim_jax.update.new_params import NewParam, new_params_request
 DEFERRED = "flashoptim_deferred"
 
 # The extra argument by which `flashoptim_jax.with_shardings` says how parameters
-# are sharded: a mapping from a parameter's path, as JAX gives it, to its sharding.
+# are sharded: a mapping from a parameter's path, as JAX gives it, to its sharding and
+# the mesh axes that its state is sharded over beside.
 PARAM_SHARDINGS = "flashoptim_param_shardings"
 
 
@@ -87,9 +89,11 @@ def flash_transformation(
         **codec.rounding_scalars(state.count, storage.master_bits),
       },
       {
-        leaf.path: sharding
-        for leaf, sharding in zip(leaves, known, strict=True)
-        if sharding is not None
+        leaf.path: Shardings.given(
+          leaf.path, leaf.param.shape, told, state_format.storage.group_size
+        )
+        for leaf, told in zip(leaves, known, strict=True)
+        if told is not None
       },
     )
     treedef: Any = jax.tree.structure(params)

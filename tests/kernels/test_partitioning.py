@@ -182,6 +182,29 @@ def test_kernels_see_shards(kernel, kind, shapes, storage):
     cases.assert_same(actual[0], expected[0])
 
 
+@pytest.mark.parametrize("kind", slow_but([*KINDS, "given"], "auto", "explicit"))
+def test_kernels_see_shards_of_the_state(kernel, kind):
+  """Which is sharded over more axes than the parameters."""
+  mesh = make_mesh("2x2x2", KINDS.get(kind, AxisType.Auto))
+  shardings = shardings_on(mesh)
+  tx, params = cases.make("adamw"), cases.tree(SHAPES)
+  placed = fo.state_shardings(tx, params, shardings, over="data")
+  told = tx
+  if kind == "given":
+    told = fo.with_shardings(tx, params, shardings, over="data")
+  args = jax.device_put(
+    (params, tx.init(params), params), (shardings, placed, shardings)
+  )
+  step = jax.jit(functools.partial(fo.step, told), out_shardings=(shardings, placed))
+  text = step.lower(*args).compile().as_text()
+  assert set(COLLECTIVE.findall(text)) == {"all-gather"}
+  assert kernel.shapes[-1] == {
+    path: placed.mu[path].shard_shape(shape) for path, (shape, _) in SHAPES.items()
+  }
+  expected = cases.jitted_step(tx, params, tx.init(params), params)
+  cases.assert_equal(jax.device_get(step(*args)), expected, 1)
+
+
 def test_given_sharding_must_fit(kernel):
   del kernel
   sharding = NamedSharding(make_mesh("4x2"), P(None, None, "fsdp"))
