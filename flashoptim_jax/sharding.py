@@ -1,5 +1,6 @@
 """Shardings of the optimizer state, derived from those of the parameters."""
 
+import itertools
 import types
 import warnings
 from collections.abc import Sequence
@@ -55,8 +56,9 @@ def state_shardings(
   Args:
     tx: The transformation.
     params: The parameters: arrays or ``jax.ShapeDtypeStruct``s.
-    param_shardings: Their shardings (``jax.sharding.Sharding``), in a tree that
-      ``params``' structure extends: one sharding may stand for a whole subtree.
+    param_shardings: Their shardings (``jax.sharding.Sharding``; under
+      ``jax.set_mesh``, a ``PartitionSpec`` will do), in a tree that ``params``'
+      structure extends: one sharding may stand for a whole subtree.
     memory_kind: Where flash optimizers keep the arrays that belong to a
       parameter, such as ``"pinned_host"``; by default with the parameter.
       ``update`` and ``step`` bring a leaf that is kept on the host to the device
@@ -201,13 +203,20 @@ def _broadcast(param_shardings: Any, params: Any) -> list[Sharding]:
       f" {jax.tree.structure(param_shardings)} against"
       f" {jax.tree.structure(params)}."
     ) from error
-  for path, sharding in jax.tree.leaves_with_path(tree):
+  mesh = jax.sharding.get_mesh()
+
+  def checked(path, sharding):
+    if isinstance(sharding, PartitionSpec) and not mesh.empty:
+      return NamedSharding(mesh, sharding)
     if not isinstance(sharding, Sharding):
       raise ValueError(
         f"The sharding of {paths.name(path)!r} is {sharding!r}; expected a"
-        " jax.sharding.Sharding, such as NamedSharding(mesh, spec)."
+        " jax.sharding.Sharding, such as NamedSharding(mesh, spec), or, under"
+        " jax.set_mesh(mesh), a PartitionSpec."
       )
-  return jax.tree.leaves(tree)
+    return sharding
+
+  return list(itertools.starmap(checked, jax.tree.leaves_with_path(tree)))
 
 
 def _checked_axes(

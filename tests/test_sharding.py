@@ -19,6 +19,7 @@ from tests.support.meshes import (
   CUT_SPECS,
   KINDS,
   SHAPES,
+  SPECS,
   make_mesh,
   shardings_on,
 )
@@ -235,6 +236,16 @@ def test_state_in_host_memory(kind, name):
   (*first, exported), (*second, exported_second) = jax.device_get(results)
   cases.assert_equal(second, first, 2)
   cases.assert_same_types(exported_second, exported)
+
+
+def test_specs_under_a_mesh():
+  """Which rules on paths give, for example."""
+  tx = cases.make("adamw")
+  params = cases.tree(SHAPES)
+  mesh = make_mesh("4x2")
+  with jax.set_mesh(mesh):
+    placed = fo.state_shardings(tx, params, SPECS)
+  assert placed == fo.state_shardings(tx, params, shardings_on(mesh))
 
 
 def test_bad_shardings_are_refused():

@@ -28,6 +28,7 @@ TABLES = {
   "release-bytes": tables.release_bytes,
   "host-offload": tables.host_offload,
   "fsdp": tables.fsdp,
+  "zero1": tables.zero1,
   "speed": tables.speed,
   "tpu-kernel": tables.tpu_kernel,
   "tpu-tried": tables.tpu_tried,

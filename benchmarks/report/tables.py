@@ -576,6 +576,36 @@ def tpu_train_step():
   return f"{markdown(header, rows)}\n\n{' '.join(notes)}"
 
 
+def zero1():
+  """A step with whole parameters and divided state, on several GPUs."""
+  found = record.load("zero1_1b.json")
+  rows = [
+    (
+      STEPS[optimizer],
+      _gib(cell["params_bytes"]),
+      _gib(cell["state_bytes"]),
+      " + ".join(
+        f"{_gib(size)}, {kind.removeprefix('all-gather ')}"
+        for kind, size in cell["collectives_of_update"].items()
+      ),
+      f"{1e3 * cell['step_seconds']:.0f}",
+      f"{1e3 * cell['update_seconds']:.1f}",
+    )
+    for optimizer in ("optax", "flash")
+    for cell in [found[optimizer]]
+  ]
+  header = (
+    "",
+    "parameters on each GPU, GiB",
+    "state on each GPU, GiB",
+    "gathered by an update, GiB and dtype",
+    "step, ms",
+    "update, ms",
+  )
+  parameters = found["flash"]["parameters"]
+  return f"{markdown(header, rows)}\n\n{_note(found, f'{parameters / 1e9:.1f} B')}"
+
+
 def fsdp():
   """Training steps over several GPUs, and how they differ from one GPU's."""
   found = record.load("fsdp_gpu.json")
