@@ -369,6 +369,27 @@ def test_nnx_sharding_metadata_that_scales_do_not_fit(kind, metadata, tx, cls):
   assert shapes == {(32, 96), (32, 8)}  # Three scales, and gaps.
 
 
+@pytest.mark.parametrize("cls", [nnx.Optimizer, fo.flax.Optimizer])
+def test_nnx_variables_that_are_masked(cls):
+  """Optax leaves an ``optax.MaskedNode`` in the variables of the others."""
+  tx = optax.partition(
+    {"trained": fo.adamw(0.1), "frozen": optax.set_to_zero()},
+    lambda params: jax.tree.map_with_path(
+      lambda path, _: "frozen" if "last" in str(path[0]) else "trained", params
+    ),
+  )
+  mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+  with jax.set_mesh(mesh):
+    model = Nnx(nnx.Rngs(0), sharding=(None, "tensor"))
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    optimizer = cls(model, tx, wrt=nnx.Param)
+    for _ in range(2):
+      nnx_step(model, optimizer)
+  after = nnx.state(model, nnx.Param)
+  cases.assert_same(after["last"], before["last"])
+  assert (after["first"]["kernel"][...] != before["first"]["kernel"][...]).any()
+
+
 @pytest.mark.slow
 def test_nnx_sharding_metadata_fits_after_conversions():
   mesh = jax.make_mesh((2, 3), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)

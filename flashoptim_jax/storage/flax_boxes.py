@@ -57,6 +57,8 @@ def _map_boxes(f: Callable[[Any], Any], tree: Any, *classes: tuple[str, str]) ->
 
 
 def _fit(scale: Any) -> Any:
+  if not jax.tree.leaves(scale):  # Of a parameter that optax.masked leaves out.
+    return scale
   metadata = scale.get_metadata()
   shape = scale.get_value().shape
   changed = {}
