@@ -111,7 +111,7 @@ def test_quality_table():
     ],
   }
   lines = tables.quality_table(found).splitlines()
-  assert lines[3] == "| fo | 2 of 2 | 1.7000 ± 0.8485 | 0.2000 ± 0.1414 |"
+  assert lines[3] == "| fo | 2 of 2 | 1.7000 ± 0.8485 | 0.2000 ± 0.1000 |"
   assert lines[4] == "| diverged | 0 of 1 | – | – |"
 
 
