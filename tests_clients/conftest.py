@@ -6,7 +6,10 @@ import tempfile
 # only a few steps.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 # Runs that are compared compile the same programs, in two processes: keep them.
 _CACHE = "JAX_COMPILATION_CACHE_DIR"

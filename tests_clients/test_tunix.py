@@ -37,7 +37,7 @@ def examples():
 def make_model(weights):
   """A Llama as Tunix makes it, sharded by its own metadata."""
   config = llama.ModelConfig(
-    num_layers=2,
+    num_layers=1,
     vocab_size=VOCABULARY,
     embed_dim=64,
     hidden_dim=128,
