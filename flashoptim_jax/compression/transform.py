@@ -377,15 +377,19 @@ def _check_state(state: Any, params: Any, layout: Any, state_format: Format) -> 
       f" moments {state_format.moments}."
     )
   expected = jax.eval_shape(
-    lambda params, inner: encode_inner(
+    lambda params, inner, old: encode_inner(
       inner,
       jnp.zeros([], jnp.int32),
       state_lib.zero_correction(params, state_format.storage),
       state_format,
-      old=state,
+      old=old,
     ),
     params,
     layout,
+    # Shapes alone, as the layout's.
+    jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), state
+    ),
   )
   paths.require_like(
     _stored_parts(state),
