@@ -1,6 +1,4 @@
 import os
-import shutil
-import tempfile
 
 # Before JAX starts: eight CPU devices, and programs that compile fast for they run
 # only a few steps; beside whatever flags the user gave.
@@ -15,15 +13,9 @@ for _name, _value in _FLAGS.items():
   if _name not in _given:
     os.environ["XLA_FLAGS"] = f"{_given} {_name}={_value}".strip()
 
-# Tests compile many of the same programs, in two processes: keep them for the run.
-_CACHE = "JAX_COMPILATION_CACHE_DIR"
-_OWN_CACHE = None if _CACHE in os.environ else tempfile.mkdtemp()
-if _OWN_CACHE:  # Not in a worker, which inherits it.
-  os.environ[_CACHE] = _OWN_CACHE
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 import hypothesis  # noqa: E402
+
+from tests.support import compilation_cache  # noqa: E402
 
 # The same examples in every run, however slow the machine.
 hypothesis.settings.register_profile(
@@ -40,5 +32,4 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure():
-  if _OWN_CACHE:
-    shutil.rmtree(_OWN_CACHE, ignore_errors=True)
+  compilation_cache.remove()

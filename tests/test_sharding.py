@@ -29,7 +29,7 @@ from tests.support.tiers import slow_but
 @pytest.mark.slow
 def test_moves_where_shards_cut_groups():
   """To Optax and back, and between storages: as on one device, sharded as before."""
-  tx, wide = fo.adamw(1e-2), fo.adamw(1e-2, storage=fo.Storage(32, 32))
+  tx = fo.adamw(1e-2)
   mesh = make_mesh("4x2", AxisType.Explicit)
   names = ("sixteen", "eight")
   shardings = shardings_on(mesh, {name: CUT_SPECS[name] for name in names})
@@ -38,13 +38,7 @@ def test_moves_where_shards_cut_groups():
   with pytest.warns(UserWarning, match="cut groups"):
     places = shardings, fo.state_shardings(tx, params, shardings)
   given = jax.device_put((params, state), places)
-  masters = fo.to_fp32(*given)
-  optax_state = fo.to_optax(tx, *given)
-  back = fo.from_optax(tx, given[0], optax_state, params_fp32=masters)
-  for actual in (
-    (given[0], back),
-    fo.convert(wide, tx, *fo.convert(tx, wide, *given)),
-  ):
+  for actual in cases.there_and_back(tx, *given):
     cases.assert_same(*jax.device_get((actual, (params, state))))
     for x, place in zip(*map(jax.tree.leaves, (actual, places)), strict=True):
       assert x.sharding.is_equivalent_to(place, x.ndim)

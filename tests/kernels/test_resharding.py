@@ -205,18 +205,13 @@ def test_through_wrappers(name, kind):
 @pytest.mark.parametrize("kind", slow_but(KINDS, "explicit"))
 def test_precision_in_and_out(kind):
   """Master weights lie where the corrections do."""
-  tx, wide = cases.make("adamw"), fo.adamw(1e-2, storage=fo.Storage(32, 32))
+  tx = cases.make("adamw")
   setup = Setup("4x2", kind, tx)
   params, state = alone("adamw")
   given = jax.device_put((params, state), (setup.shardings, setup.placed))
   masters = fo.to_fp32(*given)
   assert masters["rows"].addressable_shards[0].data.size * 8 == masters["rows"].size
-  optax_state = fo.to_optax(tx, *given)
-  back = fo.from_optax(tx, given[0], optax_state, params_fp32=masters)
-  for actual in (
-    (given[0], back),
-    fo.convert(wide, tx, *fo.convert(tx, wide, *given)),
-  ):
+  for actual in cases.there_and_back(tx, *given):
     cases.assert_same(*jax.device_get((actual, (params, state))))
 
 

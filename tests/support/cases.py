@@ -191,6 +191,14 @@ def descend(tx, loss, params, state, *, steps: int):
   return params, state, losses
 
 
+def there_and_back(tx, params, state):
+  """Params and state that went to Optax, and to another storage, and came back."""
+  wide = fo.adamw(1e-2, storage=fo.Storage(32, 32))
+  masters = fo.to_fp32(params, state)
+  back = fo.from_optax(tx, params, fo.to_optax(tx, params, state), params_fp32=masters)
+  return (params, back), fo.convert(wide, tx, *fo.convert(tx, wide, params, state))
+
+
 def random_state(tx, params, seed: int = 2, count: int = 3):
   """A state of ``tx`` that training might have led to, made without training."""
   rng = np.random.default_rng(seed)
