@@ -490,7 +490,7 @@ def _arrays_of(tree: Any) -> dict[str, _ARRAY]:
   """As :func:`flashoptim_jax.paths.arrays`, from Orbax's metadata."""
   return {
     path: (tuple(leaf.shape), leaf.dtype.name)
-    for path, leaf in zip(paths.unique_names(tree), jax.tree.leaves(tree), strict=True)
+    for path, leaf in _by_name(tree).items()
     if hasattr(leaf, "shape")
   }
 

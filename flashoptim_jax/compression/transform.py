@@ -1,7 +1,6 @@
 """The storage of flash optimizers around any Optax transformation."""
 
 import functools
-import operator
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +20,7 @@ from flashoptim_jax.storage.moments import call_now, decode_inner, encode_inner
 from flashoptim_jax.storage.options import Storage
 from flashoptim_jax.storage.state import CompressedState, Format
 from flashoptim_jax.update import followers, optax_counterpart
-from flashoptim_jax.update.new_params import NEW_PARAMS, NewParams, new_params_request
+from flashoptim_jax.update.new_params import NEW_PARAMS, new_params_request
 from flashoptim_jax.update.transform import (
   DEFERRED,
   PARAM_SHARDINGS,
@@ -198,29 +197,17 @@ def compress(
       told = extra_args.get(PARAM_SHARDINGS, {})
       results, new_state = _run(update, *args, params, told)
     new_state = host_memory.move_like(new_state, state)
-    return _handed_over(results, state, new_state, params, request)
+    passed_on, corrections = followers.hand_over(
+      results,
+      params,
+      [paths.name(path) for path, _ in jax.tree.leaves_with_path(params)],
+      (_corrections(state, params), _corrections(new_state, params)),
+      request,
+    )
+    correction = state_lib.correction_tree(params, corrections, storage)
+    return passed_on, new_state._replace(correction=correction)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _handed_over(
-  results: list[Any],
-  state: CompressedState,
-  new_state: CompressedState,
-  params: Any,
-  request: NewParams | None,
-) -> tuple[Any, CompressedState]:
-  """Updates, or new parameters where they are requested, and the new state."""
-  treedef: Any = jax.tree.structure(params)
-  names = [paths.name(path) for path, _ in jax.tree.leaves_with_path(params)]
-  old, new = (_corrections(each, params) for each in (state, new_state))
-  if request is not None:
-    return treedef.unflatten(request.make(results, names, old, new)), new_state
-  updates = treedef.unflatten(results)
-  kept = followers.replace_updates(updates, names, params)
-  chosen = map(operator.getitem, zip(new, old, strict=True), kept)
-  correction = state_lib.correction_tree(params, chosen, state.format.storage)
-  return updates, new_state._replace(correction=correction)
 
 
 def _advance(master_bits, param, correction, step, rounding, origin=None):
@@ -306,17 +293,8 @@ def _shardings(
     param_path = paths.param_path(path, named)
     if param_path in named and array.shape == jnp.shape(named[param_path]):
       stored[param_path] = array
-  given = {
-    path: resharding.Shardings.given(
-      paths.name(path), jnp.shape(named[path]), each, group_size
-    )
-    for path, each in told.items()
-    if path in named
-  }
-  return [
-    resharding.known(param, stored[path], given.get(path))
-    for path, param in named.items()
-  ]
+  given = resharding.given(params, told, group_size)
+  return list(map(resharding.known, named.values(), stored.values(), given))
 
 
 def _groups(state: CompressedState, params: Any) -> tuple[list[int | None], list[bool]]:

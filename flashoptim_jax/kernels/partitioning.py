@@ -61,7 +61,7 @@ def update(
   """
   unknown: list[int] = []
   by_mesh: dict[Any, dict[int, NamedSharding]] = {}
-  manual = _is_manual()
+  manual = partition_specs.is_manual()
   for i, leaf in enumerate(leaves):
     sharding = None if manual else _known_sharding(leaf, shardings)
     if sharding is None:
@@ -98,7 +98,7 @@ def xla_can_partition(
   guess how their parts lie with explicit axes, and with others returns scales that
   are sharded in another way.
   """
-  if _is_manual():
+  if partition_specs.is_manual():
     return False
   sharding = _known_sharding(leaf, shardings)
   if sharding is None:
@@ -110,13 +110,11 @@ def is_partitioned(
   leaf: Leaf, shardings: Mapping[str, NamedSharding], devices: int
 ) -> bool:
   """Whether only XLA knows how a leaf is sharded."""
-  return devices > 1 and not _is_manual() and _known_sharding(leaf, shardings) is None
-
-
-def _is_manual() -> bool:
-  """Whether all mesh axes are manual, so that arrays are shards."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and all(t == AxisType.Manual for t in mesh.axis_types)
+  return (
+    devices > 1
+    and not partition_specs.is_manual()
+    and _known_sharding(leaf, shardings) is None
+  )
 
 
 def _known_sharding(
@@ -138,8 +136,6 @@ def _update_known(
 ) -> list[UpdatedLeaf]:
   mesh, group_size = shardings[0].mesh, storage.group_size
   origins, leaves = _without_origins(leaves)
-  explicit = partition_specs.is_explicit(shardings[0])
-  move = jax.sharding.reshard if explicit else lax.with_sharding_constraint
   original = [
     _of_arrays(leaf, sharding) for leaf, sharding in zip(leaves, shardings, strict=True)
   ]
@@ -148,7 +144,7 @@ def _update_known(
     for leaf, sharding in zip(leaves, shardings, strict=True)
   ]
   moved = [
-    jax.tree.map(move, leaf, there) if there != here else leaf
+    jax.tree.map(partition_specs.move, leaf, there) if there != here else leaf
     for leaf, here, there in zip(leaves, original, uncut, strict=True)
   ]
   in_specs = jax.tree.map(lambda sharding: sharding.spec, uncut)
@@ -176,7 +172,7 @@ def _update_known(
     check_vma=False,
   )(moved, origins, dict(scalars))
   return [
-    jax.tree.map(move, leaf, _outputs(here)) if there != here else leaf
+    jax.tree.map(partition_specs.move, leaf, _outputs(here)) if there != here else leaf
     for leaf, here, there in zip(updated, original, uncut, strict=True)
   ]
 

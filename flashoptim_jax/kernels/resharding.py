@@ -5,14 +5,16 @@ Gradients and parameters come to the state, of which the parameters' part is the
 already, and what goes back is the new parameter, in its own 16 bits.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
+from flashoptim_jax import paths
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf
 from flashoptim_jax.storage import partition_specs, scale_gaps
 
@@ -28,56 +30,56 @@ class Shardings(NamedTuple):
   param: NamedSharding
   state: NamedSharding
 
-  @classmethod
-  def given(
-    cls,
-    path: str,
-    shape: tuple[int, ...],
-    told: tuple[NamedSharding, Sequence[str]],
-    group_size: int,
-  ) -> "Shardings":
-    """Those that the user told.
 
-    Args:
-      path: The parameter's name.
-      shape: The parameter's shape.
-      told: Its sharding, and mesh axes that its state is sharded over beside.
-      group_size: Elements of a group of the moments.
+def given(
+  params: Any, told: Mapping[Any, tuple[NamedSharding, Sequence[str]]], group_size: int
+) -> list[Shardings | None]:
+  """How parameters and their state are sharded, as far as the user told.
 
-    Raises:
-      ValueError: If the sharding does not fit the parameter.
-    """
-    sharding, over = told
+  Args:
+    params: The parameters.
+    told: By path, a parameter's sharding, and mesh axes that its state is sharded over
+      beside.
+    group_size: Elements of a group of the moments.
+
+  Raises:
+    ValueError: If a sharding does not fit its parameter.
+  """
+
+  def of_param(path, param):
+    if path not in told:
+      return None
+    (sharding, over), shape = told[path], jnp.shape(param)
     if len(sharding.spec) > len(shape):
       raise ValueError(
-        f"The sharding of {path!r} has the spec {sharding.spec}; expected"
+        f"The sharding of {paths.name(path)!r} has the spec {sharding.spec}; expected"
         f" at most {len(shape)} entries, for shape {shape}."
       )
     if not over:
-      return cls(sharding, sharding)
+      return Shardings(sharding, sharding)
     scales = scale_gaps.stored_shape(shape, group_size)
-    return cls(
-      sharding, partition_specs.spread(sharding, shape, scales, group_size, over)
-    )
+    spread = partition_specs.spread(sharding, shape, scales, group_size, over)
+    return Shardings(sharding, spread)
+
+  return list(itertools.starmap(of_param, jax.tree.leaves_with_path(params)))
 
 
 def known(
-  param: jax.Array, stored: jax.Array, given: Shardings | None
+  param: jax.Array, stored: jax.Array, told: Shardings | None
 ) -> Shardings | None:
   """How a leaf is sharded, if that is known while tracing, and not all alike.
 
   Args:
     param: The parameter.
     stored: An array of its shape in the state, if there is one, else the parameter.
-    given: What the user told.
+    told: What the user told, of :func:`given`.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types):
+  if partition_specs.is_manual():
     return None
   own, other = jax.typeof(param).sharding, jax.typeof(stored).sharding
   if partition_specs.is_explicit(own):
-    given = Shardings(own, other) if partition_specs.is_explicit(other) else None
-  return None if given is None or given.param == given.state else given
+    told = Shardings(own, other) if partition_specs.is_explicit(other) else None
+  return None if told is None or told.param == told.state else told
 
 
 def to_state(leaf: Leaf, shardings: Shardings | None) -> Leaf:
@@ -93,7 +95,7 @@ def from_state(updated: UpdatedLeaf, shardings: Shardings | None) -> UpdatedLeaf
 
 def scatter(x: jax.Array, shardings: Shardings | None) -> jax.Array:
   """An array that is sharded as the parameter, sharded as the state."""
-  return x if shardings is None else _move(x, shardings.state)
+  return x if shardings is None else partition_specs.move(x, shardings.state)
 
 
 def gather(x: jax.Array, shardings: Shardings | None) -> jax.Array:
@@ -107,7 +109,7 @@ def gather(x: jax.Array, shardings: Shardings | None) -> jax.Array:
   of_state, of_param = shardings.state, shardings.param
 
   def there_and_back(x):
-    return _move(_move(x, of_state), of_param)
+    return partition_specs.move(partition_specs.move(x, of_state), of_param)
 
   if x.dtype.itemsize != 2:
     return there_and_back(x)
@@ -120,9 +122,3 @@ def gather(x: jax.Array, shardings: Shardings | None) -> jax.Array:
 
   by_bits.defjvp(lambda xs, ts: (by_bits(*xs), there_and_back(*ts)))
   return by_bits(x)
-
-
-def _move(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-  if partition_specs.is_explicit(sharding):
-    return jax.sharding.reshard(x, sharding)
-  return lax.with_sharding_constraint(x, sharding)

@@ -274,7 +274,7 @@ class _Launch(NamedTuple):
         EPS_ROOT=self.has_eps_root,
         ROOT=storage.companding == "root",
         NEW_PARAMS=new_params,
-        GAPS=any(map(_has_gaps, leaves)),
+        GAPS=bool(layout[-1].any()),
         DITHER=self.dithers,
         BLOCK_GROUPS=tuned["block_groups"],
       )
@@ -295,10 +295,6 @@ def _runs(leaf: Leaf) -> scale_gaps.Runs:
   if not leaf.quantized:
     return scale_gaps.Runs(1, 1, 0)
   return scale_gaps.runs(leaf.param.shape, leaf.scale_shape, GROUP_SIZE)
-
-
-def _has_gaps(leaf: Leaf) -> bool:
-  return _runs(leaf).gaps > 0
 
 
 def _layout(

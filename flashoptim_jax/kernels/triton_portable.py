@@ -46,16 +46,15 @@ def merge(param, correction):
 
 
 @triton.jit
-def round_half_up(x):
-  """From float32 to bfloat16; what lies halfway is rounded away from zero."""
-  bits = quiet(x.to(tl.uint32, bitcast=True)) + 0x8000
+def high_half(bits):
+  """The bfloat16 that the high half of each uint32 is."""
   return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def high_half(bits):
-  """The bfloat16 that the high half of each uint32 is."""
-  return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def round_half_up(x):
+  """From float32 to bfloat16; what lies halfway is rounded away from zero."""
+  return high_half(quiet(x.to(tl.uint32, bitcast=True)) + 0x8000)
 
 
 @triton.jit

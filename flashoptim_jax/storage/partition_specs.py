@@ -1,10 +1,12 @@
-"""Partition specs and the groups of a leaf's moments."""
+"""Shardings, and the groups of a leaf's moments."""
 
 import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flashoptim_jax.storage import codec
@@ -125,6 +127,19 @@ def cut_groups(
 def is_explicit(sharding: NamedSharding) -> bool:
   """Whether it is part of an array's type."""
   return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def is_manual() -> bool:
+  """Whether all mesh axes are manual, so that arrays are shards."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and all(t == AxisType.Manual for t in mesh.axis_types)
+
+
+def move(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+  """The array with another sharding, on explicit or auto mesh axes."""
+  if is_explicit(sharding):
+    return jax.sharding.reshard(x, sharding)
+  return lax.with_sharding_constraint(x, sharding)
 
 
 def uncut(

@@ -314,21 +314,17 @@ def zero_correction(params: Any, storage: Storage) -> Any:
 
   def zeros(param):
     dtype = codec.correction_dtype(jnp.result_type(param), storage.master_bits)
-    if dtype is None:
-      return optax.MaskedNode()
-    return jnp.zeros_like(param, dtype=dtype)
+    return None if dtype is None else jnp.zeros_like(param, dtype=dtype)
 
-  if not storage.has_corrections:
-    return optax.MaskedNode()
-  return flax_boxes.without_empty(jax.tree.map(zeros, params))
+  return correction_tree(params, map(zeros, jax.tree.leaves(params)), storage)
 
 
 def correction_tree(params: Any, corrections: Iterable[Any], storage: Storage) -> Any:
   """The state's correction, given one or None for each leaf of ``params``."""
-  if not storage.has_corrections:
-    return optax.MaskedNode()
-  treedef: Any = jax.tree.structure(params)
   absent = optax.MaskedNode()
+  if not storage.has_corrections:
+    return absent
+  treedef: Any = jax.tree.structure(params)
   return flax_boxes.without_empty(
     treedef.unflatten([absent if each is None else each for each in corrections])
   )

@@ -17,13 +17,47 @@ from typing import Any
 import jax
 import optax
 
-from flashoptim_jax.update.new_params import NewParam
+from flashoptim_jax.update.new_params import NewParam, NewParams
 
 _CHAIN = optax.chain(optax.identity()).update.__code__
 _NAMED_CHAIN = optax.named_chain(("identity", optax.identity())).update.__code__
 
 
-def replace_updates(updates: Any, names: Sequence[str], params: Any) -> list[bool]:
+def hand_over(
+  results: Sequence[Any],
+  params: Any,
+  names: Sequence[str],
+  corrections: tuple[Sequence[Any], Sequence[Any]],
+  request: NewParams | None,
+) -> tuple[Any, Sequence[Any]]:
+  """What an optimizer passes on, and the corrections that belong to it.
+
+  Args:
+    results: New parameters where they are requested, else updates.
+    params: The parameters that the optimizer was given.
+    names: Their names.
+    corrections: The old and the new ones; None where there is none.
+    request: The request for new parameters, if there is one.
+
+  Returns:
+    A tree like ``params``, and a correction for each parameter.
+
+  Warns:
+    UserWarning: As :func:`_replaced`.
+  """
+  treedef: Any = jax.tree.structure(params)
+  old, new = corrections
+  if request is not None:
+    return treedef.unflatten(request.make(results, names, old, new)), new
+  updates = treedef.unflatten(results)
+  held = _replaced(updates, names, params)
+  return updates, [
+    before if hold else after
+    for before, after, hold in zip(old, new, held, strict=True)
+  ]
+
+
+def _replaced(updates: Any, names: Sequence[str], params: Any) -> list[bool]:
   """Whether later transformations put something else in the place of updates.
 
   As ``optax.freeze`` does: the parameter stays as it is, and so must its correction.
@@ -57,7 +91,7 @@ def replace_updates(updates: Any, names: Sequence[str], params: Any) -> list[boo
           raise
         warnings.warn(
           f"{error} As it is, master weights do not follow the parameters.",
-          stacklevel=3,
+          stacklevel=4,
         )
         return [False] * len(owned)
     arrived = set(map(id, jax.tree.leaves(tree)))
@@ -92,7 +126,7 @@ def _callers() -> Iterator[types.FrameType]:
   frame: types.FrameType | None = sys._getframe(1)
   asked = 0
   while frame is not None:
-    asked += frame.f_code is replace_updates.__code__
+    asked += frame.f_code is _replaced.__code__
     if asked > 1:
       return
     yield frame

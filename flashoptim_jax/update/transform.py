@@ -1,6 +1,6 @@
 """The gradient transformation that every flash optimizer is an instance of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +9,8 @@ import optax
 from optax._src import base
 
 from flashoptim_jax import paths
-from flashoptim_jax.kernels import dispatch, primitive
+from flashoptim_jax.kernels import dispatch, primitive, resharding
 from flashoptim_jax.kernels.base import Leaf, UpdatedLeaf, UpdateSpec
-from flashoptim_jax.kernels.resharding import Shardings
 from flashoptim_jax.rules import Rule, Scalars
 from flashoptim_jax.storage import codec, scale_gaps
 from flashoptim_jax.storage import state as state_lib
@@ -78,9 +77,9 @@ def flash_transformation(
     ]
     deferred_update = extra_args.get(DEFERRED, False)
     update = primitive.update_leaves if deferred_update else dispatch.update_leaves
-    given = extra_args.get(PARAM_SHARDINGS, {})
-    known = [given.get(path) for path, _ in jax.tree.leaves_with_path(params)]
     storage = state_format.storage
+    told = extra_args.get(PARAM_SHARDINGS, {})
+    given = resharding.given(params, told, storage.group_size)
     updated = update(
       UpdateSpec(rule, storage, implementation, request is not None),
       leaves,
@@ -89,30 +88,20 @@ def flash_transformation(
         **codec.rounding_scalars(state.count, storage.master_bits),
       },
       {
-        leaf.path: Shardings.given(
-          leaf.path, leaf.param.shape, told, state_format.storage.group_size
-        )
-        for leaf, told in zip(leaves, known, strict=True)
-        if told is not None
+        leaf.path: shardings
+        for leaf, shardings in zip(leaves, given, strict=True)
+        if shardings is not None
       },
     )
-    treedef: Any = jax.tree.structure(params)
-    results: list[Any] = [leaf.result for leaf in updated]
-    names = [leaf.path for leaf in leaves]
-    if request is None:
-      kept = followers.replace_updates(treedef.unflatten(results), names, params)
-      updated = [
-        new._replace(correction=old.correction) if keep else new
-        for new, old, keep in zip(updated, leaves, kept, strict=True)
-      ]
-    else:
-      results = request.make(
-        results,
-        names,
-        (leaf.correction for leaf in leaves),
-        (leaf.correction for leaf in updated),
-      )
-    return treedef.unflatten(results), _new_state(state, params, updated, state_format)
+    passed_on, corrections = followers.hand_over(
+      [leaf.result for leaf in updated],
+      params,
+      [leaf.path for leaf in leaves],
+      ([x.correction for x in leaves], [x.correction for x in updated]),
+      request,
+    )
+    new_state = _new_state(state, params, updated, corrections, state_format)
+    return passed_on, new_state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -259,6 +248,7 @@ def _new_state(
   state: FlashState,
   params: Any,
   updated: list[UpdatedLeaf],
+  corrections: Sequence[Any],
   state_format: Format,
 ) -> FlashState:
   treedef: Any = jax.tree.structure(params)
@@ -274,7 +264,6 @@ def _new_state(
           for leaf, zeros in zip(updated, old, strict=True)
         ]
       )
-  corrections = [leaf.correction for leaf in updated]
   fields["correction"] = state_lib.correction_tree(
     params, corrections, state_format.storage
   )
